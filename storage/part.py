@@ -1,0 +1,134 @@
+"""An HDF5 part: one group per question, as the reference script lays it out. Format: docs/format.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from storage.naming import group_key, model_type
+from storage.plan import Question
+from storage.sample import Failure, Sample
+from storage.settings import ModelFacts, RunSettings
+
+# Facts of a sample that describe the worker, not the question: a part lists the distinct ones at its root.
+ENVIRONMENT = ("device", "gpu", "attention_implementation", "library_versions")
+
+# Attributes of a question's group that the CSV's other columns must not replace.
+QUESTION_ATTRIBUTES = frozenset(
+    {
+        "question_id", "csv_row", "seq_len", "vision_token_position", "query_token_position", "image_grid_thw",
+        "image_sha256", "image_size", "resized_size", "num_vision_tokens", "finish_reason", "num_answer_tokens",
+    }
+)  # fmt: skip
+_STRINGS = h5py.string_dtype("utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class PartHeader:
+    """What a published part says of itself."""
+
+    run_id: str
+    part: int
+    question_ids: tuple[str, ...]
+    failures: tuple[Failure, ...]
+
+
+def write_part(
+    path: Path,
+    settings: RunSettings,
+    model: ModelFacts | None,
+    part: int,
+    samples: Iterable[tuple[Question, Sample]],
+    failures: Iterable[Failure],
+) -> None:
+    """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
+    # v110: metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
+    with h5py.File(path, "x", libver=("v110", "v110")) as file:
+        environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
+        number = 0
+        for question, sample in samples:
+            facts = dict(sample.facts)
+            for name in ENVIRONMENT:
+                if value := facts.pop(name, None):
+                    environments[name].add(value)
+            _write_question(file, question, sample, facts)
+            number += 1
+        attributes = {
+            **_root_attributes(settings, model, part),
+            **{name: ", ".join(sorted(values)) for name, values in environments.items()},
+            "num_samples": number,
+            "failures": json.dumps([asdict(f) for f in failures], ensure_ascii=False),
+        }
+        for name, value in attributes.items():
+            file.attrs[name] = value
+
+
+def read_header(path: Path) -> PartHeader | None:
+    """Return what a part says of itself; None where the file is no part of any run of ours. Raises OSError if unreadable."""
+    with h5py.File(path, "r") as file:
+        if not {"run_id", "part", "failures"} <= set(file.attrs):
+            return None
+        return PartHeader(
+            run_id=str(file.attrs["run_id"]),
+            part=int(file.attrs["part"]),
+            question_ids=tuple(str(group.attrs["question_id"]) for group in file.values()),
+            failures=tuple(Failure(**f) for f in json.loads(file.attrs["failures"])),
+        )
+
+
+def is_part_of(path: Path, run_id: str, part: int) -> bool:
+    """Tell whether a file is this run's part, by its own word and not by its name."""
+    try:
+        with h5py.File(path, "r") as file:
+            return file.attrs.get("run_id") == run_id and file.attrs.get("part") == part
+    except OSError:
+        return False
+
+
+def _write_question(file: h5py.File, question: Question, sample: Sample, facts: dict[str, Any]) -> None:
+    group = file.create_group(group_key(question.question_id))
+    texts = {
+        "question": question.question,
+        "image_id": question.image_id,
+        "answer": sample.answer,
+        "ground_truth_answer": question.ground_truth_answer,
+    }
+    for name, text in texts.items():
+        # HDF5 ends a string at its first NUL; a model that emits one must not cost the sample.
+        group.create_dataset(name, data=text.replace("\0", "�"), dtype=_STRINGS)
+    for field, vector in sample.vectors.items():
+        values = np.ascontiguousarray(vector, dtype=np.float32)
+        # shuffle + gzip 1: the 16 zero low bits of a bfloat16 value cost nothing; gzip 4 takes 2x the time for 1% of the size.
+        group.create_dataset(field, data=values, chunks=values.shape, compression="gzip", compression_opts=1, shuffle=True)
+    attributes = {**question.extra, **facts, "question_id": question.question_id, "csv_row": question.csv_row}
+    for name, value in attributes.items():
+        group.attrs[name] = value
+
+
+def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "format_version": settings.format_version,
+        "software_version": settings.software_version,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "run_id": settings.run_id,
+        "part": part,
+        "model_name": settings.model,
+        "model_type": model_type(settings.model),
+        "dtype": settings.dtype,
+        "max_new_tokens": settings.max_new_tokens,
+        "dataset": settings.dataset,
+        "dataset_sha256": settings.dataset_sha256,
+    }
+    if model is not None:  # absent only where no worker ever opened the run
+        attributes |= {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in model.model_dump(exclude={"model_type"}).items()
+        }
+    return attributes

@@ -1,0 +1,73 @@
+"""The plan: generations of ordered questions, cut into slices. Slice k is part k.
+
+`plan/000.json` lists the slices of generation 0 with the digest of each; it appears in one step, after its slice files, so a
+plan is whole or absent. A slice file has one JSON object a line, a question each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+
+from storage.errors import DamagedError
+from storage.store import DirectoryStore
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of the dataset."""
+
+    question_id: str
+    image_id: str  # path of the image relative to the images directory, as in the CSV
+    question: str
+    ground_truth_answer: str
+    csv_row: int  # number of the data row in the CSV, from 1
+    extra: dict[str, str]  # the CSV's other columns
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A fixed run of questions that becomes one part."""
+
+    part: int
+    size: int
+    key: str
+    sha256: str
+
+
+def write_generation(store: DirectoryStore, slices: Iterable[Sequence[Question]], *, first_part: int = 1) -> bool:
+    """Append a generation to the plan; return False where another process has just written that generation."""
+    generation = len(_generations(store))
+    directory = f".run/plan/{generation:03d}-{secrets.token_hex(4)}"
+    written = []
+    for part, questions in zip(count(first_part), slices):
+        data = b"".join(json.dumps(asdict(q), ensure_ascii=False).encode() + b"\n" for q in questions)
+        key = f"{directory}/{part:06d}.jsonl"
+        store.put_new(key, data)
+        written.append(Slice(part, len(questions), key, hashlib.sha256(data).hexdigest()))
+    body = {"generation": generation, "slices": [asdict(s) for s in written]}
+    if store.put_new(f".run/plan/{generation:03d}.json", json.dumps(body, indent=1).encode()):
+        return True
+    store.delete_directory(directory)
+    return False
+
+
+def read_slices(store: DirectoryStore) -> tuple[Slice, ...]:
+    """Return the slices of all generations in order; empty where nothing is planned yet."""
+    return tuple(Slice(**s) for name in _generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"])
+
+
+def read_questions(store: DirectoryStore, piece: Slice) -> tuple[Question, ...]:
+    """Return a slice's questions; a question's sequence is its index here."""
+    data = store.get(piece.key)
+    if hashlib.sha256(data).hexdigest() != piece.sha256:
+        raise DamagedError(f"{store.path(piece.key)}: the plan's slice {piece.part} was changed after it was written")
+    return tuple(Question(**json.loads(line)) for line in data.splitlines())
+
+
+def _generations(store: DirectoryStore) -> list[str]:
+    return [name for name in store.list(".run/plan") if name.endswith(".json")]

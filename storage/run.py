@@ -1,0 +1,191 @@
+"""A run: one output directory with its settings, its plan, its staging area and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from storage import plan
+from storage.errors import DamagedError, UserError
+from storage.naming import part_label, part_name
+from storage.plan import Question, Slice
+from storage.sample import Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
+from storage.settings import ModelFacts, RunSettings
+from storage.store import DirectoryStore
+
+_RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
+_RESULT, _FAILURE = ".safetensors", ".json"
+T = TypeVar("T")
+
+
+class Run:
+    """Access to a run directory. Holds no state that the files do not: any number of processes may have one open."""
+
+    def __init__(self, output_dir: Path, settings: RunSettings) -> None:
+        self.output_dir = output_dir
+        self.settings = settings
+        self.store = _store(output_dir)
+        self._slices: tuple[Slice, ...] = ()
+        self._questions = lru_cache(maxsize=8)(self._read_questions)
+
+    @classmethod
+    def open(cls, output_dir: Path) -> Run:
+        """Open an existing run. Raises UserError where the directory holds none."""
+        output_dir = output_dir.resolve()
+        try:
+            data = _store(output_dir).get(_RUN)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{output_dir} holds no run: there is no {_RUN} in it") from None
+        try:
+            return cls(output_dir, RunSettings.model_validate_json(data))
+        except ValidationError as error:
+            raise UserError(f"{output_dir / _RUN} was written by another version of this software: {error}") from error
+
+    @classmethod
+    def create(cls, output_dir: Path, settings: RunSettings) -> Run:
+        """Create a run, or open the one that is there. The caller compares the settings."""
+        output_dir = output_dir.resolve()
+        _store(output_dir).put_new(_RUN, settings.model_dump_json(indent=1).encode())
+        return cls.open(output_dir)
+
+    @property
+    def run_id(self) -> str:
+        """The run's unique id."""
+        return self.settings.run_id
+
+    # The plan
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The plan's slices in order; empty until the plan is written."""
+        if not self._slices:
+            self._slices = plan.read_slices(self.store)
+        return self._slices
+
+    def slice(self, part: int) -> Slice:
+        """Return one slice. Raises KeyError."""
+        for piece in self.slices:
+            if piece.part == part:
+                return piece
+        raise KeyError(part)
+
+    def questions(self, part: int) -> tuple[Question, ...]:
+        """Return the questions of a slice, the last few slices from memory."""
+        return self._questions(part)
+
+    def _read_questions(self, part: int) -> tuple[Question, ...]:
+        return plan.read_questions(self.store, self.slice(part))
+
+    # The model
+
+    def agree_on_model(self, facts: ModelFacts) -> ModelFacts:
+        """Record what the first worker loaded; return what is recorded, which a later worker compares with its own."""
+        self.store.put_new(_MODEL, facts.model_dump_json(indent=1).encode())
+        recorded = self.model_facts()
+        assert recorded is not None
+        return recorded
+
+    def model_facts(self) -> ModelFacts | None:
+        """Return what the first worker loaded; None before there was one."""
+        try:
+            return ModelFacts.model_validate_json(self.store.get(_MODEL))
+        except FileNotFoundError:
+            return None
+
+    # The staging area: one file per finished question
+
+    def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
+        """Stage a question's result. The first one stays."""
+        self.store.put_new(self._staged_key(part, sequence, _RESULT), encode_sample(sample))
+
+    def stage_failure(self, part: int, sequence: int, failure: Failure) -> None:
+        """Stage a question's permanent failure. A staged result beats it."""
+        self.store.put_new(self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
+
+    def staged(self, part: int) -> dict[int, bool]:
+        """Return the finished questions of an unpublished slice: sequence to whether it has a result."""
+        found: dict[int, bool] = {}
+        for name in self.store.list(self._staging_directory(part)):
+            stem, _, suffix = name.partition(".")
+            if stem.isdecimal() and f".{suffix}" in {_RESULT, _FAILURE}:
+                found[int(stem)] = found.get(int(stem), False) or f".{suffix}" == _RESULT
+        return found
+
+    def is_staged(self, part: int, sequence: int) -> bool:
+        """Tell whether a question has a staged result or failure."""
+        return any(self.store.exists(self._staged_key(part, sequence, suffix)) for suffix in (_RESULT, _FAILURE))
+
+    def read_sample(self, part: int, sequence: int) -> Sample:
+        """Return a staged result. A damaged one is removed, so that it is computed again: DamagedError."""
+        return self._read_staged(self._staged_key(part, sequence, _RESULT), decode_sample)
+
+    def read_failure(self, part: int, sequence: int) -> Failure:
+        """Return a staged failure. A damaged one is removed, so that it is computed again: DamagedError."""
+        return self._read_staged(self._staged_key(part, sequence, _FAILURE), decode_failure)
+
+    def _read_staged(self, key: str, decode: Callable[[bytes], T]) -> T:
+        data = self.store.get(key)
+        try:
+            return decode(data)
+        except DamagedError as error:
+            self.store.delete(key)
+            raise DamagedError(f"{self.store.path(key)}: {error}; removed, to be computed again") from error
+
+    def delete_staging(self, part: int) -> None:
+        """Remove a published slice's staged files."""
+        self.store.delete_directory(self._staging_directory(part))
+
+    def staging_directories(self) -> list[str]:
+        """Return the labels of the slices that have a staging directory."""
+        return self.store.list(".run/staging")
+
+    def label(self, part: int) -> str:
+        """Return a part's zero-padded number."""
+        return part_label(part, self.settings.part_digits)
+
+    def _staging_directory(self, part: int) -> str:
+        return f".run/staging/{self.label(part)}"
+
+    def _staged_key(self, part: int, sequence: int, suffix: str) -> str:
+        return f"{self._staging_directory(part)}/{sequence:06d}{suffix}"
+
+    # The parts
+
+    def part_name(self, part: int) -> str:
+        """Return a part's file name."""
+        return part_name(self.settings.model_slug, part, self.settings.part_digits)
+
+    def part_path(self, part: int) -> Path:
+        """Return where a part is published."""
+        return self.output_dir / self.part_name(part)
+
+    def sidecar_key(self, part: int) -> str:
+        """Return the key of a part's sidecar."""
+        return f".run/parts/{self.label(part)}.json"
+
+    def parts_with_sidecar(self) -> set[int]:
+        """Return the numbers of the parts that are published and described."""
+        return {int(name.removesuffix(".json")) for name in self.store.list(".run/parts")}
+
+    # The end
+
+    def is_finished(self) -> bool:
+        """Tell whether every part is published and the summary is written."""
+        return self.store.exists(_SUMMARY)
+
+    def write_summary(self, data: bytes) -> None:
+        """Mark the run as finished."""
+        self.store.put_new(_SUMMARY, data)
+
+
+def is_run(directory: Path) -> bool:
+    """Tell whether a directory holds a run."""
+    return (directory / _RUN).is_file()
+
+
+def _store(output_dir: Path) -> DirectoryStore:
+    return DirectoryStore(output_dir, ".run/tmp")

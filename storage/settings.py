@@ -1,0 +1,71 @@
+"""The immutable settings of a run (`.run/run.json`) and what the first worker adds to them (`.run/model.json`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FORMAT_VERSION = 1
+
+Dtype = Literal["bfloat16", "float32"]
+Order = Literal["image", "csv"]
+
+# What a second `enqueue` of the same run may differ in: who made it and when, not what it computes.
+_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset"}
+
+
+class RunSettings(BaseModel):
+    """What a run computes. Written once; every worker and the collector read it and never the command line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    run_id: str
+    created_at: str
+    software_version: str
+
+    model: str
+    revision: str
+    model_digest: str  # what the queue's name carries: of the revision, or of the local checkpoint's content
+    model_slug: str
+    dtype: Dtype
+    layers: tuple[int, ...] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
+    max_new_tokens: int
+    min_pixels: int | None  # None: the checkpoint's own
+    max_pixels: int | None
+
+    dataset: str
+    dataset_sha256: str
+    images_dir: str
+    image_roots: tuple[str, ...]
+    order: Order
+    limit: int | None
+    test: bool
+    checkpoint_interval: int
+    part_digits: int
+
+    def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
+        """Return the settings in which two runs compute something else: name to (ours, the other's)."""
+        ours, theirs = self.model_dump(exclude=_NOT_COMPARED), other.model_dump(exclude=_NOT_COMPARED)
+        return {name: (value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
+
+
+class ModelFacts(BaseModel):
+    """What the loaded checkpoint is and how it is read; two workers of one run must agree in all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: str
+    revision: str
+    config_sha256: str
+    template_sha256: str
+    num_hidden_layers: int
+    hidden_size: int
+    vision_hidden_size: int
+    layers: tuple[int, ...]
+    min_pixels: int
+    max_pixels: int
+    repetition_penalty: float
+    positions: str = "last_image_token,last_prompt_token"
+    vision_only_definition: str = "merged"
