@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -96,6 +97,19 @@ class Run:
         except FileNotFoundError:
             return None
 
+    def note_refusal(self, worker: str, message: str) -> None:
+        """Record that a worker cannot compute this run, for `producer status` to show."""
+        self.store.put(f".run/refusals/{worker}.json", json.dumps(message).encode())
+
+    def withdraw_refusal(self, worker: str) -> None:
+        """Remove a worker's refusal: it has another model now."""
+        self.store.delete(f".run/refusals/{worker}.json")
+
+    def refusals(self) -> dict[str, str]:
+        """Return the workers that cannot compute this run, with their reasons."""
+        names = self.store.list(".run/refusals")
+        return {n.removesuffix(".json"): json.loads(self.store.get(f".run/refusals/{n}")) for n in names}
+
     # The staging area: one file per finished question
 
     def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
@@ -115,9 +129,10 @@ class Run:
                 found[int(stem)] = found.get(int(stem), False) or f".{suffix}" == _RESULT
         return found
 
-    def is_staged(self, part: int, sequence: int) -> bool:
-        """Tell whether a question has a staged result or failure."""
-        return any(self.store.exists(self._staged_key(part, sequence, suffix)) for suffix in (_RESULT, _FAILURE))
+    def has_finished(self, part: int, sequence: int) -> bool:
+        """Tell whether a question is in a published part, or has a staged result or failure."""
+        staged = (self._staged_key(part, sequence, suffix) for suffix in (_RESULT, _FAILURE))
+        return any(map(self.store.exists, staged)) or self.store.exists(self.sidecar_key(part))
 
     def read_sample(self, part: int, sequence: int) -> Sample:
         """Return a staged result. A damaged one is removed, so that it is computed again: DamagedError."""

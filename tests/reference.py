@@ -1,0 +1,122 @@
+"""The plain reference: one question at a time, in float32, by the model card's recipe and hooks of its own.
+
+It shares no code with the project, so that both cannot make the same mistake; the engine's results are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from qwen_vl_utils import process_vision_info
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+
+class Reference:
+    """Answer questions and return hidden states from a batch-1 float32 forward.
+
+    `repetition_penalty` None keeps the checkpoint's; `min_pixels` and `max_pixels` None keep the processor's limits.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        repetition_penalty: float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        attention: str = "sdpa",
+    ) -> None:
+        asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        self.processor: Any = AutoProcessor.from_pretrained(model_dir, **asked)
+        self.min_pixels, self.max_pixels = _pixel_limits(self.processor.image_processor)
+        for key, value in asked.items():
+            if getattr(self, key) != value:
+                raise RuntimeError(f"This transformers ignores {key}={value} in from_pretrained.")
+        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, attn_implementation=attention)
+        self.model = model.float().eval()
+        self.repetition_penalty = repetition_penalty
+
+    @torch.inference_mode()
+    def __call__(
+        self, image_path: str | Path, question: str, *, max_new_tokens: int, layers: Iterable[int]
+    ) -> dict[str, Any]:
+        """Return the representations (float32 arrays), the answer and its ids, end of turn included, and positions."""
+        inputs = self.inputs(image_path, question)
+        ids = inputs["input_ids"]  # (1, L)
+        image_tokens = (ids[0] == self.model.config.image_token_id).nonzero()
+        vision, query = int(image_tokens[-1]), ids.shape[1] - 1
+        result: dict[str, Any] = {
+            "seq_len": ids.shape[1],
+            "vision_token_position": vision,
+            "query_token_position": query,
+            "image_grid_thw": inputs["image_grid_thw"][0].tolist(),
+        }
+
+        visual, decoder = _visual(self.model), _decoder_layers(self.model)
+        seen: dict[Any, torch.Tensor] = {}
+        layers = list(layers)
+        handles = [decoder[i].register_forward_hook(_keep(seen, i)) for i in layers]
+        # The merger's rows come in window order, of which the means know nothing.
+        handles += [m.register_forward_hook(_keep(seen, k)) for k, m in (("E", visual.blocks[-1]), ("D", visual.merger))]
+        try:
+            self.model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        result["vision_encoder_representation"] = _array(seen["E"].mean(dim=0))  # (patches, E) -> (E,)
+        result["vision_only_representation"] = _array(seen["D"].mean(dim=0))  # (patches / 4, D) -> (D,)
+        for i in layers:
+            result[f"vision_token_representation/layer_{i}"] = _array(seen[i][0, vision])  # (1, L, D) -> (D,)
+            result[f"query_token_representation/layer_{i}"] = _array(seen[i][0, query])
+
+        new = self._generate(inputs, max_new_tokens) if max_new_tokens else []
+        result["answer_token_ids"] = new
+        result["answer"] = self.processor.decode(new, skip_special_tokens=True).strip()
+        return result
+
+    def inputs(self, image_path: str | Path, question: str) -> dict[str, torch.Tensor]:
+        """Return the model's inputs by the official recipe: qwen-vl-utils resizes, the processor does not."""
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        content = [{"type": "image", "image": str(image_path), **limits}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images = process_vision_info(messages)[0]
+        return dict(self.processor(text=[text], images=images, do_resize=False, return_tensors="pt"))
+
+    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
+        penalty = {} if self.repetition_penalty is None else {"repetition_penalty": self.repetition_penalty}
+        output = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **penalty)
+        ids: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return ids
+
+
+def _pixel_limits(image_processor: Any) -> tuple[int, int]:
+    """Return the limits that rule: `size` from 4.50 on, two attributes before."""
+    size = image_processor.size
+    if "shortest_edge" in size:
+        return size["shortest_edge"], size["longest_edge"]
+    return image_processor.min_pixels, image_processor.max_pixels
+
+
+def _visual(model: Any) -> Any:
+    return model.model.visual if hasattr(model.model, "visual") else model.visual
+
+
+def _decoder_layers(model: Any) -> Any:
+    return getattr(model.model, "language_model", model.model).layers
+
+
+def _keep(seen: dict[Any, torch.Tensor], key: Any) -> Callable[..., None]:
+    def hook(_module: Any, _args: Any, output: Any) -> None:
+        seen[key] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+
+    return hook
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()

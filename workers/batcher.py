@@ -1,0 +1,150 @@
+"""Dynamic batching: task threads hand in single requests, one thread runs batches of them.
+
+Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
+together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
+was in flight runs alone; only a death while it runs alone counts against it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from storage.sample import Sample
+from workers.engine import Request
+from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
+
+logger = logging.getLogger(__name__)
+MAX_DEATHS_ALONE = 3
+
+
+@dataclass(slots=True)
+class _Entry:
+    group: Hashable
+    request: Request
+    future: Future[Sample] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+    deaths_alone: int = 0
+
+
+class DynamicBatcher:
+    """Forms batches of submitted requests and runs them one after the other in a thread of its own."""
+
+    def __init__(
+        self,
+        run_batch: Callable[[Sequence[Request]], list[Sample]],
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_queue_delay: float,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._run_batch = run_batch
+        self._max_size = max_batch_size
+        self._max_tokens = max_batch_tokens
+        self._max_delay = max_queue_delay
+        self._on_fatal = on_fatal
+        self._waiting: list[_Entry] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._fatal: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, group: Hashable, request: Request) -> Future[Sample]:
+        """Hand in a request; its future gets the sample or the error. Raises EngineStartError after the engine is lost."""
+        entry = _Entry(group, request)
+        with self._changed:
+            if self._fatal is not None:
+                raise EngineStartError(str(self._fatal))
+            self._waiting.append(entry)
+            self._changed.notify()
+        return entry.future
+
+    def close(self) -> None:
+        """Run what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        batch: list[_Entry] = []
+        try:
+            while batch := self._next_batch():
+                self._run(batch)
+        except BaseException as error:  # without this thread every task would wait for ever
+            logger.exception("the batcher ends")
+            with self._changed:
+                self._fatal = error
+                lost = batch + self._waiting
+                self._waiting = []
+            for entry in lost:
+                if not entry.future.done():
+                    entry.future.set_exception(EngineStartError(str(error)))
+            self._on_fatal(error)
+
+    def _next_batch(self) -> list[_Entry]:
+        """Wait for a full batch, or for the oldest request to have waited long enough. Empty when closed and done."""
+        with self._changed:
+            while True:
+                if self._waiting:
+                    batch, full = self._select()
+                    remaining = self._waiting[0].arrived + self._max_delay - time.monotonic()
+                    if full or remaining <= 0 or self._closed:
+                        chosen = {id(entry) for entry in batch}
+                        self._waiting = [entry for entry in self._waiting if id(entry) not in chosen]
+                        return batch
+                    self._changed.wait(remaining)
+                elif self._closed:
+                    return []
+                else:
+                    self._changed.wait()
+
+    def _select(self) -> tuple[list[_Entry], bool]:
+        """Choose a batch around the oldest request: its group, whole images in order of arrival. Tell whether it is full."""
+        group = self._waiting[0].group
+        images: dict[str, list[_Entry]] = {}
+        for entry in self._waiting:
+            if entry.group == group:
+                images.setdefault(entry.request.image_key, []).append(entry)
+        batch: list[_Entry] = []
+        tokens = 0
+        for entry in (e for entries in images.values() for e in entries):
+            if batch and (len(batch) == self._max_size or tokens + entry.request.num_tokens > self._max_tokens):
+                return batch, True
+            batch.append(entry)
+            tokens += entry.request.num_tokens
+        return batch, len(batch) == self._max_size
+
+    def _run(self, batch: list[_Entry]) -> None:
+        try:
+            samples = self._run_batch([entry.request for entry in batch])
+        except EngineDiedError as error:
+            logger.error("%s, with %d questions in flight", error, len(batch))
+            self._after_death(batch, error)
+        except BatchFailedError as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            logger.warning("a batch of %d failed (%s); halving it", len(batch), error)
+            middle = len(batch) // 2
+            self._run(batch[:middle])
+            self._run(batch[middle:])
+        else:
+            for entry, sample in zip(batch, samples):
+                entry.future.set_result(sample)
+
+    def _after_death(self, batch: list[_Entry], error: EngineDiedError) -> None:
+        if len(batch) == 1:
+            batch[0].deaths_alone += 1
+            if batch[0].deaths_alone >= MAX_DEATHS_ALONE:
+                message = f"{error}, for the {MAX_DEATHS_ALONE}rd time with this question alone in it"
+                batch[0].future.set_exception(PermanentError("killed_worker", message))
+                return
+        for entry in batch:
+            self._run([entry])

@@ -1,0 +1,109 @@
+"""The collector: finds the runs under its data roots, packs complete slices, feeds the rest, summarises finished runs.
+
+Any number of collectors may sweep the same runs at once. A sweep depends on files alone; a message that asks for one only
+shortens the wait.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from storage.account import Account, Bookkeeper, sidecars
+from storage.errors import DamagedError, UserError
+from storage.pack import pack
+from storage.run import Run, is_run
+from workers.feed import feed
+
+logger = logging.getLogger(__name__)
+_RESCAN_INTERVAL = 30.0
+_SCAN_DEPTH = 3
+_PARTIAL_AGE = 600.0
+FAILURES_FILE = "failures.csv"
+
+
+class Collector:
+    """Sweeps the runs below some directories."""
+
+    def __init__(self, roots: tuple[Path, ...]) -> None:
+        self._roots = roots
+        self._runs: dict[Path, Run] = {}
+        self._scanned = float("-inf")
+
+    def sweep(self) -> None:
+        """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
+        if time.monotonic() - self._scanned > _RESCAN_INTERVAL:
+            self._scan()
+        for path, run in list(self._runs.items()):
+            try:
+                if collect_run(run).finished:
+                    del self._runs[path]
+            except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
+                logger.exception("cannot bring %s forward now", path)
+
+    def _scan(self) -> None:
+        found = {path for root in self._roots for path in find_runs(root)}
+        self._runs = {path: run for path, run in self._runs.items() if path in found}
+        for path in found - self._runs.keys():
+            try:
+                run = Run.open(path)
+                if not run.is_finished():
+                    self._runs[path] = run
+            except UserError as error:
+                logger.warning("%s", error)
+        self._scanned = time.monotonic()
+
+
+def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
+    """Return the run directories at or below a directory, a few levels deep."""
+    if is_run(root):
+        return [root]
+    if depth == 0:
+        return []
+    try:
+        with os.scandir(root) as entries:
+            below = [Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [run for path in below for run in find_runs(path, depth - 1)]
+
+
+def collect_run(run: Run) -> Account:
+    """Bring a run one sweep forward and return its account."""
+    published = run.parts_with_sidecar()
+    staging = set(run.staging_directories())
+    for piece in run.slices:
+        label = run.label(piece.part)
+        if label in staging or (piece.part not in published and run.part_path(piece.part).exists()):
+            try:
+                if pack(run, piece.part) and piece.part not in published:
+                    logger.info("published %s", run.part_path(piece.part))
+                    published.add(piece.part)
+            except DamagedError as error:
+                logger.warning("%s", error)
+    run.store.delete_partials(_PARTIAL_AGE)
+    account = Bookkeeper(run).account()
+    if account.finished:
+        _finish(run, account)
+    else:
+        feed(run, published)
+    return account
+
+
+def _finish(run: Run, account: Account) -> None:
+    failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
+    if failures:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [name for name in asdict(failures[0]) if name != "traceback"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(asdict(failure) for failure in failures)
+        run.store.put(FAILURES_FILE, text.getvalue().encode())
+    summary = {**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    run.write_summary(json.dumps(summary, indent=1).encode())

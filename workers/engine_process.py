@@ -1,0 +1,159 @@
+"""The engine in a process of its own.
+
+The decode loop never shares an interpreter with the task threads, and a native crash, a hang or a sticky CUDA error costs
+this process only. The two ends talk over a socket pair in pickles: both are ours, and nothing from outside travels there.
+
+Run as `python -m workers.engine_process FD PARENT`, by `EngineProcess` only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from storage.sample import Sample
+from workers.engine import Engine, EngineSpec, ModelCard, Request
+from workers.errors import BatchFailedError, EngineDiedError, EngineStartError
+from workers.parent import die_with_parent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchError:
+    """What the child answers in place of samples."""
+
+    summary: str
+    traceback: str
+
+
+class EngineProcess:
+    """The parent's end. Not thread-safe: the batcher's thread alone calls it after `start`."""
+
+    def __init__(self, spec: EngineSpec, step_timeout: float) -> None:
+        self._spec = spec
+        self._timeout = step_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def start(self) -> ModelCard:
+        """Start the process and wait until the model is loaded. Raises EngineStartError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "workers.engine_process", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            self._connection.send(self._spec)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            code = self.stop()
+            raise EngineStartError(f"the engine's process ended with {_describe(code)} while it loaded the model") from error
+        if isinstance(answer, _BatchError):
+            self.stop()
+            raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}\n{answer.traceback}")
+        assert isinstance(answer, ModelCard)
+        return answer
+
+    def extract(self, requests: Sequence[Request]) -> list[Sample]:
+        """Run one batch. Raises BatchFailedError; EngineDiedError, after which `start` makes a new process."""
+        if self._connection is None:
+            self.start()
+        connection = self._connection
+        assert connection is not None
+        try:
+            connection.send(list(requests))
+            if not connection.poll(self._timeout):
+                self.stop()
+                raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped")
+            answer: Any = connection.recv()
+        except (EOFError, OSError) as error:
+            raise EngineDiedError(f"the engine's process ended with {_describe(self.stop())}") from error
+        if isinstance(answer, _BatchError):
+            raise BatchFailedError(answer.summary, answer.traceback)
+        if len(answer) != len(requests):
+            raise BatchFailedError(f"the engine returned {len(answer)} samples for {len(requests)} questions", "")
+        return list(answer)
+
+    def stop(self) -> int | None:
+        """End the process at once; return its exit code."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is None:
+            return None
+        self._process.kill()
+        code = self._process.wait()
+        self._process = None
+        return code
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id."""
+        return self._process.pid if self._process is not None else None
+
+
+def make_engine(spec: EngineSpec) -> Engine:
+    """Load an engine in this process."""
+    if spec.kind.startswith("fake"):
+        from workers.fake import FakeEngine
+
+        return FakeEngine(spec)
+    from workers.qwen import QwenEngine
+
+    return QwenEngine(spec)
+
+
+def _serve(connection: Connection) -> None:
+    try:
+        engine = make_engine(connection.recv())
+    except Exception as error:  # whatever a checkpoint or driver raises is the reason that the worker exits with
+        connection.send(_error(error))
+        return
+    connection.send(engine.card)
+    while True:
+        try:
+            requests = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer: Any = engine.extract(requests)
+        except Exception as error:  # the batch boundary: the parent halves the batch until one question is to blame
+            answer = _error(error)
+        connection.send(answer)
+
+
+def _error(error: Exception) -> _BatchError:
+    lines = str(error).strip().splitlines()
+    return _BatchError(f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc())
+
+
+def _describe(code: int | None) -> str:
+    if code is None:
+        return "an unknown exit code"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def main() -> None:
+    """Serve the parent until it closes its end or dies."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _serve(Connection(descriptor))
+
+
+if __name__ == "__main__":
+    main()

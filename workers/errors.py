@@ -1,0 +1,39 @@
+"""What can go wrong with a question: permanently, for now, or because the engine died under it."""
+
+from __future__ import annotations
+
+
+class PermanentError(Exception):
+    """A question that will never work. `reason` is its class; the message names the file and the fix."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+class TransientError(Exception):
+    """Something that may work later: the question is tried again."""
+
+
+class EngineDiedError(Exception):
+    """The engine's process ended, or was ended because it hung, while it computed a batch."""
+
+
+class BatchFailedError(Exception):
+    """The engine raised an exception on a batch, and lives."""
+
+    def __init__(self, summary: str, child_traceback: str) -> None:
+        super().__init__(summary)
+        self.child_traceback = child_traceback
+
+
+class EngineStartError(Exception):
+    """The engine cannot load its model; the worker cannot do anything."""
+
+
+class RunRefusedError(Exception):
+    """This worker cannot compute this run: another checkpoint, or settings that the model cannot satisfy."""

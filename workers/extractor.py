@@ -1,0 +1,135 @@
+"""What a GPU worker does for one question: open its run, prepare it, have the engine compute it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from storage.errors import UserError
+from storage.plan import Question
+from storage.run import Run
+from storage.sample import Sample
+from storage.settings import ModelFacts
+from workers.batcher import DynamicBatcher
+from workers.checkpoint import resolve_layers
+from workers.engine import EngineSpec, ModelCard
+from workers.engine_process import EngineProcess
+from workers.errors import RunRefusedError, TransientError
+from workers.preprocess import Preprocessor
+from workers.settings import WorkerSettings
+
+# Far above the time that a question can take; reached only if the batcher's thread is gone.
+_RESULT_TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run that this worker has agreed to compute."""
+
+    run: Run
+    facts: ModelFacts
+
+
+class Extractor:
+    """One preloaded engine with its preprocessor and batcher. Its methods are called from many task threads."""
+
+    def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
+        self._worker = worker
+        spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
+        self.engine = EngineProcess(spec, config.engine_timeout)
+        self.card: ModelCard = self.engine.start()
+        self._preprocess = Preprocessor(self.card)
+        self._batcher = DynamicBatcher(
+            self.engine.extract,
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_queue_delay=config.max_queue_delay,
+            on_fatal=on_fatal,
+        )
+        self._roots = config.data_roots
+        self._runs: dict[tuple[str, str], OpenRun] = {}
+        self._lock = threading.Lock()
+
+    def open_run(self, run_dir: str, run_id: str) -> OpenRun:
+        """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there."""
+        with self._lock:
+            if (run_dir, run_id) not in self._runs:
+                self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
+            return self._runs[run_dir, run_id]
+
+    def extract(self, opened: OpenRun, question: Question) -> Sample:
+        """Compute one question. Raises PermanentError, TransientError, BatchFailedError, EngineStartError."""
+        settings, facts = opened.run.settings, opened.facts
+        image = self._preprocess.image(
+            question.image_id,
+            Path(settings.images_dir),
+            tuple(Path(root) for root in settings.image_roots),
+            (facts.min_pixels, facts.max_pixels),
+        )
+        request = self._preprocess.request(image, question.question, facts.layers, settings.max_new_tokens)
+        sample = self._batcher.submit(settings.run_id, request).result(_RESULT_TIMEOUT)
+        facts_of_image = {
+            "image_sha256": image.sha256,
+            "image_size": list(image.original_size),
+            "resized_size": list(image.resized_size),
+        }
+        return replace(sample, facts={**sample.facts, **facts_of_image})
+
+    def close(self) -> None:
+        """Finish what waits and stop the engine."""
+        self._batcher.close()
+        self.engine.stop()
+
+    def _agree(self, run: Run) -> OpenRun:
+        try:
+            opened = OpenRun(run, self._facts(run))
+        except RunRefusedError as error:
+            run.note_refusal(self._worker, str(error))
+            raise
+        run.withdraw_refusal(self._worker)
+        return opened
+
+    def _facts(self, run: Run) -> ModelFacts:
+        settings, card = run.settings, self.card
+        try:
+            layers = resolve_layers(settings.layers, card.num_hidden_layers)
+        except UserError as error:
+            raise RunRefusedError(str(error)) from error
+        facts = ModelFacts(
+            model_type=card.model_type,
+            revision=card.revision,
+            config_sha256=card.config_sha256,
+            template_sha256=card.template_sha256,
+            num_hidden_layers=card.num_hidden_layers,
+            hidden_size=card.hidden_size,
+            vision_hidden_size=card.vision_hidden_size,
+            layers=layers,
+            min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
+            max_pixels=card.max_pixels if settings.max_pixels is None else settings.max_pixels,
+            repetition_penalty=card.repetition_penalty,
+        )
+        if facts.min_pixels > facts.max_pixels:
+            raise RunRefusedError(f"--min-pixels {facts.min_pixels} is above --max-pixels {facts.max_pixels}")
+        recorded = run.agree_on_model(facts)
+        if recorded != facts:
+            ours, theirs = facts.model_dump(), recorded.model_dump()
+            differing = ", ".join(f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k])
+            raise RunRefusedError(f"this worker's model is not the one that the run began with ({differing})")
+        return facts
+
+
+def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run:
+    """Open the run that a message names if it lies under a data root. Raises RunRefusedError, TransientError."""
+    path = Path(run_dir).resolve()
+    if not any(path.is_relative_to(root) for root in roots):
+        places = ", ".join(map(str, roots))
+        raise RunRefusedError(f"{path} is outside this worker's data roots ({places}): set HALP_DATA_ROOTS")
+    try:
+        run = Run.open(path)
+    except UserError as error:
+        raise TransientError(str(error)) from error
+    if run.run_id != run_id:
+        raise RunRefusedError(f"{path} holds run {run.run_id}, not {run_id}: the message is of a run that was deleted")
+    return run

@@ -1,0 +1,72 @@
+"""A deterministic stand-in for the model: the same interface, vectors of hashes. For tests and development of the queue."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from storage.sample import Sample
+from workers.engine import EngineSpec, ModelCard, Request
+
+_WIDTH, _LAYERS, _FACTOR = 8, 4, 28
+
+
+class FakeEngine:
+    """Computes each sample from the bytes of its request alone."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._seconds = float(spec.kind.partition(":")[2] or 0)
+        self._dtype = np.dtype(np.float32 if spec.dtype == "float32" else ml_dtypes.bfloat16)
+        self.card = ModelCard(
+            model_type="fake",
+            revision=spec.revision,
+            config_sha256="0" * 64,
+            template_sha256="0" * 64,
+            num_hidden_layers=_LAYERS,
+            hidden_size=_WIDTH,
+            vision_hidden_size=_WIDTH,
+            max_position_embeddings=32768,
+            repetition_penalty=1.0,
+            tokenizer_json=_byte_tokenizer().to_str(),
+            head_ids=(0,),
+            after_image_ids=(1,),
+            tail_ids=(2,),
+            patch_size=_FACTOR // 2,
+            merge_size=2,
+            min_pixels=_FACTOR * _FACTOR,
+            max_pixels=1280 * _FACTOR * _FACTOR,
+            environment={"device": "cpu", "gpu": "", "attention_implementation": "fake", "library_versions": "fake"},
+        )
+
+    def extract(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return a sample per request after the configured time."""
+        time.sleep(self._seconds)
+        return [self._sample(request) for request in requests]
+
+    def _sample(self, request: Request) -> Sample:
+        image = request.pixels.tobytes()
+        question = image + repr(request.suffix_ids).encode()
+        vectors = {
+            "vision_only_representation": self._vector(image, "vision_only"),
+            "vision_encoder_representation": self._vector(image, "vision_encoder"),
+        }
+        for layer in request.layers:
+            vectors[f"vision_token_representation/layer_{layer}"] = self._vector(image, f"vision {layer}")
+            vectors[f"query_token_representation/layer_{layer}"] = self._vector(question, f"query {layer}")
+        return Sample(vectors, hashlib.sha256(question).hexdigest()[:8], {"finish_reason": "eos", **self.card.environment})
+
+    def _vector(self, content: bytes, field: str) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(field.encode() + content).digest()[:8])
+        return np.random.default_rng(seed).standard_normal(_WIDTH, dtype=np.float32).astype(self._dtype)
+
+
+def _byte_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: 3 + i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer

@@ -1,0 +1,178 @@
+"""Feeding: put a run's unfinished questions into the queue, a bounded number at a time.
+
+`feed` is idempotent. The command line calls it once and every sweep of the collector again, so that a killed producer, a
+lost message and a wiped Redis are one case. What was fed is noted in the same Redis as the messages: a wipe forgets both.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kombu import Queue
+
+from storage.plan import Slice
+from storage.run import Run
+from workers.celery import app
+from workers.queues import COLLECT, ModelQueues
+from workers.settings import settings
+
+logger = logging.getLogger(__name__)
+_CHUNK = 500  # messages in one round trip to Redis
+_LOCK_SECONDS = 60
+_GRACE = 60.0  # seconds beyond the visibility timeout before a silent slice is fed again
+_HINT_INTERVAL = 1.0
+
+_hinted: dict[tuple[str, int], float] = {}
+_hint_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """How far a slice is fed. Times are Redis's own clock."""
+
+    upto: int = 0  # questions below this sequence were put into the queue
+    finished: int = 0  # questions staged when last looked at
+    moved: float = 0.0  # when `upto` or `finished` last grew
+
+
+def queues_of(run: Run) -> ModelQueues:
+    """Return the queues that serve a run's model."""
+    return ModelQueues(run.settings.model_slug, run.settings.dtype, run.settings.model_digest)
+
+
+def feed(run: Run, published: set[int] | None = None) -> int:
+    """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time."""
+    published = run.parts_with_sidecar() if published is None else published
+    pieces = [piece for piece in run.slices if piece.part not in published]
+    with _redis() as client:
+        lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
+        if not lock.acquire():
+            return 0
+        try:
+            return _Feeder(run, client, pieces).feed()
+        finally:
+            if lock.owned():
+                lock.release()
+
+
+def forget(run: Run) -> None:
+    """Forget what was fed, so that the next `feed` puts every unfinished question into the queue again."""
+    with _redis() as client:
+        client.delete(_key(run))
+
+
+def hint_collector(run: Run, part: int) -> None:
+    """Ask the collector to look at a run when a slice seems complete; its own sweeps do not depend on it."""
+    now = time.monotonic()
+    with _hint_lock:
+        if now - _hinted.get((run.run_id, part), 0.0) < _HINT_INTERVAL:
+            return
+        _hinted[run.run_id, part] = now
+    if len(run.staged(part)) >= run.slice(part).size:
+        app.send_task(
+            "workers.collect", kwargs={"run_dir": str(run.output_dir), "run_id": run.run_id}, queue=Queue(COLLECT)
+        )
+
+
+class _Feeder:
+    """One pass over a run's open slices."""
+
+    def __init__(self, run: Run, client: Any, pieces: list[Slice]) -> None:
+        self._run = run
+        self._client = client
+        self._pieces = pieces
+        self._queues = queues_of(run)
+        self._now = _clock(client)
+
+    def feed(self) -> int:
+        fed = self._progress()
+        limit = settings().queue_limit or float("inf")
+        in_queue = sum(entry.upto - entry.finished for entry in fed.values())
+        put = 0
+        for piece in self._pieces:
+            entry = fed.get(piece.part, _Fed())
+            staged = self._run.staged(piece.part) if entry.upto < piece.size else {}
+            while entry.upto < piece.size and in_queue < limit:
+                end = int(min(piece.size, entry.upto + _CHUNK, entry.upto + limit - in_queue))
+                missing = [sequence for sequence in range(entry.upto, end) if sequence not in staged]
+                self._publish(piece, missing)
+                entry = replace(entry, upto=end, finished=sum(s < end for s in staged), moved=self._now)
+                self._note(piece.part, entry)
+                in_queue += len(missing)
+                put += len(missing)
+            if in_queue >= limit:
+                break
+        return put
+
+    def _progress(self) -> dict[int, _Fed]:
+        """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
+        noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
+        open_parts = {piece.part: piece for piece in self._pieces}
+        fed: dict[int, _Fed] = {}
+        for part, entry in noted.items():
+            if part not in open_parts:
+                self._client.hdel(_key(self._run), part)
+                continue
+            staged = sum(sequence < entry.upto for sequence in self._run.staged(part))
+            if staged != entry.finished:
+                entry = replace(entry, finished=staged, moved=self._now)
+                self._note(part, entry)
+            if self._stalled(entry):
+                logger.warning("%s: part %d made no progress; feeding it again", self._run.output_dir, part)
+                self._client.hdel(_key(self._run), part)
+                continue
+            fed[part] = entry
+        return fed
+
+    def _stalled(self, entry: _Fed) -> bool:
+        """Tell whether a slice's messages seem lost: long silence, and nothing queued that would explain it."""
+        silent = self._now - entry.moved > settings().visibility_timeout + _GRACE
+        return silent and entry.finished < entry.upto and not any(map(self._client.llen, self._served_queues()))
+
+    def _served_queues(self) -> tuple[str, ...]:
+        return (self._queues.retry, *self._queues.lanes)
+
+    def _publish(self, piece: Slice, sequences: list[int]) -> None:
+        questions = self._run.questions(piece.part)
+        common = {"run_dir": str(self._run.output_dir), "run_id": self._run.run_id, "part": piece.part}
+        with app.producer_pool.acquire(block=True) as producer, producer.batch():
+            for sequence in sequences:
+                question = questions[sequence]
+                app.send_task(
+                    "workers.extract",
+                    kwargs={
+                        **common,
+                        "sequence": sequence,
+                        "question_id": question.question_id,
+                        "image_id": question.image_id,
+                    },
+                    task_id=f"{self._run.run_id}-{self._run.label(piece.part)}-{sequence}",
+                    queue=Queue(self._queues.lane(self._run.run_id, question.image_id)),
+                    producer=producer,
+                )
+
+    def _note(self, part: int, entry: _Fed) -> None:
+        self._client.hset(_key(self._run), part, json.dumps(asdict(entry)))
+
+
+def _key(run: Run) -> str:
+    return f"halp:fed:{run.run_id}"
+
+
+def _clock(client: Any) -> float:
+    seconds, microseconds = client.time()
+    return float(seconds) + float(microseconds) / 1e6
+
+
+@contextmanager
+def _redis() -> Iterator[Any]:
+    """Yield a Redis client with the broker connection's own address, credentials and TLS settings."""
+    with app.pool.acquire(block=True) as connection:
+        yield connection.default_channel.client

@@ -1,0 +1,185 @@
+"""From an image file and a question to an engine request: bounded, decoded once per image in flight, resized, tokenised.
+
+Follows qwen-vl-utils (PIL, bicubic, its `smart_resize`) without importing it, since it would bring torch into the task
+threads' process; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from storage.images import OutsideRootError, resolve_image
+from workers.engine import ModelCard, Request
+from workers.errors import PermanentError, TransientError
+from workers.prompt import QuestionTokenizer
+
+MAX_ASPECT_RATIO = 200
+MAX_IMAGE_PIXELS = 100_000_000
+_TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
+_CACHED_IMAGES = 64
+_CONTEXT = 32_768  # what the model was trained on; its config admits more, and transformers does not check
+
+Image.MAX_IMAGE_PIXELS = None  # the bound below is checked before decoding, with a message of our own
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """A decoded image: pixels uint8 [H, W, 3] after resizing; sizes are (width, height)."""
+
+    key: str
+    pixels: npt.NDArray[np.uint8]
+    sha256: str
+    original_size: tuple[int, int]
+
+    @property
+    def resized_size(self) -> tuple[int, int]:
+        """Width and height that the model sees."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+
+class Preprocessor:
+    """Prepares questions for one loaded model. Thread-safe."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self._card = card
+        self._tokenize = QuestionTokenizer(card.tokenizer_json)
+        self._factor = card.patch_size * card.merge_size
+        self._images: OrderedDict[tuple[Path, int, int], Future[PreparedImage]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def image(
+        self, image_id: str, images_dir: Path, roots: tuple[Path, ...], limits: tuple[int, int]
+    ) -> PreparedImage:
+        """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
+        try:
+            path = resolve_image(image_id, images_dir, roots)
+        except OutsideRootError as error:
+            raise PermanentError("image_outside_root", str(error)) from error
+        key = (path, *limits)
+        with self._lock:
+            future = self._images.get(key)
+            mine = future is None
+            if future is None:
+                future = self._images[key] = Future()
+            self._images.move_to_end(key)
+            while len(self._images) > _CACHED_IMAGES:
+                self._images.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(load_image(path, self._factor, limits))
+            except BaseException as error:
+                with self._lock:
+                    self._images.pop(key, None)
+                future.set_exception(error)
+        return future.result()
+
+    def request(self, image: PreparedImage, question: str, layers: tuple[int, ...], max_new_tokens: int) -> Request:
+        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
+        suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
+        tokens = image.pixels.shape[0] * image.pixels.shape[1] // self._factor**2
+        total = len(self._card.head_ids) + tokens + len(suffix)
+        limit = min(_CONTEXT, self._card.max_position_embeddings)
+        if total > limit:
+            raise PermanentError(
+                "prompt_too_long",
+                f"the prompt has {total} tokens, {tokens} of them from the image; the model takes {limit}. "
+                "Shorten the question or lower --max-pixels",
+            )
+        return Request(image.key, image.pixels, suffix, total, layers, max_new_tokens)
+
+
+def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImage:
+    """Read, check, decode and resize an image file. Raises PermanentError, TransientError."""
+    data = _read(path)
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                _check_size(path, width, height)
+                rgb = _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
+    except MemoryError as error:
+        raise TransientError(f"{path}: not enough memory to decode {width}x{height} pixels") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
+        # What Pillow's decoders raise on damaged data. The bytes are in memory, so no I/O error is among them.
+        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+    resized_height, resized_width = smart_resize(height, width, factor, *limits)
+    pixels = np.asarray(rgb.resize((resized_width, resized_height)))
+    key = f"{digest}:{resized_width}x{resized_height}"
+    return PreparedImage(key, pixels, digest, (width, height))
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the height and width, multiples of `factor`, that the model sees. Source: qwen-vl-utils 0.0.14."""
+    rounded_height = max(factor, round(height / factor) * factor)
+    rounded_width = max(factor, round(width / factor) * factor)
+    if rounded_height * rounded_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        # At least one factor: on a long thin image qwen-vl-utils returns 0 here, and Pillow then raises.
+        return (
+            max(factor, math.floor(height / scale / factor) * factor),
+            max(factor, math.floor(width / scale / factor) * factor),
+        )
+    if rounded_height * rounded_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    return rounded_height, rounded_width
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PermanentError("image_missing", f"{path} does not exist") from error
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        raise TransientError(f"{path}: {error.strerror}") from error
+    if not data:
+        raise PermanentError("image_empty", f"{path} has no bytes: replace it")
+    return data
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_IMAGE_PIXELS:
+        raise PermanentError(
+            "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise PermanentError(
+            "image_aspect_ratio", f"{path} is {width}x{height}: the longer side is over {MAX_ASPECT_RATIO} times the shorter"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the first frame in RGB: transparency on white, 16 bits scaled to 8. EXIF rotation is ignored, as in the recipe."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_to_8_bits(image).convert("RGB")
+    if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, (255, 255, 255))
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """Map 16-bit grey levels to 8 bits; Pillow's own conversion clips them to white."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))

@@ -1,0 +1,61 @@
+"""Configuration by environment, prefix `HALP_`. The README's table documents each variable."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from storage.settings import Dtype
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+class WorkerSettings(BaseSettings):
+    """What a process on this machine needs to know besides the run."""
+
+    model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True)
+
+    broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
+    visibility_timeout: int = Field(
+        600, ge=1, description="Seconds after which an unacknowledged question is given to another worker; one value per Redis."
+    )
+    queue_limit: int = Field(2000, ge=0, description="Questions of one run in the queue at once; 0 is no bound.")
+    data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (Path(),), description="Directories, separated by `:`, that runs may lie in; the collector scans them."
+    )
+    sweep_interval: float = Field(5.0, gt=0, description="Seconds between two sweeps of the collector.")
+
+    model: str = Field(DEFAULT_MODEL, description="Model that a worker preloads: a hub name or a local directory.")
+    revision: str = Field("main", description="Revision of a hub model.")
+    dtype: Dtype = Field("bfloat16", description="Dtype that the model computes in.")
+    cache_dir: Path = Field(Path("model_cache"), description="Where a hub model is kept.")
+    engine: str = Field(
+        "qwen",
+        pattern=r"^(qwen|fake(:\d+(\.\d+)?)?)$",
+        description="`fake:S` computes hashes in place of a model and takes S seconds a batch: for development.",
+    )
+    engine_timeout: float = Field(300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted.")
+    max_batch_size: int = Field(16, ge=1, description="Questions in one batch.")
+    max_batch_tokens: int = Field(16384, ge=1, description="Prompt tokens in one batch; a single longer prompt runs alone.")
+    max_queue_delay: float = Field(0.05, ge=0, description="Seconds that a question waits for others to fill its batch.")
+    max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")
+
+    @field_validator("data_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        return tuple(Path(p) for p in value.split(":") if p) if isinstance(value, str) else value
+
+    @field_validator("data_roots")
+    @classmethod
+    def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(p.resolve() for p in value)
+
+
+@lru_cache(maxsize=1)
+def settings() -> WorkerSettings:
+    """Return this process's configuration."""
+    return WorkerSettings()

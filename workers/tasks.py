@@ -1,0 +1,97 @@
+"""The way of a question, on one page: extract it, stage it, collect its slice.
+
+A task may run twice, or on two workers at once: it begins by looking whether its question is finished, staging keeps the
+first result, and a published part is never touched again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import Task
+from celery.exceptions import Reject
+from kombu import Queue
+
+from storage.run import Run
+from storage.sample import Failure
+from workers.bootsteps import current_extractor
+from workers.celery import app, model_queues
+from workers.collector import collect_run
+from workers.errors import BatchFailedError, EngineStartError, PermanentError, RunRefusedError, TransientError
+from workers.extractor import open_run_in_roots
+from workers.feed import hint_collector
+from workers.settings import settings
+
+logger = logging.getLogger(__name__)
+MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
+_REASONS: dict[type[Exception], str] = {TransientError: "transient_error", BatchFailedError: "engine_error"}
+
+
+@app.task(bind=True, name="workers.extract", max_retries=None)  # type: ignore[untyped-decorator]
+def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, question_id: str, image_id: str) -> str:
+    """Compute one question and stage its result, or its failure. `question_id` and `image_id` are for people to read."""
+    extractor = current_extractor()
+    opened = _open_run(self, extractor, run_dir, run_id)
+    run = opened.run
+    if run.has_finished(part, sequence):
+        return "finished before"
+    question = run.questions(part)[sequence]
+    try:
+        sample = extractor.extract(opened, question)
+    except PermanentError as error:
+        _fail(self, run, part, sequence, error.reason, error.message)
+        raise
+    except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
+        raise Reject(error, requeue=True) from error
+    except Exception as error:  # the task boundary: whatever else happened is tried again, then recorded
+        if self.request.retries >= settings().max_retries:
+            reason = _REASONS.get(type(error), "internal_error")
+            _fail(self, run, part, sequence, reason, f"{type(error).__name__}: {error}")
+            raise
+        raise _retry(self, error) from error
+    run.stage_sample(part, sequence, sample)
+    hint_collector(run, part)
+    return "written"
+
+
+@app.task(name="workers.collect")  # type: ignore[untyped-decorator]
+def collect(*, run_dir: str, run_id: str) -> str:
+    """Bring a run forward: pack its complete slices, feed what is missing, summarise it at its end."""
+    account = collect_run(open_run_in_roots(run_dir, run_id, settings().data_roots))
+    return f"{account.written} written, {account.failed} failed of {account.planned}"
+
+
+def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:
+    try:
+        return extractor.open_run(run_dir, run_id)
+    except RunRefusedError as error:
+        logger.error("refusing %s: %s", run_dir, error)
+        raise
+    except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
+        raise _retry(task, error) from error
+
+
+def _retry(task: Task, error: Exception) -> Exception:
+    """Put the task into the retry queue with exponential back-off and jitter."""
+    countdown = min(MAX_COUNTDOWN, 2**task.request.retries) * random.uniform(0.5, 1.0)
+    retry: Exception = task.retry(exc=error, countdown=countdown, queue=Queue(model_queues(settings()).retry), throw=False)
+    return retry
+
+
+def _fail(task: Task, run: Run, part: int, sequence: int, reason: str, message: str) -> None:
+    """Stage a failure: the record of why a question has no sample."""
+    failure = Failure(
+        question_id=run.questions(part)[sequence].question_id,
+        reason=reason,
+        message=message,
+        traceback=traceback.format_exc(),
+        attempts=task.request.retries + 1,
+        worker=task.request.hostname or "",
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    run.stage_failure(part, sequence, failure)
+    hint_collector(run, part)
