@@ -19,12 +19,12 @@ def check_images(
 ) -> int:
     """Return how many of the distinct images are missing: each becomes a failure of its questions later.
 
-    Raises UserError where a directory is none, where a row's image lies outside the directory and the further roots, and,
-    unless `allow_missing`, where more than a fifth of the images are missing.
+    Raises UserError where a directory is none, where a row's image lies outside the directory and the further roots,
+    and, unless `allow_missing`, where more than a fifth of the images are missing.
     """
     for option, directory in [("--images-dir", images_dir), *(("--image-root", root) for root in image_roots)]:
-        if not directory.is_dir():
-            problem = "is not a directory" if directory.exists() else "does not exist"
+        if not os.path.isdir(directory):  # as isfile below: Path's own raise on a name too long or a parent closed to us
+            problem = "is not a directory" if os.path.exists(directory) else "does not exist"
             raise UserError(f"{option} {directory} {problem}: name the directory that holds the images")
     images_dir, image_roots = images_dir.resolve(), [root.resolve() for root in image_roots]
     images = dict.fromkeys(question.image_id for question in questions)
@@ -36,7 +36,7 @@ def check_images(
         except OutsideRootError as e:
             outside[image_id] = str(e)
         else:
-            if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
+            if not os.path.isfile(path):
                 missing.append(image_id)
     if outside:
         raise UserError(_outside_message(questions, outside, images_dir))
@@ -52,6 +52,7 @@ def _outside_message(questions: Sequence[Question], outside: dict[str, str], ima
     faults = Faults()
     for question in questions:
         if question.image_id in outside:
-            faults.add(f"data row {question.csv_row}, question {short(question.question_id)}: image {outside[question.image_id]}")
+            where = f"data row {question.csv_row}, question {short(question.question_id)}"
+            faults.add(f"{where}: image {outside[question.image_id]}")
     rows = "1 row names" if faults.number == 1 else f"{faults.number:,} rows name"
     return f"{rows} an image outside {images_dir}: --image-root DIR admits a further root\n{faults}"

@@ -11,7 +11,7 @@ _TEST_SIZE = 3
 
 
 def select(questions: Sequence[Question], *, limit: int | None, test: bool) -> list[Question]:
-    """Return the first `limit` questions; with `test` the same random three of those on every call, in the CSV's order."""
+    """Return the first `limit`; with `test` a random three of those, always the same, in the CSV's order."""
     chosen = list(questions[:limit])
     if test and len(chosen) > _TEST_SIZE:
         chosen = [chosen[i] for i in sorted(random.Random(0).sample(range(len(chosen)), _TEST_SIZE))]
@@ -19,7 +19,7 @@ def select(questions: Sequence[Question], *, limit: int | None, test: bool) -> l
 
 
 def order_by_image(questions: Sequence[Question]) -> list[Question]:
-    """Return the questions of each image together, images by first appearance and their questions in the given order."""
+    """Return the questions of each image together: images by first appearance, their questions in the given order."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.image_id, []).append(question)
@@ -27,7 +27,7 @@ def order_by_image(questions: Sequence[Question]) -> list[Question]:
 
 
 def cut(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Yield consecutive slices of `size` questions; the last may be shorter. Raises ValueError where size is below 1."""
+    """Yield consecutive slices of `size` questions; the last may be shorter. Raises ValueError for a size below 1."""
     if size < 1:
         raise ValueError(f"a slice has at least one question, not {size}")
     for start in range(0, len(questions), size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import io
+import os
 import re
 import zlib
 from collections import Counter
@@ -34,7 +34,7 @@ _MAX_FIELD = 1 << 20
 _MAX_NAME = 512  # characters of a question id or a column's name, which become names in HDF5: 64 KiB there at most
 _MAX_COLUMNS = 20  # named in a message
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BAD_CHARACTER = re.compile(r"[\0\ud800-\udfff]")  # a surrogate is a byte that was not UTF-8, as `surrogateescape` gives it
+_BAD_CHARACTER = re.compile(r"[\0\ud800-\udfff]")  # a surrogate stands for a byte that was not UTF-8: see _open
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,13 @@ class _Header:
 def read_questions(csv_path: Path) -> list[Question]:
     """Return the questions of a `.csv` or `.csv.gz` in the file's order, every field the text that it is in the file.
 
-    The stdlib reader in strict mode, because it names the line of a fault and because `001`, `NA` and an empty answer stay
-    what they are; pandas parses numbers and missing values, mends a bad quote in silence and names no line. Takes UTF-8 with
-    or without a byte-order mark; skips empty lines. Raises UserError, with every faulty line (the first 20 in full) and its
-    fix; a line number is that of the file's line on which the record starts.
+    The stdlib reader in strict mode, because it names the line of a fault and because `001`, `NA` and an empty answer
+    stay what they are; pandas parses numbers and missing values, mends a bad quote in silence and names no line.
+    Takes UTF-8 with or without a byte-order mark; skips empty lines. Raises UserError with every faulty line (the first
+    20 in full) and its fix; a line number is that of the file's line on which the record starts.
     """
-    if csv_path.is_dir():
-        raise UserError(f"{csv_path} is a directory: name the CSV file itself")
-    if not csv_path.is_file():
-        raise UserError(f"{csv_path} is no file: name the dataset's CSV (.csv or .csv.gz)")
+    if not os.path.isfile(csv_path):
+        raise UserError(f"{csv_path} {_what(csv_path)}: name the dataset's CSV file (.csv or .csv.gz)")
     limit = csv.field_size_limit(_MAX_FIELD)  # a setting of the whole process, so it is put back
     try:
         with _open(csv_path) as file:
@@ -79,10 +77,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(path: Path) -> io.TextIOWrapper:
-    # surrogateescape: a byte that is not UTF-8 reaches the check of its row, which knows the line; newline="": csv's own rule.
-    raw = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _what(path: Path) -> str:
+    if os.path.isdir(path):
+        return "is a directory"
+    return "is not a regular file" if os.path.exists(path) else "does not exist"
+
+
+def _open(path: Path) -> TextIO:
+    # surrogateescape: a byte that is not UTF-8 reaches the check of its row, which knows the line.
+    # newline: csv asks for it, so that a line break inside quotes stays what it is.
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read(file: TextIO, path: Path) -> list[Question]:
@@ -162,8 +167,9 @@ def _header_problems(names: Sequence[str], missing: Sequence[str]) -> list[str]:
         more = ", …" if len(names) > _MAX_COLUMNS else ""
         problems += [f"no column {' or '.join(_COLUMNS[column])}" for column in missing]
         problems.append(f"the columns are {', '.join(map(short, names[:_MAX_COLUMNS]))}{more}")
-        if delimiter := next((word for mark, word in ((";", "semicolons"), ("\t", "tabs")) if mark in "".join(names)), None):
-            problems.append(f"it looks separated by {delimiter}: save it with commas")
+        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+            if mark in "".join(names):
+                problems.append(f"it looks separated by {word}: save it with commas")
     for name, number in Counter(names).items():
         if number > 1:
             problems.append(f"{number} columns are named {short(name)}: rename or remove all but one")
@@ -177,12 +183,13 @@ def _header_problems(names: Sequence[str], missing: Sequence[str]) -> list[str]:
 def _row_problems(row: Sequence[str], line: int, header: _Header, lines: dict[str, int]) -> list[str]:
     """Return what is wrong with a row, each with its fix; note its id's line in `lines`."""
     if len(row) != header.width:
-        hint = "put a text that holds commas in quotes" if len(row) > header.width else "add the commas of the empty ones"
+        too_many = len(row) > header.width
+        hint = "put a text that holds commas in quotes" if too_many else "write a comma for each empty field too"
         return [f"{len(row)} fields where the first line has {header.width}: {hint}"]
     problems = []
     question_id, question = row[header.question_id], row[header.question]
     text = "".join(row)
-    if "\0" in text or not text.isascii() and _BAD_CHARACTER.search(text):
+    if "\0" in text or (not text.isascii() and _BAD_CHARACTER.search(text)):
         problems.append(_character_problem(text))
     if not question_id.strip():
         problems.append("question_id is blank: give each row an id of its own")
@@ -195,12 +202,13 @@ def _row_problems(row: Sequence[str], line: int, header: _Header, lines: dict[st
     if not question.strip():
         problems.append("the question is blank: write it or remove the row")
     elif _NOT_TEXT.fullmatch(question.strip()):
-        problems.append(f"question_not_text: the question is {short(question)}: export the table again with its words, or remove the row")
+        fix = "export the table again with its words, or remove the row"
+        problems.append(f"question_not_text: the question is {short(question)}: {fix}")
     return problems
 
 
 def _character_problem(text: str) -> str:
     if "\0" in text:
-        return "it holds a NUL character: remove it"
+        return "the row holds a NUL character: remove it"
     byte = next(ord(character) - 0xDC00 for character in text if _BAD_CHARACTER.match(character))
     return f"byte 0x{byte:02x} is not UTF-8: save the table as CSV in UTF-8"

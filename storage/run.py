@@ -114,11 +114,16 @@ class Run:
 
     def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
         """Stage a question's result. The first one stays."""
-        self.store.put_new(self._staged_key(part, sequence, _RESULT), encode_sample(sample))
+        self._stage(part, self._staged_key(part, sequence, _RESULT), encode_sample(sample))
 
     def stage_failure(self, part: int, sequence: int, failure: Failure) -> None:
         """Stage a question's permanent failure. A staged result beats it."""
-        self.store.put_new(self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
+        self._stage(part, self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
+
+    def _stage(self, part: int, key: str, data: bytes) -> None:
+        self.store.put_new(key, data)
+        if self.store.exists(self.sidecar_key(part)):  # a second computation, later than the part: nobody would remove it
+            self.delete_staging(part)
 
     def staged(self, part: int) -> dict[int, bool]:
         """Return the finished questions of an unpublished slice: sequence to whether it has a result."""

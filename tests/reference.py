@@ -1,6 +1,6 @@
 """The plain reference: one question at a time, in float32, by the model card's recipe and hooks of its own.
 
-It shares no code with the project, so that both cannot make the same mistake; the engine's results are compared with it.
+It shares no code with the project, so that both cannot make the same mistake.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ class Reference:
         max_pixels: int | None = None,
         attention: str = "sdpa",
     ) -> None:
-        asked = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        asked = {key: value for key, value in asked.items() if value is not None}
-        self.processor: Any = AutoProcessor.from_pretrained(model_dir, **asked)
-        self.min_pixels, self.max_pixels = _pixel_limits(self.processor.image_processor)
-        for key, value in asked.items():
-            if getattr(self, key) != value:
-                raise RuntimeError(f"This transformers ignores {key}={value} in from_pretrained.")
+        self.processor: Any = AutoProcessor.from_pretrained(model_dir)
+        limits = _pixel_limits(self.processor.image_processor)
+        # Only qwen-vl-utils resizes, so the processor need not be told: versions differ in which form it heeds.
+        self.min_pixels = limits[0] if min_pixels is None else min_pixels
+        self.max_pixels = limits[1] if max_pixels is None else max_pixels
         model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, attn_implementation=attention)
         self.model = model.float().eval()
         self.repetition_penalty = repetition_penalty
@@ -62,7 +60,8 @@ class Reference:
         layers = list(layers)
         handles = [decoder[i].register_forward_hook(_keep(seen, i)) for i in layers]
         # The merger's rows come in window order, of which the means know nothing.
-        handles += [m.register_forward_hook(_keep(seen, k)) for k, m in (("E", visual.blocks[-1]), ("D", visual.merger))]
+        handles.append(visual.blocks[-1].register_forward_hook(_keep(seen, "E")))
+        handles.append(visual.merger.register_forward_hook(_keep(seen, "D")))
         try:
             self.model(**inputs)
         finally:

@@ -56,16 +56,17 @@ def feed(run: Run, published: set[int] | None = None) -> int:
         if not lock.acquire():
             return 0
         try:
-            return _Feeder(run, client, pieces).feed()
+            return _Feeder(run, client, pieces, max(published, default=0)).feed()
         finally:
             if lock.owned():
                 lock.release()
 
 
-def forget(run: Run) -> None:
-    """Forget what was fed, so that the next `feed` puts every unfinished question into the queue again."""
+def wipe(run: Run) -> None:
+    """Empty a Redis that serves this run alone, and feed it again: nothing waits for a dead worker's messages to return."""
     with _redis() as client:
-        client.delete(_key(run))
+        client.flushdb()
+    feed(run)
 
 
 def hint_collector(run: Run, part: int) -> None:
@@ -84,10 +85,11 @@ def hint_collector(run: Run, part: int) -> None:
 class _Feeder:
     """One pass over a run's open slices."""
 
-    def __init__(self, run: Run, client: Any, pieces: list[Slice]) -> None:
+    def __init__(self, run: Run, client: Any, pieces: list[Slice], last_published: int) -> None:
         self._run = run
         self._client = client
         self._pieces = pieces
+        self._last_published = last_published
         self._queues = queues_of(run)
         self._now = _clock(client)
 
@@ -124,20 +126,21 @@ class _Feeder:
             if staged != entry.finished:
                 entry = replace(entry, finished=staged, moved=self._now)
                 self._note(part, entry)
-            if self._stalled(entry):
+            if self._stalled(part, entry):
                 logger.warning("%s: part %d made no progress; feeding it again", self._run.output_dir, part)
                 self._client.hdel(_key(self._run), part)
                 continue
             fed[part] = entry
         return fed
 
-    def _stalled(self, entry: _Fed) -> bool:
-        """Tell whether a slice's messages seem lost: long silence, and nothing queued that would explain it."""
+    def _stalled(self, part: int, entry: _Fed) -> bool:
+        """Tell whether a slice's messages seem lost: long silence, and no longer queue before them that would explain it."""
         silent = self._now - entry.moved > settings().visibility_timeout + _GRACE
-        return silent and entry.finished < entry.upto and not any(map(self._client.llen, self._served_queues()))
+        overtaken = part < self._last_published
+        return silent and entry.finished < entry.upto and (overtaken or self._queues_are_empty())
 
-    def _served_queues(self) -> tuple[str, ...]:
-        return (self._queues.retry, *self._queues.lanes)
+    def _queues_are_empty(self) -> bool:
+        return not any(map(self._client.llen, (self._queues.retry, *self._queues.lanes)))
 
     def _publish(self, piece: Slice, sequences: list[int]) -> None:
         questions = self._run.questions(piece.part)

@@ -1,16 +1,19 @@
 """Build a small, genuine Qwen2.5-VL checkpoint offline, for tests, the demo and CPU benchmarks.
 
 The directory holds the published checkpoints' files with their names and keys (flat `config.json`, `visual.*` and
-`model.*` weights), so every supported transformers loads it as it loads the 7B. The vocabulary is the first 8,192 ranks of
-Qwen's own encoding and the 22 added tokens; the weights are seeded noise. The answers therefore mean nothing.
+`model.*` weights), so every supported transformers loads it as it loads the 7B. The vocabulary is the first 8,192 ranks
+of Qwen's own encoding and the 22 added tokens; the weights are seeded noise. The answers therefore mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
+import math
 import shutil
+import sys
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -62,9 +65,9 @@ class SmallModelSpec:
     """Name the sizes and the temper of one small checkpoint; the same spec gives the same bytes.
 
     `expressive` replaces the default initialisation, under which a model ignores positions and masks and answers every
-    question alike, by peaked attention (`attention_gain` is the standard deviation of queries and keys), random biases and
-    norm weights. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early. `word_gain`
-    enlarges the rows of whole words, so that answers read as words.
+    question alike, by peaked attention (`attention_gain` is the standard deviation of queries and keys), random biases
+    and norm weights. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early.
+    `word_gain` enlarges the rows of whole words, so that answers read as words.
     """
 
     hidden_size: int = 128
@@ -135,7 +138,7 @@ def _holds(directory: Path, spec: SmallModelSpec) -> bool:
     if not all((directory / name).is_file() for name in FILES):
         return False
     stored: object = json.loads((directory / "small_model.json").read_text(encoding="utf-8"))
-    return stored == json.loads(json.dumps(asdict(spec)))
+    return bool(stored == json.loads(json.dumps(asdict(spec))))  # tuples become lists
 
 
 def _write(directory: Path, spec: SmallModelSpec) -> None:
@@ -202,7 +205,7 @@ def _parents(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """Return the two pieces that the merge of `token` joins: what lower ranks alone make of its bytes."""
     pieces = [bytes([byte]) for byte in token]
     while len(pieces) > 2:
-        joined = [ranks.get(a + b, ranks[token]) for a, b in zip(pieces, pieces[1:], strict=False)]
+        joined = [ranks.get(a + b, ranks[token]) for a, b in itertools.pairwise(pieces)]
         i = joined.index(min(joined))
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
     return pieces[0], pieces[1]
@@ -376,26 +379,29 @@ def _sample(name: str, shape: tuple[int, ...], spec: SmallModelSpec) -> np.ndarr
     """Draw one tensor; the generator depends on seed and name only, so that a new tensor moves no other."""
     import numpy as np
 
-    noise = np.random.default_rng([spec.seed, zlib.crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
+    random = np.random.default_rng([spec.seed, zlib.crc32(name.encode())])
+    noise: np.ndarray = random.standard_normal(shape, dtype=np.float32)
     is_norm = "norm" in name or "ln_q" in name
     if not spec.expressive:
         noise *= 0.0 if is_norm or name.endswith(".bias") else 0.02
-        return noise + np.float32(is_norm)
+        noise += is_norm
+        return noise
     if name == "model.norm.weight":
         # Both signs, so that a tied head does not find the last token's own embedding in the state and repeat it.
-        return np.copysign(1.0, noise) + np.float32(0.3) * noise
-    if is_norm:
-        return np.clip(1.0 + 0.3 * noise, 0.2, 2.0).astype(np.float32)
-    if "embed_tokens" in name:
-        return noise
-    if name.endswith(".bias"):
-        noise *= np.float32(0.3)
-    else:
-        noise *= np.float32(np.prod(shape[1:]) ** -0.5)
+        noise *= 0.3
+        noise += np.copysign(1.0, noise)
+    elif is_norm:
+        noise *= 0.3
+        noise += 1.0
+        noise.clip(0.2, 2.0, out=noise)
+    elif name.endswith(".bias"):
+        noise *= 0.3
+    elif "embed_tokens" not in name:
+        noise *= math.prod(shape[1:]) ** -0.5  # a sum over the inputs keeps their variance
     if ".q_proj." in name or ".k_proj." in name:
-        noise *= np.float32(spec.attention_gain)
+        noise *= spec.attention_gain
     if ".qkv." in name:
-        noise[: 2 * spec.vision_hidden_size] *= np.float32(spec.attention_gain)  # queries and keys, not values
+        noise[: 2 * spec.vision_hidden_size] *= spec.attention_gain  # queries and keys, not values
     return noise
 
 
@@ -422,7 +428,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     preset = PRESETS[options.preset]
     seed = preset.seed if options.seed is None else options.seed
-    print(build_small_model(options.directory, replace(preset, seed=seed, dtype=options.dtype)))
+    directory = build_small_model(options.directory, replace(preset, seed=seed, dtype=options.dtype))
+    sys.stdout.write(f"{directory}\n")
 
 
 if __name__ == "__main__":

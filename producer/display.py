@@ -1,0 +1,89 @@
+"""How a run looks on the terminal: tables, a live bar with rate and time left, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeftColumn
+from rich.table import Table
+
+from storage.account import Account
+from storage.run import Run
+
+_LINE_INTERVAL = 10.0
+
+
+class LiveAccount:
+    """A progress bar that is fed accounts, for the length of a `with` block."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._begun: tuple[float, int] | None = None
+        self._last_line = 0.0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeLeftColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("loading the model", total=None, rate="")
+
+    def __enter__(self) -> LiveAccount:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, account: Account) -> None:
+        """Show an account."""
+        done = account.written + account.failed + account.staged
+        now = time.monotonic()
+        if self._begun is None or (done > self._begun[1] and self._progress.tasks[self._task].completed == self._begun[1]):
+            self._begun = (now, done)  # the rate counts from the first new question: loading the model is not speed
+        elapsed = now - self._begun[0]
+        rate = f"{(done - self._begun[1]) / elapsed:.1f}/s" if elapsed > 0 and done > self._begun[1] else ""
+        failed = f", {account.failed} failed" if account.failed else ""
+        text = f"{account.parts_published}/{account.parts_planned} parts{failed}"
+        self._progress.update(self._task, completed=done, total=account.planned, rate=rate, description=text)
+        if not self._console.is_terminal and now - self._last_line >= _LINE_INTERVAL:
+            self._console.print(f"{done}/{account.planned} questions, {text} {rate}", highlight=False)
+            self._last_line = now
+
+
+def account_table(run: Run, account: Account) -> Table:
+    """Return the account as a table: N planned = N written + N failed + N staged + N outstanding."""
+    table = Table(title=str(run.output_dir), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name in ("planned", "written", "failed", "staged", "outstanding"):
+        table.add_row(name, f"{getattr(account, name):,}")
+    table.add_row("parts", f"{account.parts_published:,} of {account.parts_planned:,}")
+    for reason, number in account.reasons.most_common():
+        table.add_row(f"failed: {reason}", f"{number:,}")
+    return table
+
+
+def account_json(run: Run, account: Account) -> dict[str, Any]:
+    """Return the account as a script reads it."""
+    return {
+        "output_dir": str(run.output_dir),
+        "run_id": run.run_id,
+        **asdict(account),
+        "finished": account.finished,
+        "refusals": run.refusals(),
+    }

@@ -1,0 +1,138 @@
+"""Planning: from a table and options to a run directory, or to the same run again."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from producer.images import check_images
+from producer.selection import cut, order_by_image, select
+from producer.table import file_sha256, read_questions
+from storage.errors import UserError
+from storage.naming import model_slug
+from storage.part import is_part_of
+from storage.plan import write_generation
+from storage.run import Run, is_run
+from storage.settings import Dtype, Order, RunSettings
+from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What the user asks for: the options of `enqueue` and `run`."""
+
+    csv: Path
+    images_dir: Path
+    output_dir: Path
+    image_roots: tuple[Path, ...]
+    model: str
+    revision: str
+    dtype: Dtype
+    layers: tuple[int, ...] | None
+    max_new_tokens: int
+    min_pixels: int | None
+    max_pixels: int | None
+    checkpoint_interval: int
+    order: Order
+    limit: int | None
+    test: bool
+    allow_missing: bool
+
+
+def plan_run(options: RunOptions) -> Run:
+    """Check everything, then create the run, or open it where it was begun. Raises UserError before anything is written.
+
+    The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
+    """
+    questions = select(read_questions(options.csv), limit=options.limit, test=options.test)
+    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing)
+    if options.order == "image":
+        questions = order_by_image(questions)
+    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    _refuse_other_content(options.output_dir, settings)
+    try:
+        run = Run.create(options.output_dir, settings)
+        _refuse_differences(run, settings)  # another process may have created it in between
+        if not run.slices:
+            write_generation(run.store, cut(questions, options.checkpoint_interval))
+    except OSError as error:
+        raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
+    return run
+
+
+def _settings(options: RunOptions, *, slices: int) -> RunSettings:
+    _check_layers(options)
+    model = options.model
+    return RunSettings(
+        run_id=uuid.uuid4().hex[:16],
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        software_version=version("halp-extractor"),
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        revision=options.revision,
+        model_digest=checkpoint_digest(model, options.revision),
+        model_slug=model_slug(model),
+        dtype=options.dtype,
+        layers=options.layers,
+        max_new_tokens=options.max_new_tokens,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
+        dataset=options.csv.name,
+        dataset_sha256=file_sha256(options.csv),
+        images_dir=str(options.images_dir.resolve()),
+        image_roots=tuple(str(root.resolve()) for root in options.image_roots),
+        order=options.order,
+        limit=options.limit,
+        test=options.test,
+        checkpoint_interval=options.checkpoint_interval,
+        # Room for as many parts again, which retries of failures may add: sorted names stay the plan's order.
+        part_digits=max(3, len(str(2 * slices))),
+    )
+
+
+def _check_layers(options: RunOptions) -> None:
+    number = local_num_layers(options.model)
+    if number is not None:
+        resolve_layers(options.layers, number)
+    if options.min_pixels is not None and options.max_pixels is not None and options.min_pixels > options.max_pixels:
+        raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
+
+
+def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
+    """Raise UserError where the directory holds another run, or parts that are not this run's."""
+    parts = sorted(output_dir.glob("*.h5")) if output_dir.is_dir() else []
+    if not is_run(output_dir):
+        if parts:
+            raise UserError(f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir")
+        return
+    run = Run.open(output_dir)
+    _refuse_differences(run, settings)
+    own = {run.part_name(piece.part): piece.part for piece in run.slices}
+    foreign = [path for path in parts if path.name not in own or not is_part_of(path, run.run_id, own[path.name])]
+    if foreign:
+        raise UserError(f"{output_dir} holds parts that are not this run's ({_names(foreign)}): move them elsewhere")
+
+
+def _refuse_differences(run: Run, settings: RunSettings) -> None:
+    differing = run.settings.differences(settings)
+    if differing:
+        lines = "\n".join(f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items())
+        raise UserError(
+            f"{run.output_dir} holds a run with other settings:\n{lines}\n"
+            "Use the same settings to finish it, or another --output-dir for a new run."
+        )
+
+
+def _option(name: str) -> str:
+    return "the CSV's content (SHA-256)" if name == "dataset_sha256" else name
+
+
+def _show(value: Any) -> str:
+    return "the default" if value is None else str(value)
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(p.name for p in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -1,0 +1,130 @@
+"""`workers`: thin wrappers over the Celery command line. Each prints the command that it becomes, then becomes it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from storage.errors import UserError
+from workers.parent import die_with_named_parent
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="GPU workers, the collector, and Flower. Arguments after `--` go to Celery as they are.",
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
+LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
+
+
+@app.command(context_settings=_PASS_ON)
+def extract(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Model to preload: a hub name or a directory. [HALP_MODEL]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model. [HALP_REVISION]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [HALP_DTYPE]")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where a hub model is kept. [HALP_CACHE_DIR]")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
+    ] = None,
+    data_root: Annotated[
+        list[Path] | None, typer.Option(help="Directory that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")] = None,
+    loglevel: LogLevel = "INFO",
+) -> None:
+    """Serve one model: load it, then consume questions. Start one per GPU, on any machine that sees the data.
+
+    Example: CUDA_VISIBLE_DEVICES=0 workers extract --model Qwen/Qwen2.5-VL-7B-Instruct
+    """
+    _set_environment(MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size)
+    _set_roots(data_root)
+    from workers.celery import model_queues
+    from workers.settings import settings
+
+    node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
+    queues = model_queues(settings()).in_order_of(node)
+    threads = concurrency or 2 * settings().max_batch_size
+    _become_celery(
+        "worker", "--pool", "threads", "--concurrency", str(threads), "--hostname", node, "--queues", ",".join(queues),
+        "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
+    )  # fmt: skip
+
+
+@app.command(context_settings=_PASS_ON)
+def collect(
+    context: typer.Context,
+    directory: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="Directories to look for runs in. [HALP_DATA_ROOTS, default: here]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")] = None,
+    loglevel: LogLevel = "INFO",
+) -> None:
+    """Pack finished questions into HDF5 parts and keep the queue fed. One is enough; several do no harm.
+
+    Example: workers collect /data/runs
+    """
+    _set_roots(directory)
+    from workers.queues import COLLECT
+
+    node = f"{name or f'collect-{os.getpid()}'}@{socket.gethostname()}"
+    _become_celery(
+        "worker", "--pool", "threads", "--concurrency", "1", "--hostname", node, "--queues", COLLECT,
+        "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
+    )  # fmt: skip
+
+
+@app.command(context_settings=_PASS_ON)
+def flower(
+    context: typer.Context,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5555,
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Show tasks, retries and workers in a browser. Read-only, and on this machine alone unless told otherwise.
+
+    Example: workers flower --port 5555
+    """
+    _become_celery(
+        "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
+    )
+
+
+def _set_environment(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None:
+            os.environ[f"HALP_{name}"] = str(value)
+
+
+def _set_roots(directories: list[Path] | None) -> None:
+    if missing := [d for d in directories or [] if not d.is_dir()]:
+        raise UserError(f"no such directory: {', '.join(map(str, missing))}")
+    if directories:
+        os.environ["HALP_DATA_ROOTS"] = ":".join(str(d.resolve()) for d in directories)
+
+
+def _become_celery(*arguments: str) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "workers", *arguments]
+    typer.echo(shlex.join(["celery", *command[3:]]), err=True)
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2."""
+    die_with_named_parent()
+    try:
+        app()
+    except (UserError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
