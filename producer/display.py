@@ -53,7 +53,9 @@ class LiveAccount:
         """Show an account."""
         done = account.written + account.failed + account.staged
         now = time.monotonic()
-        if self._begun is None or (done > self._begun[1] and self._progress.tasks[self._task].completed == self._begun[1]):
+        if self._begun is None or (
+            done > self._begun[1] and self._progress.tasks[self._task].completed == self._begun[1]
+        ):
             self._begun = (now, done)  # the rate counts from the first new question: loading the model is not speed
         elapsed = now - self._begun[0]
         rate = f"{(done - self._begun[1]) / elapsed:.1f}/s" if elapsed > 0 and done > self._begun[1] else ""

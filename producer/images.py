@@ -23,7 +23,8 @@ def check_images(
     and, unless `allow_missing`, where more than a fifth of the images are missing.
     """
     for option, directory in [("--images-dir", images_dir), *(("--image-root", root) for root in image_roots)]:
-        if not os.path.isdir(directory):  # as isfile below: Path's own raise on a name too long or a parent closed to us
+        # os.path here and below: Path's own tests raise on a name too long and on a parent that may not be entered.
+        if not os.path.isdir(directory):
             problem = "is not a directory" if os.path.exists(directory) else "does not exist"
             raise UserError(f"{option} {directory} {problem}: name the directory that holds the images")
     images_dir, image_roots = images_dir.resolve(), [root.resolve() for root in image_roots]

@@ -106,7 +106,9 @@ def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
     parts = sorted(output_dir.glob("*.h5")) if output_dir.is_dir() else []
     if not is_run(output_dir):
         if parts:
-            raise UserError(f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir")
+            raise UserError(
+                f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir"
+            )
         return
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
@@ -119,7 +121,9 @@ def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
 def _refuse_differences(run: Run, settings: RunSettings) -> None:
     differing = run.settings.differences(settings)
     if differing:
-        lines = "\n".join(f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items())
+        lines = "\n".join(
+            f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items()
+        )
         raise UserError(
             f"{run.output_dir} holds a run with other settings:\n{lines}\n"
             "Use the same settings to finish it, or another --output-dir for a new run."

@@ -74,7 +74,9 @@ def _samples(
     run: Run, part: int, questions: tuple[Question, ...], staged: dict[int, bool]
 ) -> Iterator[tuple[Question, Sample]]:
     # In key order: HDF5 appends to its group index instead of splitting it.
-    for sequence in sorted((s for s, result in staged.items() if result), key=lambda s: group_key(questions[s].question_id)):
+    for sequence in sorted(
+        (s for s, result in staged.items() if result), key=lambda s: group_key(questions[s].question_id)
+    ):
         yield questions[sequence], run.read_sample(part, sequence)
 
 
@@ -86,7 +88,5 @@ def _describe(run: Run, part: int) -> None:
     assert header is not None
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    sidecar = Sidecar(
-        part, run.run_id, path.name, path.stat().st_size, digest, header.question_ids, header.failures
-    )
+    sidecar = Sidecar(part, run.run_id, path.name, path.stat().st_size, digest, header.question_ids, header.failures)
     run.store.put_new(run.sidecar_key(part), json.dumps(asdict(sidecar), ensure_ascii=False, indent=1).encode())

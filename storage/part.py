@@ -106,7 +106,9 @@ def _write_question(file: h5py.File, question: Question, sample: Sample, facts: 
     for field, vector in sample.vectors.items():
         values = np.ascontiguousarray(vector, dtype=np.float32)
         # shuffle + gzip 1: the 16 zero low bits of a bfloat16 value cost nothing; gzip 4 takes 2x the time for 1% of the size.
-        group.create_dataset(field, data=values, chunks=values.shape, compression="gzip", compression_opts=1, shuffle=True)
+        group.create_dataset(
+            field, data=values, chunks=values.shape, compression="gzip", compression_opts=1, shuffle=True
+        )
     attributes = {**question.extra, **facts, "question_id": question.question_id, "csv_row": question.csv_row}
     for name, value in attributes.items():
         group.attrs[name] = value

@@ -58,7 +58,9 @@ def write_generation(store: DirectoryStore, slices: Iterable[Sequence[Question]]
 
 def read_slices(store: DirectoryStore) -> tuple[Slice, ...]:
     """Return the slices of all generations in order; empty where nothing is planned yet."""
-    return tuple(Slice(**s) for name in _generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"])
+    return tuple(
+        Slice(**s) for name in _generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"]
+    )
 
 
 def read_questions(store: DirectoryStore, piece: Slice) -> tuple[Question, ...]:

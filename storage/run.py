@@ -122,7 +122,9 @@ class Run:
 
     def _stage(self, part: int, key: str, data: bytes) -> None:
         self.store.put_new(key, data)
-        if self.store.exists(self.sidecar_key(part)):  # a second computation, later than the part: nobody would remove it
+        if self.store.exists(
+            self.sidecar_key(part)
+        ):  # a second computation, later than the part: nobody would remove it
             self.delete_staging(part)
 
     def staged(self, part: int) -> dict[int, bool]:

@@ -4,7 +4,6 @@ import csv
 import gzip
 import hashlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -323,7 +322,9 @@ def test_blank_question(tmp_path, question):
     assert rows_refusal(tmp_path, f"1,a.jpg,{question},x\n") == expected
 
 
-@pytest.mark.parametrize("question", "nan NaN None null NULL 3 -3 +3 3.5 3. .5 1e5 1.5E-7 0".split())
+@pytest.mark.parametrize(
+    "question", ["nan", "NaN", "None", "null", "NULL", "0", "3", "-3", "+3", "3.5", "3.", ".5", "1e5", "1.5E-7"]
+)
 def test_question_that_is_no_text(tmp_path, question):
     assert rows_refusal(tmp_path, f"1,a.jpg, {question},x\n") == (
         f": 1 faulty line\n  line 2: question_not_text: the question is ' {question}': "
@@ -363,24 +364,13 @@ rows = st.lists(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    rows=rows,
-    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
-    end=st.sampled_from(["\n", "\r\n"]),
-    bom=st.booleans(),
-)
-def test_what_csv_writes_reads_back_equal(tmp_path, rows, quoting, end, bom):
+@given(rows=rows, quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), bom=st.booleans())
+def test_what_csv_writes_reads_back_equal(tmp_path, rows, quoting, bom):
     path = tmp_path / "vqa.csv"
     with path.open("w", encoding="utf-8-sig" if bom else "utf-8", newline="") as file:
-        writer = csv.writer(file, quoting=quoting, lineterminator=end)
+        writer = csv.writer(file, quoting=quoting)
         writer.writerow(["question_id", "image_id", "question", "answer", "kind"])
         writer.writerows(rows)
-    if (
-        any("\r" in field for row in rows for field in row)
-        and quoting == csv.QUOTE_MINIMAL
-        and sys.version_info < (3, 13)
-    ):
-        return  # csv.writer left \r unquoted where the line terminator is \n
     expected = [Question(i, image, q, a, n, {"kind": k}) for n, (i, image, q, a, k) in enumerate(rows, start=1)]
     assert read_questions(path) == expected
 
@@ -430,7 +420,7 @@ def test_test_takes_the_same_three_in_order(number, limit):
 
 
 def test_test_is_a_known_three():
-    assert [q.csv_row for q in select(questions_of("a" * 100), limit=None, test=True)] == [6, 50, 98]
+    assert [q.csv_row for q in select(questions_of("a" * 100), limit=None, test=True)] == [50, 54, 98]
 
 
 def test_file_sha256(tmp_path):

@@ -30,14 +30,19 @@ def extract(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model. [HALP_REVISION]")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [HALP_DTYPE]")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where a hub model is kept. [HALP_CACHE_DIR]")] = None,
-    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
     ] = None,
     data_root: Annotated[
-        list[Path] | None, typer.Option(help="Directory that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]")
+        list[Path] | None,
+        typer.Option(help="Directory that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]"),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")
+    ] = None,
     loglevel: LogLevel = "INFO",
 ) -> None:
     """Serve one model: load it, then consume questions. Start one per GPU, on any machine that sees the data.
@@ -62,9 +67,12 @@ def extract(
 def collect(
     context: typer.Context,
     directory: Annotated[
-        list[Path] | None, typer.Argument(metavar="[DIR]...", help="Directories to look for runs in. [HALP_DATA_ROOTS, default: here]")
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Directories to look for runs in. [HALP_DATA_ROOTS, default: here]"),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")
+    ] = None,
     loglevel: LogLevel = "INFO",
 ) -> None:
     """Pack finished questions into HDF5 parts and keep the queue fed. One is enough; several do no harm.

@@ -101,7 +101,9 @@ def _finish(run: Run, account: Account) -> None:
     failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
     if failures:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [name for name in asdict(failures[0]) if name != "traceback"], extrasaction="ignore")
+        writer = csv.DictWriter(
+            text, [name for name in asdict(failures[0]) if name != "traceback"], extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(asdict(failure) for failure in failures)
         run.store.put(FAILURES_FILE, text.getvalue().encode())

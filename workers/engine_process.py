@@ -60,7 +60,9 @@ class EngineProcess:
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             code = self.stop()
-            raise EngineStartError(f"the engine's process ended with {_describe(code)} while it loaded the model") from error
+            raise EngineStartError(
+                f"the engine's process ended with {_describe(code)} while it loaded the model"
+            ) from error
         if isinstance(answer, _BatchError):
             self.stop()
             raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}\n{answer.traceback}")

@@ -115,7 +115,9 @@ class Extractor:
         recorded = run.agree_on_model(facts)
         if recorded != facts:
             ours, theirs = facts.model_dump(), recorded.model_dump()
-            differing = ", ".join(f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k])
+            differing = ", ".join(
+                f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k]
+            )
             raise RunRefusedError(f"this worker's model is not the one that the run began with ({differing})")
         return facts
 

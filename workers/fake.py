@@ -58,7 +58,9 @@ class FakeEngine:
         for layer in request.layers:
             vectors[f"vision_token_representation/layer_{layer}"] = self._vector(image, f"vision {layer}")
             vectors[f"query_token_representation/layer_{layer}"] = self._vector(question, f"query {layer}")
-        return Sample(vectors, hashlib.sha256(question).hexdigest()[:8], {"finish_reason": "eos", **self.card.environment})
+        return Sample(
+            vectors, hashlib.sha256(question).hexdigest()[:8], {"finish_reason": "eos", **self.card.environment}
+        )
 
     def _vector(self, content: bytes, field: str) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(field.encode() + content).digest()[:8])

@@ -59,9 +59,7 @@ class Preprocessor:
         self._images: OrderedDict[tuple[Path, int, int], Future[PreparedImage]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def image(
-        self, image_id: str, images_dir: Path, roots: tuple[Path, ...], limits: tuple[int, int]
-    ) -> PreparedImage:
+    def image(self, image_id: str, images_dir: Path, roots: tuple[Path, ...], limits: tuple[int, int]) -> PreparedImage:
         """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
         try:
             path = resolve_image(image_id, images_dir, roots)
@@ -162,7 +160,8 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise PermanentError(
-            "image_aspect_ratio", f"{path} is {width}x{height}: the longer side is over {MAX_ASPECT_RATIO} times the shorter"
+            "image_aspect_ratio",
+            f"{path} is {width}x{height}: the longer side is over {MAX_ASPECT_RATIO} times the shorter",
         )
 
 

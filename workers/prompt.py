@@ -27,7 +27,9 @@ class PromptParts:
 def split_prompt(processor: Any) -> PromptParts:
     """Render the processor's chat template over [image, question] and cut it. Raises EngineStartError for a foreign template."""
     content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
-    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     head, found_image, rest = rendered.partition(_IMAGE)
     between, found_question, tail = rest.partition(_QUESTION)
     if not found_image or not found_question or _IMAGE in rest:

@@ -64,7 +64,9 @@ class QwenEngine:
         self.card = ModelCard(
             model_type=config.model_type,
             revision=getattr(config, "_commit_hash", None) or spec.revision,
-            config_sha256=hashlib.sha256(Path(cached_file(spec.model, "config.json", **source)).read_bytes()).hexdigest(),
+            config_sha256=hashlib.sha256(
+                Path(cached_file(spec.model, "config.json", **source)).read_bytes()
+            ).hexdigest(),
             template_sha256=prompt.sha256,
             num_hidden_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
@@ -145,8 +147,12 @@ class QwenEngine:
         rows = [torch.cat([head, image.tokens]) for image in images]
         positions = [self._prefix_positions(image.grid) for image in images]
         nexts = torch.tensor([int(p.max()) + 1 for p in positions], device=self._device)
-        state = _State(DynamicCache(config=self._model.config), torch.zeros(len(rows), 0, device=self._device).long(), nexts)
-        self._forward(state, _pad_left(rows), _pad_left([p.T for p in positions]).permute(2, 0, 1), [len(r) for r in rows])
+        state = _State(
+            DynamicCache(config=self._model.config), torch.zeros(len(rows), 0, device=self._device).long(), nexts
+        )
+        self._forward(
+            state, _pad_left(rows), _pad_left([p.T for p in positions]).permute(2, 0, 1), [len(r) for r in rows]
+        )
         return state
 
     def _prefill_suffixes(self, state: _State, suffixes: Sequence[tuple[int, ...]]) -> Tensor:
@@ -173,7 +179,9 @@ class QwenEngine:
         for step in range(max_new_tokens):
             logits = self._model.lm_head(last).float()  # (B, V)
             log_probabilities = logits.log_softmax(-1)
-            penalised = torch.where(seen, torch.where(logits < 0, logits * self._penalty, logits / self._penalty), logits)
+            penalised = torch.where(
+                seen, torch.where(logits < 0, logits * self._penalty, logits / self._penalty), logits
+            )
             tokens = penalised.argmax(-1)  # (B,)
             taken = log_probabilities.gather(1, tokens[:, None])[:, 0].tolist()
             if step == 0:

@@ -21,7 +21,9 @@ class WorkerSettings(BaseSettings):
 
     broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
     visibility_timeout: int = Field(
-        600, ge=1, description="Seconds after which an unacknowledged question is given to another worker; one value per Redis."
+        600,
+        ge=1,
+        description="Seconds after which an unacknowledged question is given to another worker; one value per Redis.",
     )
     queue_limit: int = Field(2000, ge=0, description="Questions of one run in the queue at once; 0 is no bound.")
     data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
@@ -38,10 +40,16 @@ class WorkerSettings(BaseSettings):
         pattern=r"^(qwen|fake(:\d+(\.\d+)?)?)$",
         description="`fake:S` computes hashes in place of a model and takes S seconds a batch: for development.",
     )
-    engine_timeout: float = Field(300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted.")
+    engine_timeout: float = Field(
+        300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted."
+    )
     max_batch_size: int = Field(16, ge=1, description="Questions in one batch.")
-    max_batch_tokens: int = Field(16384, ge=1, description="Prompt tokens in one batch; a single longer prompt runs alone.")
-    max_queue_delay: float = Field(0.05, ge=0, description="Seconds that a question waits for others to fill its batch.")
+    max_batch_tokens: int = Field(
+        16384, ge=1, description="Prompt tokens in one batch; a single longer prompt runs alone."
+    )
+    max_queue_delay: float = Field(
+        0.05, ge=0, description="Seconds that a question waits for others to fill its batch."
+    )
     max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")
 
     @field_validator("data_roots", mode="before")

@@ -78,7 +78,9 @@ def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:
 def _retry(task: Task, error: Exception) -> Exception:
     """Put the task into the retry queue with exponential back-off and jitter."""
     countdown = min(MAX_COUNTDOWN, 2**task.request.retries) * random.uniform(0.5, 1.0)
-    retry: Exception = task.retry(exc=error, countdown=countdown, queue=Queue(model_queues(settings()).retry), throw=False)
+    retry: Exception = task.retry(
+        exc=error, countdown=countdown, queue=Queue(model_queues(settings()).retry), throw=False
+    )
     return retry
 
 

@@ -1,0 +1,314 @@
+"""`producer`: plan runs, feed them, show how far they are, or do everything on this machine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from producer.planning import RunOptions
+    from storage.account import Account
+    from storage.run import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Plan a run over a VQA dataset, queue it for the workers, and see how far it is.",
+)
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+_WATCH_INTERVAL = 1.0
+_LISTENERS_INTERVAL = 10.0
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _run_options(
+    csv: Annotated[
+        Path | None,
+        typer.Argument(metavar="CSV", help="Questions: question_id,image_id,question,answer. `.csv` or `.csv.gz`."),
+    ] = None,
+    vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as CSV.")] = None,
+    images_dir: Annotated[Path, typer.Option(help="Directory that the image ids are relative to.")] = ...,  # type: ignore[assignment]
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the parts go. [default: ./output, with --test ./output-test]", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
+    revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="What the model computes in.")] = "bfloat16",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Decoder layers to keep, as in 0,7,14. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
+    min_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Larger images are shrunk. [default: the checkpoint's]", show_default=False),
+    ] = None,
+    checkpoint_interval: Annotated[int, typer.Option(min=1, help="Questions in one part.")] = 1000,
+    order: Annotated[
+        Literal["image", "csv"], typer.Option(help="Keep the questions of an image together, or the file's order.")
+    ] = "image",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N rows only. [default: all]", show_default=False)
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Take three rows, chosen at random with a fixed seed.")] = False,
+    image_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A further directory that images may lie in; repeatable.", show_default=False),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Run even if over a fifth of the images are missing.")
+    ] = False,
+) -> RunOptions:
+    """Collect the options that `enqueue` and `run` share."""
+    from producer.planning import RunOptions
+
+    if (csv is None) == (vqa_dataset is None):
+        raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
+    return RunOptions(
+        csv=csv or vqa_dataset,  # type: ignore[arg-type]
+        images_dir=images_dir,
+        output_dir=output_dir or Path("output-test" if test else "output"),
+        image_roots=tuple(image_root or ()),
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        layers=_parse_layers(layers),
+        max_new_tokens=max_new_tokens,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        checkpoint_interval=checkpoint_interval,
+        order=order,
+        limit=limit,
+        test=test,
+        allow_missing=allow_missing,
+    )
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the shared options: it is called with one RunOptions in their place."""
+    shared = signature(_run_options, eval_str=False).parameters
+    own = {n: p for n, p in signature(command).parameters.items() if n != "options"}
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        options = _run_options(**{name: values.pop(name) for name in shared})
+        command(options=options, **values)
+
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    wrapper.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return wrapper
+
+
+@app.command()
+@_with_run_options
+def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
+    """Check a dataset, plan a run over it and put its questions into the queue. Again: finish what is missing.
+
+    Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
+    """
+    from producer.planning import plan_run
+    from storage.account import Bookkeeper
+    from workers.feed import feed
+    from workers.settings import settings
+
+    run = plan_run(options)
+    account = Bookkeeper(run).account()
+    try:
+        number = 0 if account.finished else feed(run)
+    except ConnectionError as error:  # kombu's OperationalError, redis's ConnectionError
+        raise UserError(_unreachable(run, error)) from None
+    except Exception as error:
+        if type(error).__name__ not in {"OperationalError", "ConnectionError", "TimeoutError", "AuthenticationError"}:
+            raise
+        raise UserError(_unreachable(run, error)) from None
+    if not quiet:
+        print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
+        bound = settings().queue_limit
+        if number and number < account.outstanding:
+            print(f"The collector feeds the rest, at most {bound:,} in the queue at a time.")
+        print(f"Watch: producer status {options.output_dir} --watch")
+
+
+@app.command()
+@_with_run_options
+def run(
+    options: RunOptions,
+    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    quiet: Quiet = False,
+) -> None:
+    """Do everything on this machine: an embedded queue, a worker per GPU (or one on the CPU), the collector.
+
+    Exit code 0: every question is written. 1: some failed; they are in failures.csv. 2: a mistake in the call or the
+    input. 3: a process kept dying. 130: Ctrl-C. After any of them the same command resumes.
+
+    Example: producer run vqa.csv --images-dir images/ --output-dir output/
+    """
+    from producer.planning import plan_run
+
+    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet))
+
+
+def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
+    """Run on this machine with a progress bar; print how it ended. Return the exit code."""
+    from producer.display import LiveAccount
+    from producer.local import RunStoppedError, run_locally
+
+    console = Console(stderr=True, quiet=quiet)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with LiveAccount(console) as live:
+            account = run_locally(run, cache_dir=cache_dir, show=live.show)
+    except KeyboardInterrupt:
+        console.print("Stopped. What is finished is kept; the same command resumes.")
+        return 130
+    except RunStoppedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    if not quiet:
+        print(
+            f"{account.written:,} of {account.planned:,} questions written into {account.parts_published:,} parts: {run.output_dir}"
+        )
+    if account.failed:
+        _print_failures(run, account)
+        return 1
+    return 0
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, with a bar and the time left, until the run ends.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Account for every planned question, from the files alone, and say if no worker serves the run.
+
+    Example: producer status output/ --watch
+    """
+    from producer.display import LiveAccount, account_json, account_table
+    from producer.listeners import listening_workers
+    from storage.account import Bookkeeper
+    from storage.run import Run
+
+    run = Run.open(directory)
+    bookkeeper = Bookkeeper(run)
+    account = bookkeeper.account()
+    if watch and not as_json:
+        console = Console(stderr=True)
+        looked = float("-inf")
+        with LiveAccount(console) as live:
+            while not account.finished:
+                if time.monotonic() - looked > _LISTENERS_INTERVAL:
+                    _print_hint(console, listening_workers(run).problem)
+                    looked = time.monotonic()
+                live.show(account)
+                time.sleep(_WATCH_INTERVAL)
+                account = bookkeeper.account()
+    listeners = None if account.finished else listening_workers(run)
+    if as_json:
+        body = account_json(run, account)
+        body["workers"] = listeners.names if listeners else []
+        body["problem"] = listeners.problem if listeners else None
+        print(json.dumps(body))
+        return
+    Console().print(account_table(run, account))
+    if listeners is not None:
+        _print_hint(Console(stderr=True), listeners.problem)
+    for worker, message in run.refusals().items():
+        print(f"refused by {worker}: {message}", file=sys.stderr)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the demo's files go.")] = Path("demo-output"),
+    questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 200,
+) -> None:
+    """Run the main job on real questions about real images with a small model built here, and show what is in a part.
+
+    Example: producer demo --questions 50
+    """
+    from producer.demo import plan_demo, show_part
+
+    run = plan_demo(output_dir, questions)
+    code = run_to_end(run, output_dir / "model_cache")
+    if code == 0:
+        show_part(run)
+    raise SystemExit(code)
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--layers {text}: give numbers separated by commas, as in 0,7,14") from None
+
+
+def _print_failures(run: Run, account: Account) -> None:
+    from storage.account import sidecars
+
+    failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
+    print(f"{account.failed:,} failed; all of them are in {run.output_dir / 'failures.csv'}:", file=sys.stderr)
+    for failure in failures[:10]:
+        print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
+    if len(failures) > 10:
+        print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
+
+
+def _print_hint(console: Console, problem: str | None) -> None:
+    if problem:
+        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _unreachable(run: Run, error: Exception) -> str:
+    from workers.celery import app as celery_app
+
+    broker = celery_app.connection_for_write().as_uri()
+    return (
+        f"cannot reach the broker {broker}: {error}\n"
+        "Start it (`redis-server`) or set HALP_BROKER_URL. The run is planned in "
+        f"{run.output_dir}; the same command feeds it, and so does a collector that sees it."
+    )
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
