@@ -6,28 +6,25 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from producer.options import RunOptions, with_run_options
 from storage.errors import UserError
 
 if TYPE_CHECKING:
-    from producer.planning import RunOptions
     from storage.account import Account
     from storage.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Plan a run over a VQA dataset, queue it for the workers, and see how far it is.",
 )
-DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 _WATCH_INTERVAL = 1.0
 _LISTENERS_INTERVAL = 10.0
 
@@ -35,99 +32,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _run_options(
-    csv: Annotated[
-        Path | None,
-        typer.Argument(metavar="CSV", help="Questions: question_id,image_id,question,answer. `.csv` or `.csv.gz`."),
-    ] = None,
-    vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as CSV.")] = None,
-    images_dir: Annotated[Path, typer.Option(help="Directory that the image ids are relative to.")] = ...,  # type: ignore[assignment]
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the parts go. [default: ./output, with --test ./output-test]", show_default=False),
-    ] = None,
-    model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
-    revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="What the model computes in.")] = "bfloat16",
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Decoder layers to keep, as in 0,7,14. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
-    min_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Larger images are shrunk. [default: the checkpoint's]", show_default=False),
-    ] = None,
-    checkpoint_interval: Annotated[int, typer.Option(min=1, help="Questions in one part.")] = 1000,
-    order: Annotated[
-        Literal["image", "csv"], typer.Option(help="Keep the questions of an image together, or the file's order.")
-    ] = "image",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Take the first N rows only. [default: all]", show_default=False)
-    ] = None,
-    test: Annotated[bool, typer.Option("--test", help="Take three rows, chosen at random with a fixed seed.")] = False,
-    image_root: Annotated[
-        list[Path] | None,
-        typer.Option(help="A further directory that images may lie in; repeatable.", show_default=False),
-    ] = None,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Run even if over a fifth of the images are missing.")
-    ] = False,
-) -> RunOptions:
-    """Collect the options that `enqueue` and `run` share."""
-    from producer.planning import RunOptions
-
-    if (csv is None) == (vqa_dataset is None):
-        raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
-    return RunOptions(
-        csv=csv or vqa_dataset,  # type: ignore[arg-type]
-        images_dir=images_dir,
-        output_dir=output_dir or Path("output-test" if test else "output"),
-        image_roots=tuple(image_root or ()),
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        layers=_parse_layers(layers),
-        max_new_tokens=max_new_tokens,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        checkpoint_interval=checkpoint_interval,
-        order=order,
-        limit=limit,
-        test=test,
-        allow_missing=allow_missing,
-    )
-
-
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the shared options: it is called with one RunOptions in their place."""
-    shared = signature(_run_options, eval_str=False).parameters
-    own = {n: p for n, p in signature(command).parameters.items() if n != "options"}
-
-    @wraps(command)
-    def wrapper(**values: Any) -> None:
-        options = _run_options(**{name: values.pop(name) for name in shared})
-        command(options=options, **values)
-
-    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
-    wrapper.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    return wrapper
-
-
 @app.command()
-@_with_run_options
+@with_run_options
 def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
     """Check a dataset, plan a run over it and put its questions into the queue. Again: finish what is missing.
 
     Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
     """
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
     from producer.planning import plan_run
     from storage.account import Bookkeeper
     from workers.feed import feed
@@ -137,11 +51,7 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
     account = Bookkeeper(run).account()
     try:
         number = 0 if account.finished else feed(run)
-    except ConnectionError as error:  # kombu's OperationalError, redis's ConnectionError
-        raise UserError(_unreachable(run, error)) from None
-    except Exception as error:
-        if type(error).__name__ not in {"OperationalError", "ConnectionError", "TimeoutError", "AuthenticationError"}:
-            raise
+    except (OperationalError, RedisError) as error:
         raise UserError(_unreachable(run, error)) from None
     if not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
@@ -152,7 +62,7 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
 
 
 @app.command()
-@_with_run_options
+@with_run_options
 def run(
     options: RunOptions,
     cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
@@ -187,9 +97,8 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     if not quiet:
-        print(
-            f"{account.written:,} of {account.planned:,} questions written into {account.parts_published:,} parts: {run.output_dir}"
-        )
+        questions = f"{account.written:,} of {account.planned:,} questions"
+        print(f"{questions} written into {account.parts_published:,} parts: {run.output_dir}")
     if account.failed:
         _print_failures(run, account)
         return 1
@@ -257,15 +166,6 @@ def demo(
     if code == 0:
         show_part(run)
     raise SystemExit(code)
-
-
-def _parse_layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise UserError(f"--layers {text}: give numbers separated by commas, as in 0,7,14") from None
 
 
 def _print_failures(run: Run, account: Account) -> None:

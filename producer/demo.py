@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from producer.planning import RunOptions, plan_run
+from producer.options import RunOptions
+from producer.planning import plan_run
 from storage.errors import UserError
 from storage.inspect import describe_part, part_tables
 from storage.run import Run

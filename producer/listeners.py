@@ -19,6 +19,9 @@ class Listeners:
 
 def listening_workers(run: Run) -> Listeners:
     """Ask the workers what they serve, for about a second."""
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
     from workers.celery import app
     from workers.feed import queues_of
     from workers.queues import COLLECT
@@ -28,7 +31,7 @@ def listening_workers(run: Run) -> Listeners:
             connection.ensure_connection(max_retries=1, interval_start=0, timeout=_TIMEOUT)
             answers = app.control.inspect(timeout=_TIMEOUT, connection=connection).active_queues() or {}
             address = connection.as_uri()
-    except Exception as error:  # of any of three libraries; whatever it is, the broker cannot be asked
+    except (OperationalError, RedisError, OSError) as error:
         address = app.connection_for_write().as_uri()
         return Listeners([], f"The broker {address} does not answer ({error}); the account is from the files.")
     served = {worker: {queue["name"] for queue in queues} for worker, queues in answers.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from producer.images import check_images
+from producer.options import RunOptions
 from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
 from storage.errors import UserError
@@ -17,30 +17,8 @@ from storage.naming import model_slug
 from storage.part import is_part_of
 from storage.plan import write_generation
 from storage.run import Run, is_run
-from storage.settings import Dtype, Order, RunSettings
+from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What the user asks for: the options of `enqueue` and `run`."""
-
-    csv: Path
-    images_dir: Path
-    output_dir: Path
-    image_roots: tuple[Path, ...]
-    model: str
-    revision: str
-    dtype: Dtype
-    layers: tuple[int, ...] | None
-    max_new_tokens: int
-    min_pixels: int | None
-    max_pixels: int | None
-    checkpoint_interval: int
-    order: Order
-    limit: int | None
-    test: bool
-    allow_missing: bool
 
 
 def plan_run(options: RunOptions) -> Run:

@@ -13,7 +13,12 @@ from rich.console import Console
 
 from storage.errors import DamagedError, UserError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Look into HDF5 parts and check runs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Look into HDF5 parts and check runs.",
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -64,7 +64,7 @@ app.conf.update(_configuration(settings()))
 app.steps["worker"].update({EngineStep, CollectorStep})
 
 
-@celeryd_init.connect
+@celeryd_init.connect  # type: ignore[untyped-decorator]
 def _declare_queues(sender: str, **_: Any) -> None:
     """Declare the queues when a worker starts, in its own order: naming a local model's queues reads its files."""
     for name in (*model_queues(settings()).in_order_of(sender), COLLECT):

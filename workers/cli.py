@@ -17,6 +17,7 @@ from workers.parent import die_with_named_parent
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="GPU workers, the collector, and Flower. Arguments after `--` go to Celery as they are.",
 )
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}

@@ -121,7 +121,7 @@ def make_engine(spec: EngineSpec) -> Engine:
 def _serve(connection: Connection) -> None:
     try:
         engine = make_engine(connection.recv())
-    except Exception as error:  # whatever a checkpoint or driver raises is the reason that the worker exits with
+    except Exception as error:  # noqa: BLE001  (whatever a checkpoint or driver raises is why the worker exits)
         connection.send(_error(error))
         return
     connection.send(engine.card)
@@ -132,7 +132,7 @@ def _serve(connection: Connection) -> None:
             return
         try:
             answer: Any = engine.extract(requests)
-        except Exception as error:  # the batch boundary: the parent halves the batch until one question is to blame
+        except Exception as error:  # noqa: BLE001  (the batch boundary: the parent finds the one to blame)
             answer = _error(error)
         connection.send(answer)
 

@@ -118,13 +118,13 @@ class _Feeder:
         noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
         open_parts = {piece.part: piece for piece in self._pieces}
         fed: dict[int, _Fed] = {}
-        for part, entry in noted.items():
+        for part, last in noted.items():
             if part not in open_parts:
                 self._client.hdel(_key(self._run), part)
                 continue
-            staged = sum(sequence < entry.upto for sequence in self._run.staged(part))
-            if staged != entry.finished:
-                entry = replace(entry, finished=staged, moved=self._now)
+            staged = sum(sequence < last.upto for sequence in self._run.staged(part))
+            entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
+            if entry is not last:
                 self._note(part, entry)
             if self._stalled(part, entry):
                 logger.warning("%s: part %d made no progress; feeding it again", self._run.output_dir, part)
@@ -178,4 +178,6 @@ def _clock(client: Any) -> float:
 def _redis() -> Iterator[Any]:
     """Yield a Redis client with the broker connection's own address, credentials and TLS settings."""
     with app.pool.acquire(block=True) as connection:
+        # Else the first use tries for ever: whoever feeds has a person or another sweep behind it.
+        connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.5)
         yield connection.default_channel.client

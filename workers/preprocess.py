@@ -77,7 +77,7 @@ class Preprocessor:
         if mine:
             try:
                 future.set_result(load_image(path, self._factor, limits))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._lock:
                     self._images.pop(key, None)
                 future.set_exception(error)
@@ -117,7 +117,7 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
         # What Pillow's decoders raise on damaged data. The bytes are in memory, so no I/O error is among them.
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
     resized_height, resized_width = smart_resize(height, width, factor, *limits)
-    pixels = np.asarray(rgb.resize((resized_width, resized_height)))
+    pixels = np.array(rgb.resize((resized_width, resized_height)))
     key = f"{digest}:{resized_width}x{resized_height}"
     return PreparedImage(key, pixels, digest, (width, height))
 

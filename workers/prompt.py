@@ -25,7 +25,7 @@ class PromptParts:
 
 
 def split_prompt(processor: Any) -> PromptParts:
-    """Render the processor's chat template over [image, question] and cut it. Raises EngineStartError for a foreign template."""
+    """Render the chat template over [image, question] and cut it. Raises EngineStartError for a foreign template."""
     content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
     rendered = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

@@ -135,10 +135,10 @@ class QwenEngine:
         with _outputs({0: self._visual.blocks[-1]}, lambda out: out) as taken:
             out = self._visual(states, grid_thw=grid)
         merged = out if isinstance(out, Tensor) else out.pooler_output  # (tokens, D); an output object since 5.0
-        sizes = grid.prod(dim=1).tolist()
+        sizes: list[int] = grid.prod(dim=1).tolist()
         # The last block's rows are in window order, but each image's rows stay together.
-        encoded = taken[0].split(sizes)  # each (patches, E)
-        tokens = merged.split([size // self.card.merge_size**2 for size in sizes])
+        encoded = torch.split(taken[0], sizes)  # each (patches, E)
+        tokens = torch.split(merged, [size // self.card.merge_size**2 for size in sizes])  # each (tokens, D)
         return [_Image(t, tuple(g), t.mean(0), e.mean(0)) for t, e, g in zip(tokens, encoded, grid.tolist())]
 
     def _prefill_images(self, images: Sequence[_Image]) -> _State:
@@ -223,10 +223,12 @@ class QwenEngine:
             past_key_values=state.cache,
             use_cache=True,
         )
-        return out.last_hidden_state
+        states: Tensor = out.last_hidden_state
+        return states
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
-        return self._model.get_input_embeddings()(torch.tensor(ids, device=self._device))
+        embedded: Tensor = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device))
+        return embedded
 
     def _prefix_positions(self, grid: tuple[int, int, int]) -> Tensor:
         """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""

@@ -1,0 +1,132 @@
+"""The options that `enqueue` and `run` share: what the user asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from storage.errors import UserError
+from storage.settings import Dtype, Order
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What the user asks for: the options of `enqueue` and `run`."""
+
+    csv: Path
+    images_dir: Path
+    output_dir: Path
+    image_roots: tuple[Path, ...]
+    model: str
+    revision: str
+    dtype: Dtype
+    layers: tuple[int, ...] | None
+    max_new_tokens: int
+    min_pixels: int | None
+    max_pixels: int | None
+    checkpoint_interval: int
+    order: Order
+    limit: int | None
+    test: bool
+    allow_missing: bool
+
+
+def _run_options(
+    csv: Annotated[
+        Path | None,
+        typer.Argument(metavar="CSV", help="Questions: question_id,image_id,question,answer. `.csv` or `.csv.gz`."),
+    ] = None,
+    vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as CSV.")] = None,
+    images_dir: Annotated[Path, typer.Option(help="Directory that the image ids are relative to.")] = ...,  # type: ignore[assignment]
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the parts go. [default: ./output, with --test ./output-test]", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
+    revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = "bfloat16",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Decoder layers to keep, as in 0,7,14. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
+    min_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Larger images are shrunk. [default: the checkpoint's]", show_default=False),
+    ] = None,
+    checkpoint_interval: Annotated[int, typer.Option(min=1, help="Questions in one part.")] = 1000,
+    order: Annotated[
+        Order, typer.Option(help="Keep the questions of an image together, or the file's order.")
+    ] = "image",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Take the first N rows only. [default: all]", show_default=False)
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Take three rows, chosen at random with a fixed seed.")] = False,
+    image_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A further directory that images may lie in; repeatable.", show_default=False),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Run even if over a fifth of the images are missing.")
+    ] = False,
+) -> RunOptions:
+    """Collect the options that `enqueue` and `run` share."""
+    if (csv is None) == (vqa_dataset is None):
+        raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
+    return RunOptions(
+        csv=csv or vqa_dataset,  # type: ignore[arg-type]
+        images_dir=images_dir,
+        output_dir=output_dir or Path("output-test" if test else "output"),
+        image_roots=tuple(image_root or ()),
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        layers=_parse_layers(layers),
+        max_new_tokens=max_new_tokens,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        checkpoint_interval=checkpoint_interval,
+        order=order,
+        limit=limit,
+        test=test,
+        allow_missing=allow_missing,
+    )
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the shared options: it is called with one RunOptions in their place."""
+    shared = signature(_run_options, eval_str=True).parameters
+    own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "options"}
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        options = _run_options(**{name: values.pop(name) for name in shared})
+        command(options=options, **values)
+
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    wrapper.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return wrapper
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UserError(f"--layers {text}: give numbers separated by commas, as in 0,7,14") from None

