@@ -16,6 +16,7 @@ from storage.account import Account
 from storage.run import Run
 
 _LINE_INTERVAL = 10.0
+_SILENCE = 60.0  # seconds without a finished question or part before it is mentioned
 
 
 class LiveAccount:
@@ -25,6 +26,8 @@ class LiveAccount:
         self._console = console
         self._begun: tuple[float, int] | None = None
         self._last_line = 0.0
+        self._last: tuple[int, int] = (-1, -1)
+        self._moved = time.monotonic()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -59,8 +62,11 @@ class LiveAccount:
             self._begun = (now, done)  # the rate counts from the first new question: loading the model is not speed
         elapsed = now - self._begun[0]
         rate = f"{(done - self._begun[1]) / elapsed:.1f}/s" if elapsed > 0 and done > self._begun[1] else ""
+        if self._last != (done, account.parts_published):
+            self._last, self._moved = (done, account.parts_published), now
         failed = f", {account.failed} failed" if account.failed else ""
-        text = f"{account.parts_published}/{account.parts_planned} parts{failed}"
+        silent = f", nothing new for {now - self._moved:.0f} s" if now - self._moved > _SILENCE else ""
+        text = f"{account.parts_published}/{account.parts_planned} parts{failed}{silent}"
         self._progress.update(self._task, completed=done, total=account.planned, rate=rate, description=text)
         if not self._console.is_terminal and now - self._last_line >= _LINE_INTERVAL:
             self._console.print(f"{done}/{account.planned} questions, {text} {rate}", highlight=False)

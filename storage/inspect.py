@@ -10,9 +10,10 @@ from typing import Any
 import h5py
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from storage.errors import UserError
-from storage.naming import group_key
+from storage.naming import group_key, question_id
 
 _TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 
@@ -36,7 +37,7 @@ class DatasetSummary:
 class QuestionSummary:
     """One group of a part."""
 
-    key: str
+    question_id: str
     texts: dict[str, str]
     attributes: dict[str, Any]
     datasets: tuple[DatasetSummary, ...]
@@ -53,8 +54,8 @@ class PartSummary:
     selected: QuestionSummary | None
 
 
-def describe_part(path: Path, question_id: str | None = None) -> PartSummary:
-    """Read a part's summary; the whole question is `question_id`, or the first. Raises UserError."""
+def describe_part(path: Path, selected: str | None = None) -> PartSummary:
+    """Read a part's summary; the whole question is `selected`, or the first. Raises UserError."""
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -62,14 +63,17 @@ def describe_part(path: Path, question_id: str | None = None) -> PartSummary:
         raise UserError(f"{path}: {reason}") from error
     with file:
         keys = list(file)
-        key = group_key(question_id) if question_id is not None else (keys[0] if keys else None)
-        if question_id is not None and key not in file:
-            raise UserError(f"{path} holds no question {question_id!r}; it has {len(keys)}, the first is {keys[:1]}")
+        if not all(isinstance(node, h5py.Group) for node in file.values()):
+            raise UserError(f"{path}: not a part: something else than a question's group is at its root")
+        key = group_key(selected) if selected is not None else (keys[0] if keys else None)
+        if selected is not None and key not in keys:
+            first = f", the first is {question_id(keys[0])!r}" if keys else ""
+            raise UserError(f"{path} holds no question {selected!r}; it has {len(keys)}{first}")
         return PartSummary(
             file=str(path),
             size=path.stat().st_size,
             attributes={name: _plain(value) for name, value in file.attrs.items()},
-            questions={k: _texts(file[k]) for k in keys},
+            questions={question_id(k): _texts(file[k]) for k in keys},
             selected=_describe_question(key, file[key]) if key is not None else None,
         )
 
@@ -82,25 +86,31 @@ def part_json(summary: PartSummary) -> dict[str, Any]:
 
 
 def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
-    """Return the summary as tables for a terminal; `rows` bounds the questions shown."""
-    metadata = Table(title=f"{summary.file}  ({summary.size / 1e6:.2f} MB)", title_justify="left", show_header=False)
-    for name, value in summary.attributes.items():
-        if name == "failures":
-            value = f"{len(json.loads(value))} (storage inspect --json lists them)"
-        metadata.add_row(name, str(value))
+    """Return the summary as tables for a terminal; `rows` bounds the questions shown.
+
+    Texts are `Text`: in a plain string rich would take `[b]` for markup and fail on `[/b]`.
+    """
+    title = Text(f"{summary.file}  ({summary.size / 1e6:.2f} MB)")
+    metadata = Table(title=title, title_justify="left", show_header=False)
+    attributes = dict(summary.attributes)
+    if "failures" in attributes:
+        attributes["failures"] = f"{len(json.loads(attributes['failures']))} (storage inspect --json lists them)"
+    for name, value in attributes.items():
+        metadata.add_row(Text(name), Text(str(value)))
     shown = list(summary.questions.items())[:rows]
     questions = Table(title=f"{len(shown)} of {len(summary.questions)} questions", title_justify="left")
     questions.add_column("question id")
     for name in _TEXTS:
         questions.add_column(name.replace("_", " "), overflow="fold", max_width=40)
-    for key, texts in shown:
-        questions.add_row(key, *(texts[name] for name in _TEXTS))
+    for name, texts in shown:
+        questions.add_row(Text(name), *(Text(texts[field]) for field in _TEXTS))
     return [metadata, questions, *([_question_table(summary.selected)] if summary.selected else [])]
 
 
 def _question_table(question: QuestionSummary) -> Table:
     attributes = ", ".join(f"{k}={v}" for k, v in question.attributes.items() if not isinstance(v, list) or len(v) < 5)
-    table = Table(title=f"question {question.key}", title_justify="left", caption=attributes, caption_justify="left")
+    table = Table(title=Text(f"question {question.question_id}"), title_justify="left", caption_justify="left")
+    table.caption = Text(attributes)
     for name in ("dataset", "shape", "dtype", "mean", "std", "min", "max", "norm"):
         table.add_column(name, justify="left" if name in {"dataset", "dtype"} else "right")
     for d in question.datasets:
@@ -116,13 +126,22 @@ def _describe_question(key: str, group: h5py.Group) -> QuestionSummary:
         if isinstance(node, h5py.Dataset) and node.ndim == 1:
             values = node[:]
             wide = values.astype(np.float64)
-            numbers = (wide.mean(), wide.std(), wide.min(), wide.max(), np.linalg.norm(wide))
-            finite = bool(np.isfinite(wide).all())
-            datasets.append(DatasetSummary(name, values.shape, str(values.dtype), *map(float, numbers), finite))
+            summary = DatasetSummary(
+                name=name,
+                shape=values.shape,
+                dtype=str(values.dtype),
+                mean=float(wide.mean()),
+                std=float(wide.std()),
+                minimum=float(wide.min()),
+                maximum=float(wide.max()),
+                norm=float(np.linalg.norm(wide)),
+                finite=bool(np.isfinite(wide).all()),
+            )
+            datasets.append(summary)
 
     group.visititems(visit)
     attributes = {name: _plain(value) for name, value in group.attrs.items()}
-    return QuestionSummary(key, _texts(group), attributes, tuple(datasets))
+    return QuestionSummary(question_id(key), _texts(group), attributes, tuple(datasets))
 
 
 def _texts(group: h5py.Group) -> dict[str, str]:

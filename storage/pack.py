@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from storage.errors import UserError
+from storage.errors import DamagedError, UserError
 from storage.naming import group_key
 from storage.part import is_part_of, read_header, write_part
 from storage.plan import Question
@@ -48,17 +48,24 @@ def pack(run: Run, part: int) -> bool:
                 _publish(run, part, staged)
             except FileNotFoundError:
                 if not run.part_path(part).exists():  # else another collector published it and removed the staged files
-                    raise
+                    if run.staged(part) == staged:
+                        raise
+                    return False  # another collector removed a damaged one
         _describe(run, part)
     run.delete_staging(part)
     return True
 
 
 def read_sidecar(run: Run, part: int) -> Sidecar:
-    """Return a published part's sidecar. Raises FileNotFoundError."""
-    body = json.loads(run.store.get(run.sidecar_key(part)))
-    failures = tuple(Failure(**f) for f in body.pop("failures"))
-    return Sidecar(**{**body, "question_ids": tuple(body["question_ids"]), "failures": failures})
+    """Return a published part's sidecar. Raises FileNotFoundError, DamagedError."""
+    key = run.sidecar_key(part)
+    try:
+        body = json.loads(run.store.get(key))
+        failures = tuple(Failure(**f) for f in body.pop("failures"))
+        return Sidecar(**{**body, "question_ids": tuple(body["question_ids"]), "failures": failures})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        path = run.store.path(key)
+        raise DamagedError(f"{path} is damaged ({error}): remove it, the collector writes it again") from error
 
 
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:

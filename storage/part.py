@@ -25,6 +25,7 @@ QUESTION_ATTRIBUTES = frozenset(
     {
         "question_id", "csv_row", "seq_len", "vision_token_position", "query_token_position", "image_grid_thw",
         "image_sha256", "image_size", "resized_size", "num_vision_tokens", "finish_reason", "num_answer_tokens",
+        "answer_token_ids", "answer_token_logprobs", "first_token_entropy",
     }
 )  # fmt: skip
 _STRINGS = h5py.string_dtype("utf-8")
@@ -87,7 +88,7 @@ def is_part_of(path: Path, run_id: str, part: int) -> bool:
     """Tell whether a file is this run's part, by its own word and not by its name."""
     try:
         with h5py.File(path, "r") as file:
-            return file.attrs.get("run_id") == run_id and file.attrs.get("part") == part
+            return bool(file.attrs.get("run_id") == run_id and file.attrs.get("part") == part)
     except OSError:
         return False
 

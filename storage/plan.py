@@ -39,9 +39,13 @@ class Slice:
     sha256: str
 
 
-def write_generation(store: DirectoryStore, slices: Iterable[Sequence[Question]], *, first_part: int = 1) -> bool:
-    """Append a generation to the plan; return False where another process has just written that generation."""
-    generation = len(_generations(store))
+def write_generation(
+    store: DirectoryStore, slices: Iterable[Sequence[Question]], *, generation: int = 0, first_part: int = 1
+) -> bool:
+    """Append a generation to the plan; return False where another process has written that generation.
+
+    The caller says which generation: counted here, a plan that appears a moment earlier would be written twice.
+    """
     directory = f".run/plan/{generation:03d}-{secrets.token_hex(4)}"
     written = []
     for part, questions in zip(count(first_part), slices):

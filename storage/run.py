@@ -121,10 +121,14 @@ class Run:
         self._stage(part, self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
 
     def _stage(self, part: int, key: str, data: bytes) -> None:
-        self.store.put_new(key, data)
-        if self.store.exists(
-            self.sidecar_key(part)
-        ):  # a second computation, later than the part: nobody would remove it
+        # A second computation may end later than the part: then a collector removes the directory under our hands,
+        # or is gone already and nobody would remove the file.
+        try:
+            self.store.put_new(key, data)
+        except OSError:
+            if not self.store.exists(self.sidecar_key(part)):
+                raise
+        if self.store.exists(self.sidecar_key(part)):
             self.delete_staging(part)
 
     def staged(self, part: int) -> dict[int, bool]:

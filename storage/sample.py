@@ -49,7 +49,8 @@ def encode_sample(sample: Sample) -> bytes:
     """Return a sample as safetensors in the computed dtype, with a checksum over all of it."""
     metadata = {"answer": sample.answer, "facts": json.dumps(sample.facts)}
     metadata["crc32"] = _checksum(sample.vectors, metadata)
-    return save({name: np.ascontiguousarray(v) for name, v in sample.vectors.items()}, metadata)
+    data: bytes = save({name: np.ascontiguousarray(v) for name, v in sample.vectors.items()}, metadata)
+    return data
 
 
 def decode_sample(data: bytes) -> Sample:
@@ -58,7 +59,7 @@ def decode_sample(data: bytes) -> Sample:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         vectors = {
             name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-            for name, tensor in deserialize(data)
+            for name, tensor in deserialize(data)  # type: ignore[no-untyped-call]
         }
         crc = metadata.pop("crc32")
         if crc != _checksum(vectors, metadata):
@@ -69,8 +70,8 @@ def decode_sample(data: bytes) -> Sample:
 
 
 def encode_failure(failure: Failure) -> bytes:
-    """Return a failure as JSON."""
-    return json.dumps(asdict(failure), ensure_ascii=False, indent=1).encode()
+    """Return a failure as JSON. A lone surrogate in it, of a path that is not UTF-8, becomes a question mark."""
+    return json.dumps(asdict(failure), ensure_ascii=False, indent=1).encode(errors="replace")
 
 
 def decode_failure(data: bytes) -> Failure:
@@ -85,5 +86,5 @@ def _checksum(vectors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     crc = 0
     for name in sorted(vectors):
         crc = zlib.crc32(f"{name} {vectors[name].dtype.name} {vectors[name].shape}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(vectors[name]).view(np.uint8), crc)
+        crc = zlib.crc32(np.ascontiguousarray(vectors[name]).view(np.uint8).data, crc)
     return str(zlib.crc32(json.dumps([metadata["answer"], metadata["facts"]]).encode(), crc))

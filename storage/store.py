@@ -21,7 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class DirectoryStore:
-    """A store in a local or shared directory. Unfinished files lie in `scratch`, on the same file system, until they are named."""
+    """A store in a local or shared directory. Unfinished files lie in `scratch`, on the same file system, until named."""
 
     def __init__(self, root: Path, scratch: str) -> None:
         self.root = root

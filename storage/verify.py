@@ -35,6 +35,8 @@ class Finding:
 
 def verify(run: Run) -> Iterator[Finding]:
     """Yield what is wrong with a run's published parts; nothing where all is well."""
+    if not run.slices:
+        yield Finding(".run/plan", None, "nothing is planned: enqueue was interrupted, run the same command again")
     published = run.parts_with_sidecar()
     for piece in run.slices:
         path = run.part_path(piece.part)
@@ -64,10 +66,11 @@ def _verify_part(run: Run, piece: Slice, path: Path) -> Iterator[Finding]:
     with h5py.File(path, "r") as file:
         if set(file) != {group_key(question_id) for question_id in sidecar.question_ids}:
             yield Finding(path.name, None, "its groups are not the questions that its sidecar lists")
+        model = run.model_facts()
         for question_id in sidecar.question_ids:
-            group = file[group_key(question_id)]
-            for problem in _problems(group, run.model_facts()):
-                yield Finding(path.name, question_id, problem)
+            if (key := group_key(question_id)) in file:
+                for problem in _problems(file[key], model):
+                    yield Finding(path.name, question_id, problem)
 
 
 def _damage(path: Path, sidecar: Sidecar) -> str | None:

@@ -18,7 +18,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in [name for name in os.environ if name.startswith("HALP_")]:
     del os.environ[variable]
 
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "page", "text", "clock", "moon", "brick")
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "camera",
+    "coins",
+    "grass",
+    "page",
+    "text",
+    "clock",
+    "moon",
+    "brick",
+)
 
 
 @pytest.fixture(scope="session")

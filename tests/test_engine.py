@@ -34,9 +34,7 @@ def engine(small_model: Path) -> QwenEngine:
 
 
 @pytest.fixture(scope="module")
-def cases(
-    engine: QwenEngine, small_model: Path, photographs: Path
-) -> list[tuple[Request, dict[str, Any]]]:
+def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tuple[Request, dict[str, Any]]]:
     """Every photograph with two or three questions: the request, and what the reference says."""
     reference, preprocess = Reference(small_model), Preprocessor(engine.card)
     limits = (engine.card.min_pixels, engine.card.max_pixels)
@@ -112,7 +110,8 @@ def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
     [sample] = engine.extract([cases[0][0]])
     assert {vector.dtype.name for vector in sample.vectors.values()} == {"bfloat16"}
     worst = max(
-        np.abs(v.astype(np.float32) - cases[0][1][k]).max() / np.abs(cases[0][1][k]).max() for k, v in sample.vectors.items()
+        np.abs(v.astype(np.float32) - cases[0][1][k]).max() / np.abs(cases[0][1][k]).max()
+        for k, v in sample.vectors.items()
     )
     assert worst < 0.1  # bfloat16 keeps 8 bits
 

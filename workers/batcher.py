@@ -56,11 +56,11 @@ class DynamicBatcher:
         self._thread.start()
 
     def submit(self, group: Hashable, request: Request) -> Future[Sample]:
-        """Hand in a request; its future gets the sample or the error. Raises EngineStartError after the engine is lost."""
+        """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
         entry = _Entry(group, request)
         with self._changed:
-            if self._fatal is not None:
-                raise EngineStartError(str(self._fatal))
+            if self._fatal is not None or self._closed:
+                raise EngineStartError(str(self._fatal or "the batcher is closed"))
             self._waiting.append(entry)
             self._changed.notify()
         return entry.future
@@ -124,6 +124,8 @@ class DynamicBatcher:
     def _run(self, batch: list[_Entry]) -> None:
         try:
             samples = self._run_batch([entry.request for entry in batch])
+            if len(samples) != len(batch):
+                raise BatchFailedError(f"the engine returned {len(samples)} samples for {len(batch)} questions", "")
         except EngineDiedError as error:
             logger.error("%s, with %d questions in flight", error, len(batch))
             self._after_death(batch, error)
@@ -143,7 +145,7 @@ class DynamicBatcher:
         if len(batch) == 1:
             batch[0].deaths_alone += 1
             if batch[0].deaths_alone >= MAX_DEATHS_ALONE:
-                message = f"{error}, for the {MAX_DEATHS_ALONE}rd time with this question alone in it"
+                message = f"{error}; that was death {MAX_DEATHS_ALONE} with this question alone in the engine"
                 batch[0].future.set_exception(PermanentError("killed_worker", message))
                 return
         for entry in batch:

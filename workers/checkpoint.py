@@ -17,13 +17,9 @@ def checkpoint_digest(model: str, revision: str) -> str:
     Of a hub model: of its revision. Of a local directory: of its files, wherever it is mounted; files over 1 MiB (the
     weights) count by size, head and evenly spaced samples, so that 16 GB take milliseconds.
     """
-    directory = Path(model)
-    if not directory.is_dir():
-        if directory.is_absolute() or model.startswith(("./", "../")):
-            raise UserError(f"--model {model}: no such directory")
+    directory = local_directory(model)
+    if directory is None:
         return hashlib.sha256(f"{model}@{revision}".encode()).hexdigest()[:12]
-    if not (directory / "config.json").is_file():
-        raise UserError(f"--model {model}: the directory holds no checkpoint (there is no config.json in it)")
     digest = hashlib.sha256()
     for path in sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -31,14 +27,29 @@ def checkpoint_digest(model: str, revision: str) -> str:
     return digest.hexdigest()[:12]
 
 
+def local_directory(model: str) -> Path | None:
+    """Return a local checkpoint's directory; None for a hub model. Raises UserError for a directory without a checkpoint."""
+    directory = Path(model)
+    if not directory.is_dir():
+        if directory.is_absolute() or model.startswith(("./", "../")):
+            raise UserError(f"--model {model}: no such directory")
+        return None
+    if not (directory / "config.json").is_file():
+        raise UserError(f"--model {model}: the directory holds no checkpoint (there is no config.json in it)")
+    return directory
+
+
 def local_num_layers(model: str) -> int | None:
-    """Return the number of decoder layers of a local checkpoint; None for a hub model, whose files are not here yet."""
+    """Return the number of decoder layers of a local checkpoint; None for a hub model, whose files are not here yet. Raises UserError."""
     path = Path(model) / "config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text())
-    number = config.get("text_config", config).get("num_hidden_layers", config.get("num_hidden_layers"))
-    return int(number) if number is not None else None
+    try:
+        config = json.loads(path.read_text())
+        number = config.get("text_config", config).get("num_hidden_layers", config.get("num_hidden_layers"))
+        return int(number) if number is not None else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--model {model}: its config.json is damaged ({error})") from error
 
 
 def resolve_layers(layers: tuple[int, ...] | None, number: int) -> tuple[int, ...]:

@@ -12,20 +12,24 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from storage.sample import Sample
+from workers.checkpoint import local_directory
 from workers.engine import Engine, EngineSpec, ModelCard, Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError
 from workers.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
+_EXIT_TIMEOUT = 5.0  # for a process that ends by itself to become an exit code
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ class EngineProcess:
     def start(self) -> ModelCard:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
         ours, theirs = socket.socketpair()
+        # A batch is larger than the socket's buffer: a stopped child would block `send` for ever.
+        whole, fraction = divmod(self._timeout, 1)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "workers.engine_process", str(theirs.fileno()), str(os.getpid())],
@@ -59,9 +66,8 @@ class EngineProcess:
             self._connection.send(self._spec)
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            code = self.stop()
             raise EngineStartError(
-                f"the engine's process ended with {_describe(code)} while it loaded the model"
+                f"the engine's process ended with {self._ended()} while it loaded {self._spec.model}"
             ) from error
         if isinstance(answer, _BatchError):
             self.stop()
@@ -78,15 +84,15 @@ class EngineProcess:
         try:
             connection.send(list(requests))
             if not connection.poll(self._timeout):
-                self.stop()
-                raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped")
+                raise TimeoutError
             answer: Any = connection.recv()
+        except (TimeoutError, BlockingIOError) as error:
+            self.stop()
+            raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped") from error
         except (EOFError, OSError) as error:
-            raise EngineDiedError(f"the engine's process ended with {_describe(self.stop())}") from error
+            raise EngineDiedError(f"the engine's process ended with {self._ended()}") from error
         if isinstance(answer, _BatchError):
             raise BatchFailedError(answer.summary, answer.traceback)
-        if len(answer) != len(requests):
-            raise BatchFailedError(f"the engine returned {len(answer)} samples for {len(requests)} questions", "")
         return list(answer)
 
     def stop(self) -> int | None:
@@ -101,6 +107,13 @@ class EngineProcess:
         self._process = None
         return code
 
+    def _ended(self) -> str:
+        """Describe how a process ended that closed its end. Killed too early, it would seem to have died of SIGKILL."""
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_EXIT_TIMEOUT)
+        return _describe(self.stop())
+
     @property
     def pid(self) -> int | None:
         """The child's process id."""
@@ -113,6 +126,7 @@ def make_engine(spec: EngineSpec) -> Engine:
         from workers.fake import FakeEngine
 
         return FakeEngine(spec)
+    local_directory(spec.model)  # transformers would take a directory that is not there for an ill-formed hub name
     from workers.qwen import QwenEngine
 
     return QwenEngine(spec)
@@ -133,8 +147,15 @@ def _serve(connection: Connection) -> None:
         try:
             answer: Any = engine.extract(requests)
         except Exception as error:  # noqa: BLE001  (the batch boundary: the parent finds the one to blame)
+            if _is_sticky(error):
+                raise
             answer = _error(error)
         connection.send(answer)
+
+
+def _is_sticky(error: Exception) -> bool:
+    """Tell whether the device refuses every call from here on, so that only a new process helps. Running out of memory isn't."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error:" in str(error)
 
 
 def _error(error: Exception) -> _BatchError:
@@ -158,4 +179,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under the module's own name: the parent would look for a pickled `__main__._BatchError` in its own `__main__`.
+    from workers import engine_process
+
+    engine_process.main()

@@ -31,7 +31,9 @@ _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 _CACHED_IMAGES = 64
 _CONTEXT = 32_768  # what the model was trained on; its config admits more, and transformers does not check
 
-Image.MAX_IMAGE_PIXELS = None  # the bound below is checked before decoding, with a message of our own
+# `load_image` checks the size before decoding. Pillow's own bound, which raises above twice this value, is for the images
+# within images that only the decoder sees: an icon's PNG, a TIFF's tiles.
+Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +110,19 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 _check_size(path, width, height)
-                rgb = _to_rgb(image)
+                resized_height, resized_width = smart_resize(height, width, factor, *limits)
+                pixels = np.array(_to_rgb(image).resize((resized_width, resized_height)))
+    except PermanentError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
     except UnidentifiedImageError as error:
         raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
     except MemoryError as error:
-        raise TransientError(f"{path}: not enough memory to decode {width}x{height} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
-        # What Pillow's decoders raise on damaged data. The bytes are in memory, so no I/O error is among them.
+        raise TransientError(f"{path}: not enough memory to decode it") from error
+    except Exception as error:  # noqa: BLE001  (damaged data: OSError, SyntaxError, struct.error, ZeroDivisionError, …)
+        # The bytes are in memory, so no I/O error is among them.
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
-    resized_height, resized_width = smart_resize(height, width, factor, *limits)
-    pixels = np.array(rgb.resize((resized_width, resized_height)))
     key = f"{digest}:{resized_width}x{resized_height}"
     return PreparedImage(key, pixels, digest, (width, height))
 
@@ -154,6 +159,8 @@ def _read(path: Path) -> bytes:
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
+    if not width or not height:
+        raise PermanentError("image_corrupt", f"{path} has {width}x{height} pixels: replace it")
     if width * height > MAX_IMAGE_PIXELS:
         raise PermanentError(
             "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"
@@ -178,7 +185,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Map 16-bit grey levels to 8 bits; Pillow's own conversion clips them to white."""
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8))
+    """Map grey levels of more than 8 bits to 8; Pillow's own conversion clips them to white.
+
+    A file of 32-bit integers or floats does not say what white is: it is the least usual one that its values fit under.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    usual = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((level for level in usual if values.max() <= level), usual[-1])
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8))

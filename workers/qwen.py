@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file
 
 from storage.sample import Sample
 from workers.engine import EngineSpec, ModelCard, Request
+from workers.errors import EngineStartError
 from workers.prompt import split_prompt
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -42,13 +43,7 @@ class QwenEngine:
         if not Path(spec.model).is_dir():
             source["revision"] = spec.revision
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = (
-            Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                spec.model, dtype=_DTYPES[spec.dtype], attn_implementation="sdpa", **source
-            )
-            .to(self._device)
-            .eval()
-        )
+        self._model = _load(spec, source).to(self._device).eval()
         processor = AutoProcessor.from_pretrained(spec.model, **source)
         self._images = processor.image_processor
         self._tokenizer = processor.tokenizer
@@ -319,6 +314,19 @@ def _outputs(modules: dict[int, torch.nn.Module], take: Any) -> Iterator[dict[in
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _load(spec: EngineSpec, source: dict[str, Any]) -> Any:
+    """Load the weights. Raises EngineStartError where transformers would warn and fill in random ones."""
+    kind = AutoConfig.from_pretrained(spec.model, **source).model_type
+    if kind != "qwen2_5_vl":
+        raise EngineStartError(f"it is a {kind} model, not Qwen2.5-VL")
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        spec.model, dtype=_DTYPES[spec.dtype], attn_implementation="sdpa", output_loading_info=True, **source
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise EngineStartError(f"the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    return model
 
 
 def _pad_left(rows: Sequence[Tensor]) -> Tensor:

