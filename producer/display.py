@@ -81,7 +81,7 @@ def account_table(run: Run, account: Account) -> Table:
     for name in ("planned", "written", "failed", "staged", "outstanding"):
         table.add_row(name, f"{getattr(account, name):,}")
     table.add_row("parts", f"{account.parts_published:,} of {account.parts_planned:,}")
-    for reason, number in account.reasons.most_common():
+    for reason, number in account.reasons.items():
         table.add_row(f"failed: {reason}", f"{number:,}")
     return table
 

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from storage.pack import Sidecar, read_sidecar
 from storage.run import Run
-
-
-class Reasons(Counter[str]):
-    """How many failures each reason has. `asdict` copies it from pairs, which a plain Counter would count."""
-
-    def __init__(self, pairs: Iterable[tuple[str, int]] = ()) -> None:
-        super().__init__(dict(pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +20,7 @@ class Account:
     outstanding: int = 0
     parts_planned: int = 0
     parts_published: int = 0
-    reasons: Reasons = field(default_factory=Reasons)  # of the published failures
+    reasons: dict[str, int] = field(default_factory=dict)  # of the published failures, most frequent first
 
     @property
     def finished(self) -> bool:
@@ -63,7 +55,7 @@ class Bookkeeper:
             outstanding=planned - written - reasons.total() - staged,
             parts_planned=len(slices),
             parts_published=len(slices) - len(open_parts),
-            reasons=Reasons(reasons.items()),
+            reasons=dict(reasons.most_common()),
         )
 
 

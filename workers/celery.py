@@ -9,12 +9,11 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
-from kombu import Queue
 
 from storage.naming import model_slug
 from workers.bootsteps import CollectorStep, EngineStep
 from workers.checkpoint import checkpoint_digest
-from workers.queues import COLLECT, ModelQueues
+from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import WorkerSettings, settings
 
 
@@ -67,5 +66,5 @@ app.steps["worker"].update({EngineStep, CollectorStep})
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _declare_queues(sender: str, **_: Any) -> None:
     """Declare the queues when a worker starts, in its own order: naming a local model's queues reads its files."""
-    for name in (*model_queues(settings()).in_order_of(sender), COLLECT):
-        app.amqp.queues.add(Queue(name))
+    for name in model_queues(settings()).in_order_of(sender):
+        app.amqp.queues.select_add(declaration(name))

@@ -40,7 +40,10 @@ def local_directory(model: str) -> Path | None:
 
 
 def local_num_layers(model: str) -> int | None:
-    """Return the number of decoder layers of a local checkpoint; None for a hub model, whose files are not here yet. Raises UserError."""
+    """Return a local checkpoint's number of decoder layers; None for a hub model, whose files are not here yet.
+
+    Raises UserError for a damaged config.json.
+    """
     path = Path(model) / "config.json"
     if not path.is_file():
         return None

@@ -3,7 +3,8 @@
 The decode loop never shares an interpreter with the task threads, and a native crash, a hang or a sticky CUDA error costs
 this process only. The two ends talk over a socket pair in pickles: both are ours, and nothing from outside travels there.
 
-Run as `python -m workers.engine_process FD PARENT`, by `EngineProcess` only.
+The child imports this module and calls `main`. `python -m` would pickle its answers as classes of `__main__`, which the
+parent would look for in its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from workers.errors import BatchFailedError, EngineDiedError, EngineStartError
 from workers.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
+_CHILD = "from workers.engine_process import main; main()"
 _EXIT_TIMEOUT = 5.0  # for a process that ends by itself to become an exit code
 
 
@@ -57,7 +59,7 @@ class EngineProcess:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.engine_process", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -146,7 +148,7 @@ def _serve(connection: Connection) -> None:
             return
         try:
             answer: Any = engine.extract(requests)
-        except Exception as error:  # noqa: BLE001  (the batch boundary: the parent finds the one to blame)
+        except Exception as error:  # the batch boundary: the parent finds the one to blame
             if _is_sticky(error):
                 raise
             answer = _error(error)
@@ -154,7 +156,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _is_sticky(error: Exception) -> bool:
-    """Tell whether the device refuses every call from here on, so that only a new process helps. Running out of memory isn't."""
+    """Tell whether the device refuses every call from here on, as after a fault; it is not so when memory ran out."""
     return type(error).__name__ == "AcceleratorError" or "CUDA error:" in str(error)
 
 
@@ -176,10 +178,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _serve(Connection(descriptor))
-
-
-if __name__ == "__main__":
-    # Under the module's own name: the parent would look for a pickled `__main__._BatchError` in its own `__main__`.
-    from workers import engine_process
-
-    engine_process.main()

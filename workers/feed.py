@@ -15,12 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kombu import Queue
-
 from storage.plan import Slice
 from storage.run import Run
 from workers.celery import app
-from workers.queues import COLLECT, ModelQueues
+from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -78,7 +76,7 @@ def hint_collector(run: Run, part: int) -> None:
         _hinted[run.run_id, part] = now
     if len(run.staged(part)) >= run.slice(part).size:
         app.send_task(
-            "workers.collect", kwargs={"run_dir": str(run.output_dir), "run_id": run.run_id}, queue=Queue(COLLECT)
+            "workers.collect", kwargs={"run_dir": str(run.output_dir), "run_id": run.run_id}, queue=declaration(COLLECT)
         )
 
 
@@ -157,7 +155,7 @@ class _Feeder:
                         "image_id": question.image_id,
                     },
                     task_id=f"{self._run.run_id}-{self._run.label(piece.part)}-{sequence}",
-                    queue=Queue(self._queues.lane(self._run.run_id, question.image_id)),
+                    queue=declaration(self._queues.lane(self._run.run_id, question.image_id)),
                     producer=producer,
                 )
 

