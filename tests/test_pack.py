@@ -553,6 +553,51 @@ def test_late_second_computations_neither_fail_nor_leave_anything(tmp_path):
     assert_sound(run)
 
 
+@pytest.mark.parametrize("moment", ["before the link", "at the link", "after the link"])
+def test_a_late_second_computation_whose_directory_is_removed_under_it(run, monkeypatch, moment):
+    stage(run, 1)
+    question, other = run.questions(1)[0], Run.open(run.output_dir)
+    link, sync = os.link, storage.store.sync
+    staging = run.output_dir / ".run/staging/001"
+
+    def overtaken_link(source: Path, target: Path) -> None:
+        if target.parent == staging:
+            monkeypatch.undo()
+            if moment == "at the link":
+                with pytest.raises(FileExistsError):
+                    link(source, target)
+            assert pack(other, 1) is True
+            if moment == "at the link":
+                raise FileExistsError(17, "File exists")
+        link(source, target)
+
+    def overtaken_sync(path: Path) -> None:
+        if path == staging:
+            monkeypatch.undo()
+            assert pack(other, 1) is True
+        sync(path)
+
+    if moment == "after the link":
+        run.store.delete(".run/staging/001/000000.safetensors")  # so that the link is made
+        run.stage_failure(1, 0, make_failure(question))
+        monkeypatch.setattr(storage.store, "sync", overtaken_sync)
+    else:
+        monkeypatch.setattr(os, "link", overtaken_link)
+    run.stage_sample(1, 0, make_sample(question))
+    assert not staging.exists()
+    assert sum(written_ids(run).values()) == 3
+    assert leftovers(run) == []
+
+
+def test_an_error_of_staging_before_the_part_is_published_is_raised(run, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space"):
+        stage(run, 1)
+
+
 def run_together(*targets: Any, output_dir: Path, rounds: int, parties: int) -> None:
     """Run each target in a process of its own, in lockstep; none may raise."""
     context = multiprocessing.get_context("spawn")

@@ -130,6 +130,13 @@ def test_swapped_vectors_are_noticed():
         decode_sample(forged)
 
 
+def test_another_shape_of_the_same_bytes_is_noticed():
+    data = encode_sample(Sample({"v": np.zeros(6, np.float32)}, "", {}))
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    with pytest.raises(DamagedError):
+        decode_sample(save({"v": np.zeros((2, 3), np.float32)}, metadata))
+
+
 def test_a_failure_round_trips():
     failure = make_failure(QUESTION, message="日本.jpg: line one\nline two \0 \u2028", attempts=3)
     assert decode_failure(encode_failure(failure)) == failure

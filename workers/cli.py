@@ -82,6 +82,9 @@ def collect(
     """
     _set_roots(directory)
     from workers.queues import COLLECT
+    from workers.settings import settings
+
+    settings()  # a faulty variable is named here, and not in a traceback of Celery's
 
     node = f"{name or f'collect-{os.getpid()}'}@{socket.gethostname()}"
     _become_celery(
@@ -130,7 +133,7 @@ def main() -> None:
     die_with_named_parent()
     try:
         app()
-    except (UserError, ValueError) as error:
+    except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
 

@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from storage.errors import UserError
 from storage.settings import Dtype
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -65,5 +66,9 @@ class WorkerSettings(BaseSettings):
 
 @lru_cache(maxsize=1)
 def settings() -> WorkerSettings:
-    """Return this process's configuration."""
-    return WorkerSettings()
+    """Return this process's configuration. Raises UserError that names each faulty variable."""
+    try:
+        return WorkerSettings()
+    except ValidationError as error:
+        faults = [f"HALP_{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()]
+        raise UserError("\n".join(faults)) from None

@@ -1,0 +1,135 @@
+"""The command lines: quick, without torch, one message for a mistake, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import BIN, command, environment, write_csv
+
+COMMANDS = {
+    "producer": ("enqueue", "run", "status", "demo"),
+    "workers": ("extract", "collect", "flower"),
+    "storage": ("inspect", "verify"),
+}
+
+
+@pytest.mark.parametrize(("tool", "name"), [(tool, name) for tool, names in COMMANDS.items() for name in names])
+def test_every_command_has_help_and_an_example(tool: str, name: str) -> None:
+    overview = command(tool, "--help")
+    assert (overview.returncode, name in overview.stdout) == (0, True)
+    result = command(tool, name, "--help")
+    assert result.returncode == 0
+    assert "Example: " in result.stdout
+    options = [line for line in result.stdout.splitlines() if line.startswith("  -")]
+    assert options
+
+
+@pytest.mark.parametrize("tool", COMMANDS)
+def test_help_takes_less_than_a_second(tool: str) -> None:
+    begun = time.monotonic()
+    subprocess.run([BIN / tool, "--help"], capture_output=True, check=True, env=environment())
+    assert time.monotonic() - begun < 2  # 0.15 s measured; the rest is for a busy machine
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "producer.cli, producer.planning, producer.local, producer.demo, producer.display, producer.listeners",
+        "workers.cli, workers.celery, workers.tasks, workers.collector, workers.feed",
+        "storage.cli, storage.verify, storage.inspect, storage.pack",
+    ],
+)
+def test_torch_is_not_imported(modules: str) -> None:
+    code = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'torchvision') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert result.stdout == "[]\n"
+
+
+def test_the_layers_are_kept() -> None:
+    root = Path(__file__).parent.parent
+    result = subprocess.run([BIN / "lint-imports"], capture_output=True, text=True, cwd=root, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"")
+    row = {"question_id": "1", "image_id": "a.jpg", "question": "What is it?", "answer": ""}
+    return write_csv(tmp_path / "vqa.csv", [row])
+
+
+MISTAKES = [
+    (["{dir}/vqa.csv", "--images-dir", "{dir}/nowhere"], "--images-dir {dir}/nowhere does not exist"),
+    (["{dir}/nowhere.csv", "--images-dir", "{dir}/images"], "{dir}/nowhere.csv does not exist"),
+    (["--images-dir", "{dir}/images"], "name the CSV file once"),
+    (["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--layers", "1,x"], "--layers 1,x: give numbers"),
+    (["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--model", "./nowhere"], "--model ./nowhere: no such directory"),
+    (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--model", "{dir}/images"],
+        "--model {dir}/images: the directory holds no checkpoint",
+    ),
+    (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--min-pixels", "9", "--max-pixels", "5"],
+        "--min-pixels 9 is above --max-pixels 5",
+    ),
+    (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--output-dir", "/proc/none"],
+        "--output-dir /proc/none cannot be written",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+@pytest.mark.parametrize("name", ["enqueue", "run"])
+def test_a_mistake_is_one_message_and_nothing_is_written(
+    name: str, arguments: list[str], message: str, table: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(dir=tmp_path) for argument in arguments]
+    if "--output-dir" not in filled:
+        filled += ["--output-dir", str(tmp_path / "output")]
+    result = command("producer", name, *filled)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: " + message.format(dir=tmp_path))
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "output").exists()
+
+
+def test_enqueue_without_a_broker(table: Path, tmp_path: Path) -> None:
+    arguments = [table, "--images-dir", tmp_path / "images", "--output-dir", tmp_path / "output"]
+    result = command("producer", "enqueue", *arguments, HALP_BROKER_URL="redis://:secret@127.0.0.1:1/0")
+    assert result.returncode == 2
+    assert "cannot reach the broker redis://:**@127.0.0.1:1/0" in result.stderr
+    assert "set HALP_BROKER_URL" in result.stderr
+    assert "secret" not in result.stderr + result.stdout
+    status = command("producer", "status", tmp_path / "output", HALP_BROKER_URL="redis://:secret@127.0.0.1:1/0")
+    assert status.returncode == 0
+    assert "does not answer" in status.stderr
+    assert "secret" not in status.stderr + status.stdout
+    secrets = [p for p in (tmp_path / "output").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
+    assert secrets == []
+
+
+def test_status_of_no_run(tmp_path: Path) -> None:
+    result = command("producer", "status", tmp_path)
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: {tmp_path} holds no run: there is no .run/run.json in it\n",
+    )
+
+
+def test_a_bad_variable_is_named() -> None:
+    result = command("workers", "collect", HALP_VISIBILITY_TIMEOUT="soon")
+    assert result.returncode == 2
+    assert "HALP_VISIBILITY_TIMEOUT" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_workers_print_the_celery_command_that_they_become(tmp_path: Path) -> None:
+    result = command("workers", "extract", "--name", "w", "--", "--version")
+    assert "celery -A workers worker --pool threads --concurrency 32 --hostname w@" in result.stderr
+    assert "halp.qwen25vl_7b.bfloat16." in result.stderr

