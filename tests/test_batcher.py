@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_batches_obey_every_bound(requests, size, tokens):
         assert len({requests[i][0] for i in batch}) == 1
         assert len(batch) == 1 or sum(requests[i][2] for i in batch) <= tokens
         images = [requests[i][1] for i in batch]
-        assert sum(a != b for a, b in zip(images, images[1:])) == len(set(images)) - 1, "an image's questions are apart"
+        assert sum(a != b for a, b in pairwise(images)) == len(set(images)) - 1, "an image's questions are apart"
     assert [future.result(0).answer for future in futures] == [f"answer {i}" for i in range(len(requests))]
 
 
@@ -312,7 +313,7 @@ def test_killer_fails_after_three_deaths_alone_and_its_mates_succeed(rig):
     futures = r.submit(*(ask(i) for i in range(5)))
     batches = r.finish()
     assert batches.count([2]) == MAX_DEATHS_ALONE == 3
-    with pytest.raises(PermanentError, match="SIGSEGV.*3 with this question alone") as caught:
+    with pytest.raises(PermanentError, match=r"SIGSEGV.*3 with this question alone") as caught:
         futures[2].result(0)
     assert caught.value.reason == "killed_worker"
     assert [futures[i].result(0).answer for i in (0, 1, 3, 4)] == [f"answer {i}" for i in (0, 1, 3, 4)]
