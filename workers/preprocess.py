@@ -108,10 +108,11 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                _check_size(path, width, height)
+                _check_size(path, *image.size)
+                rgb = _to_rgb(image)
+                width, height = rgb.size
                 resized_height, resized_width = smart_resize(height, width, factor, *limits)
-                pixels = np.array(_to_rgb(image).resize((resized_width, resized_height)))
+                pixels = np.array(rgb.resize((resized_width, resized_height)))
     except PermanentError:
         raise
     except Image.DecompressionBombError as error:
@@ -160,8 +161,6 @@ def _read(path: Path) -> bytes:
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
-    if not width or not height:
-        raise PermanentError("image_corrupt", f"{path} has {width}x{height} pixels: replace it")
     if width * height > MAX_IMAGE_PIXELS:
         raise PermanentError(
             "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"

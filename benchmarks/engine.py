@@ -1,0 +1,145 @@
+"""The engine against the reference way: the same model, the same questions, the same run, one thread.
+
+The reference way is what the script that this project replaces does: three forwards a question, batch 1 (the vision tower
+for the vision-only vector, the whole model for hidden states, `generate` for the answer). "One forward" is that way without
+its waste: a single pass at batch 1 that keeps the cache for decoding.
+
+    python benchmarks/engine.py [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # shared cores: with a thread per core the same work took ten times longer
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import skimage.data
+import torch
+from common import print_table
+from PIL import Image
+from qwen_vl_utils import process_vision_info
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from workers.engine import EngineSpec, Request
+from workers.preprocess import Preprocessor
+from workers.qwen import QwenEngine
+from workers.small_model import BENCH, build_small_model
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
+QUESTIONS = (
+    "What is in the image?",
+    "Is there a person in this picture? Answer yes or no.",
+    "What colour is the largest object?",
+    "How many objects are there, and where do they lie?",
+    "Was this taken indoors?",
+    "Describe the background in one sentence.",
+)
+MAX_PIXELS = 256 * 28 * 28
+LAYERS = (0, 2, 4, 6, 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: for the engine, and as the processor prepares it for the reference way."""
+
+    request: Request
+    inputs: dict[str, torch.Tensor]
+
+
+def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
+    """Return `images` x `questions` cases; more images than photographs are crops of them."""
+    preprocess = Preprocessor(engine.card)
+    cases = []
+    for number in range(images):
+        image = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
+        shift = 8 * (number // len(PHOTOGRAPHS))
+        path = directory / f"{number}.png"
+        image.crop((shift, shift, image.width, image.height)).save(path)
+        prepared = preprocess.image(path.name, directory, (), (engine.card.min_pixels, MAX_PIXELS))
+        for question in QUESTIONS[number % 6 :][:questions] if questions == 1 else QUESTIONS[:questions]:
+            content = [{"type": "image", "image": str(path), "max_pixels": MAX_PIXELS}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            seen = process_vision_info(messages)[0]
+            inputs = dict(processor(text=[text], images=seen, do_resize=False, return_tensors="pt"))
+            cases.append(Case(preprocess.request(prepared, question, LAYERS, 0), inputs))
+    return cases
+
+
+@torch.inference_mode()
+def reference_way(model: Any, cases: Sequence[Case], tokens: int) -> None:
+    """Three forwards a question."""
+    for case in cases:
+        model.model.visual(case.inputs["pixel_values"], grid_thw=case.inputs["image_grid_thw"])
+        model(**case.inputs, output_hidden_states=True)
+        if tokens:
+            model.generate(**case.inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
+
+@torch.inference_mode()
+def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
+    """One forward a question: hidden states by hooks while the answer is generated."""
+    for case in cases:
+        if tokens:
+            model.generate(**case.inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+        else:
+            model.model(**case.inputs)
+
+
+def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
+    """Batches of `size` questions."""
+    requests = [replace(case.request, max_new_tokens=tokens) for case in cases]
+    for start in range(0, len(requests), size):
+        engine.extract(requests[start : start + size])
+
+
+def seconds(work: Callable[[], None], repeats: int) -> float:
+    """Return the median time of some work."""
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each cell; the median counts")
+    parser.add_argument("--batch", type=int, default=48, help="questions in a batch of the engine")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = build_small_model(Path(scratch) / "model", BENCH)
+        processor = AutoProcessor.from_pretrained(directory)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+        engine = QwenEngine(EngineSpec("qwen", str(directory), "main", "float32", scratch))
+        engine._eos = []  # forced answers: neither way may stop early
+        rows = []
+        for images, questions in [(8, 6), (48, 1)]:
+            cases = make_cases(engine, processor, images, questions, Path(scratch))
+            for tokens in (32, 0):
+                base = seconds(lambda: reference_way(model, cases, tokens), options.repeats)
+                single = seconds(lambda: one_forward(model, cases, tokens), options.repeats)
+                ours = seconds(lambda: with_engine(engine, cases, tokens, options.batch), options.repeats)
+                name = f"{images} images x {questions}, " + (f"{tokens} answer tokens" if tokens else "embeddings only")
+                rate = len(cases) / ours
+                rows.append([name, f"{base:.1f}", f"{single:.1f}", f"{ours:.2f}", f"{rate:.1f}", f"{base / ours:.1f}x", f"{single / ours:.1f}x"])
+        print_table(
+            ["questions", "reference way, s", "one forward, s", "engine, s", "engine, samples/s", "against the reference", "against one forward"],
+            rows,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from workers.queues import COLLECT, LANES, ModelQueues
+
+QUEUES = ModelQueues("qwen25vl_7b", "bfloat16", "0123456789ab")
+WORKERS = [f"extract-{i}@host-{i % 7}" for i in range(200)]
+
+
+def test_names_tell_model_dtype_and_checkpoint():
+    assert QUEUES.retry == "halp.qwen25vl_7b.bfloat16.0123456789ab.retry"
+    assert QUEUES.lanes[0] == "halp.qwen25vl_7b.bfloat16.0123456789ab.00"
+    assert QUEUES.lanes[15] == "halp.qwen25vl_7b.bfloat16.0123456789ab.15"
+    assert len({*QUEUES.lanes, QUEUES.retry, COLLECT}) == LANES + 2 == 18
+
+
+@pytest.mark.parametrize("other", [("qwen25vl_3b",), ("qwen25vl_7b", "float32"), ("qwen25vl_7b", "bfloat16", "ba")])
+def test_models_share_no_queue(other):
+    others = ModelQueues(*other, *("qwen25vl_7b", "bfloat16", "0123456789ab")[len(other) :])
+    assert not {*others.lanes, others.retry} & {*QUEUES.lanes, QUEUES.retry}
+
+
+def test_questions_of_an_image_share_a_lane():
+    assert {QUEUES.lane("run", "a.jpg") for _ in range(10)} == {QUEUES.lane("run", "a.jpg")}
+    assert QUEUES.lane("run", "a.jpg") in QUEUES.lanes
+
+
+def test_images_spread_over_the_lanes():
+    """A lane with twice its share would leave one worker with it when the others have finished."""
+    counts = Counter(QUEUES.lane("run", f"COCO_val2014_{i:012d}.jpg") for i in range(16_000))
+    assert counts.keys() == set(QUEUES.lanes)
+    assert 850 < min(counts.values()) <= max(counts.values()) < 1150
+
+
+def test_an_image_has_other_lanes_in_other_runs():
+    assert len({QUEUES.lane(f"run {i}", "a.jpg") for i in range(200)}) == LANES
+
+
+def test_run_and_image_are_not_run_together():
+    assert {QUEUES.lane(f"run{i}", "1.jpg") == QUEUES.lane("run", f"{i}1.jpg") for i in range(100)} == {True, False}
+
+
+def test_order_is_a_rotation_after_the_retries():
+    for worker in WORKERS:
+        first, *lanes = QUEUES.in_order_of(worker)
+        assert first == QUEUES.retry
+        start = QUEUES.lanes.index(lanes[0])
+        assert lanes == [QUEUES.lanes[(start + i) % LANES] for i in range(LANES)]
+
+
+def test_workers_begin_at_different_lanes():
+    counts = Counter(QUEUES.in_order_of(worker)[1] for worker in WORKERS)
+    assert counts.keys() == set(QUEUES.lanes)
+    assert max(counts.values()) < 3 * len(WORKERS) / LANES
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "random"])
+def test_other_processes_agree(seed):
+    """The producer, the collector and every worker name lanes by themselves; Python's own hash would differ."""
+    code = (
+        "from workers.queues import ModelQueues\n"
+        "q = ModelQueues('qwen25vl_7b', 'bfloat16', '0123456789ab')\n"
+        "print(*[q.lane('run', f'{i}.jpg') for i in range(50)], *q.in_order_of('extract-1@host'))\n"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert out.stdout.split() == [
+        *(QUEUES.lane("run", f"{i}.jpg") for i in range(50)),
+        *QUEUES.in_order_of("extract-1@host"),
+    ]
+
+
+def test_lanes_do_not_change_between_versions():
+    """Messages of an older version would wait in lanes where nobody looks for them."""
+    assert [QUEUES.lanes.index(QUEUES.lane("run", f"{i}.jpg")) for i in range(8)] == [1, 10, 8, 0, 5, 13, 4, 4]
+    assert QUEUES.lanes.index(QUEUES.in_order_of("extract-1@host")[1]) == 13
