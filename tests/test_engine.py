@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from reference import Reference
 
 from storage.sample import Sample
-from workers.engine import EngineSpec, Request
+from workers.engine import EngineSpec, Recipe, Request
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
 
@@ -43,7 +44,7 @@ def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tupl
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS[index % 3 : index % 3 + 2 + index % 2]:
             expected = reference(path, question, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
-            found.append((preprocess.request(image, question, LAYERS, MAX_NEW_TOKENS), expected))
+            found.append((preprocess.request(image, question, Recipe(LAYERS, MAX_NEW_TOKENS)), expected))
     assert len(found) >= 24
     return found
 
@@ -85,7 +86,7 @@ def test_answers_end_for_both_reasons(engine: QwenEngine, cases: Any) -> None:
 
 def test_no_answer_is_asked_for(engine: QwenEngine, cases: Any) -> None:
     request, expected = cases[0]
-    silent = Request(**{name: getattr(request, name) for name in Request.__slots__} | {"max_new_tokens": 0})
+    silent = replace(request, recipe=Recipe(LAYERS, 0))
     [sample] = engine.extract([silent])
     assert (sample.answer, sample.facts["finish_reason"]) == ("", "none")
     assert worst_error(sample, expected) < TOLERANCE
@@ -138,10 +139,11 @@ def height_and_width_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 def suffix_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     original = QwenEngine._prefill_images
 
-    def prefill(self: QwenEngine, images: Any) -> Any:
-        state = original(self, images)
-        state.next_position = state.next_position + 1
-        return state
+    def prefill(self: QwenEngine, images: Any, recipe: Any) -> Any:
+        prefixes = original(self, images, recipe)
+        for prefix in prefixes:
+            prefix.row.next_position += 1
+        return prefixes
 
     monkeypatch.setattr(QwenEngine, "_prefill_images", prefill)
 
@@ -149,8 +151,8 @@ def suffix_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     original = QwenEngine._forward
 
-    def forward(self: QwenEngine, state: Any, embedded: Any, positions: Any, lengths: Any) -> Any:
-        return original(self, state, embedded, positions, [embedded.shape[1]] * len(lengths))
+    def forward(self: QwenEngine, batch: Any, embedded: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
+        return original(self, batch, embedded, positions, [embedded.shape[1]] * len(lengths), recipe)
 
     monkeypatch.setattr(QwenEngine, "_forward", forward)
 
@@ -161,8 +163,10 @@ def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_would_show(
     engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine.forget()
     mistake(monkeypatch)
     batch = cases[:8]
     samples = engine.extract([request for request, _ in batch])
+    engine.forget()
     errors = [worst_error(sample, expected) for sample, (_, expected) in zip(samples, batch, strict=True)]
     assert max(errors) > 100 * TOLERANCE

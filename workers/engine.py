@@ -48,6 +48,18 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """How questions are computed. A batch has one recipe."""
+
+    layers: tuple[int, ...]
+    max_new_tokens: int
+    repetition_penalty: float | None = None  # None: the checkpoint's
+    vision_encoder: bool = True
+    exact: bool = False  # batch 1, nothing shared
+    halp_compat: bool = False  # the published positions and features
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One question, ready for the model.
 
@@ -59,12 +71,11 @@ class Request:
     pixels: npt.NDArray[np.uint8]
     suffix_ids: tuple[int, ...]
     num_tokens: int  # of the whole prompt
-    layers: tuple[int, ...]
-    max_new_tokens: int
+    recipe: Recipe
 
 
 class Engine(Protocol):
-    """Computes samples. One method, synchronous; a batch has one set of layers and one answer length."""
+    """Computes samples. One method, synchronous; a batch has one recipe."""
 
     card: ModelCard
 

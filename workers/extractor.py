@@ -14,7 +14,7 @@ from storage.sample import Sample
 from storage.settings import ModelFacts
 from workers.batcher import DynamicBatcher
 from workers.checkpoint import resolve_layers
-from workers.engine import EngineSpec, ModelCard
+from workers.engine import EngineSpec, ModelCard, Recipe
 from workers.engine_process import EngineProcess
 from workers.errors import RunRefusedError, TransientError
 from workers.preprocess import Preprocessor
@@ -68,7 +68,7 @@ class Extractor:
             tuple(Path(root) for root in settings.image_roots),
             (facts.min_pixels, facts.max_pixels),
         )
-        request = self._preprocess.request(image, question.question, facts.layers, settings.max_new_tokens)
+        request = self._preprocess.request(image, question.question, Recipe(facts.layers, settings.max_new_tokens))
         sample = self._batcher.submit(settings.run_id, request).result(_RESULT_TIMEOUT)
         facts_of_image = {
             "image_sha256": image.sha256,

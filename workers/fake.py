@@ -55,7 +55,7 @@ class FakeEngine:
             "vision_only_representation": self._vector(image, "vision_only"),
             "vision_encoder_representation": self._vector(image, "vision_encoder"),
         }
-        for layer in request.layers:
+        for layer in request.recipe.layers:
             vectors[f"vision_token_representation/layer_{layer}"] = self._vector(image, f"vision {layer}")
             vectors[f"query_token_representation/layer_{layer}"] = self._vector(question, f"query {layer}")
         return Sample(

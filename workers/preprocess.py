@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from storage.images import OutsideRootError, resolve_image
-from workers.engine import ModelCard, Request
+from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.prompt import QuestionTokenizer
 
@@ -29,6 +29,10 @@ MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 _CACHED_IMAGES = 64
+# Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "AVIF")
+Image.init()
+_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # a build of Pillow may lack some
 _CONTEXT = 32_768  # what the model was trained on; its config admits more, and transformers does not check
 
 # `load_image` checks the size before decoding. Pillow's own bound, which raises above twice this value, is for the images
@@ -85,7 +89,7 @@ class Preprocessor:
                 future.set_exception(error)
         return future.result()
 
-    def request(self, image: PreparedImage, question: str, layers: tuple[int, ...], max_new_tokens: int) -> Request:
+    def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
         """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
         suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
         tokens = image.pixels.shape[0] * image.pixels.shape[1] // self._factor**2
@@ -97,7 +101,7 @@ class Preprocessor:
                 f"the prompt has {total} tokens, {tokens} of them from the image; the model takes {limit}. "
                 "Shorten the question or lower --max-pixels",
             )
-        return Request(image.key, image.pixels, suffix, total, layers, max_new_tokens)
+        return Request(image.key, image.pixels, suffix, total, recipe)
 
 
 def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImage:
@@ -107,7 +111,7 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(path, *image.size)
                 rgb = _to_rgb(image)
                 width, height = rgb.size

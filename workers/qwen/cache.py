@@ -1,0 +1,164 @@
+"""KV caches: of one row without padding, of a batch padded on the left, and of the images seen last."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_SPARE = 32  # tokens that a layer has room for beyond what it holds
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that writes into spare room: DynamicLayer copies the whole cache for every decoded token."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_initialized: bool = False
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append states (B, heads, L, d); return all that the layer holds."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        begin = self.keys.shape[2]
+        end = begin + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < end:
+            self._room = (_with_room(self.keys, end + _SPARE), _with_room(self.values, end + _SPARE))
+        for room, new in zip(self._room, (key_states, value_states)):
+            room[:, :, begin:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows; a row may be repeated."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+            self._room = None
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    room = states.new_empty(*states.shape[:2], length, states.shape[3])
+    room[:, :, : states.shape[2]] = states
+    return room
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's cache: (layers, 2, heads, L, d), and the text position of its next token."""
+
+    kv: Tensor
+    next_position: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.kv.shape[3]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences that go on together, padded on the left."""
+
+    cache: Cache
+    mask: Tensor  # (B, cached tokens), 0 on padding
+    next_position: Tensor  # (B,)
+
+    @classmethod
+    def empty(cls, next_positions: Sequence[int], device: torch.device) -> Batch:
+        """Return a batch that has seen nothing; `next_positions` are those after its first forward."""
+        positions = torch.tensor(next_positions, device=device)
+        return cls(
+            Cache(layer_class_to_replicate=GrowingLayer),
+            torch.zeros(len(next_positions), 0, device=device).long(),
+            positions,
+        )
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], index: Sequence[int], device: torch.device) -> Batch:
+        """Return the batch whose i-th sequence goes on from rows[index[i]]."""
+        width = max(row.length for row in rows)
+        chosen = torch.tensor(index, device=device)
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        for layer in range(rows[0].kv.shape[0]):
+            keys, values = (_stack_left([row.kv[layer, which] for row in rows], width)[chosen] for which in (0, 1))
+            cache.update(keys, values, layer)
+        lengths = torch.tensor([row.length for row in rows], device=device)[chosen]
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        return cls(cache, mask, torch.tensor([row.next_position for row in rows], device=device)[chosen])
+
+    def rows(self) -> list[Row]:
+        """Take the batch apart: each sequence's own cache, without padding."""
+        layers = self.cache.layers
+        lengths, positions = self.mask.sum(1).tolist(), self.next_position.tolist()
+        return [
+            Row(
+                torch.stack([torch.stack([x[i, :, -length:] for x in (layer.keys, layer.values)]) for layer in layers]),
+                position,
+            )
+            for i, (length, position) in enumerate(zip(lengths, positions))
+        ]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given sequences."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        self.next_position = self.next_position[rows]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """[head | image] of a prompt, run once for all questions of the image."""
+
+    row: Row
+    grid: tuple[int, int, int]
+    num_tokens: int  # of the image
+    vectors: dict[str, Tensor]  # HALP field to (D,)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return self.row.kv.nbytes + sum(vector.nbytes for vector in self.vectors.values())
+
+
+@dataclass(slots=True)
+class PrefixCache:
+    """The prefixes used last, bounded in bytes, so that an image's questions share theirs across batches."""
+
+    max_bytes: int
+    _kept: OrderedDict[Hashable, Prefix] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+
+    def get(self, key: Hashable) -> Prefix | None:
+        """Return a prefix, if it is kept."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Hashable, prefix: Prefix) -> None:
+        """Keep a prefix in place of those used longest ago; one that is larger than the bound is not kept."""
+        if prefix.nbytes > self.max_bytes or key in self._kept:
+            return
+        self._kept[key] = prefix
+        self._bytes += prefix.nbytes
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+        self._bytes = 0
+
+
+def _stack_left(states: Sequence[Tensor], width: int) -> Tensor:
+    """Stack (heads, L_i, d) to (B, heads, width, d) with zeros on the left."""
+    stacked = states[0].new_zeros(len(states), states[0].shape[0], width, states[0].shape[2])
+    for into, one in zip(stacked, states):
+        into[:, width - one.shape[1] :] = one
+    return stacked

@@ -1,0 +1,95 @@
+"""Greedy decoding of a batch: the repetition penalty over unpadded ids, finished rows dropped, probabilities kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.qwen.cache import Batch
+
+_DROP_SHARE = 0.125  # of the batch: dropping copies the cache, so finished rows leave together
+
+
+@dataclass(slots=True)
+class Answer:
+    """A generated answer. Log-probabilities and the first token's entropy are the model's, before the penalty, in nats."""
+
+    ids: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    entropy: float | None = None
+    finish_reason: str = "none"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is kept beside the text."""
+        if self.entropy is None:
+            return {"finish_reason": self.finish_reason}
+        return {
+            "finish_reason": self.finish_reason,
+            "num_answer_tokens": len(self.ids),
+            "answer_token_ids": self.ids,
+            "answer_token_logprobs": self.log_probabilities,
+            "first_token_entropy": self.entropy,
+        }
+
+
+def decode(
+    batch: Batch,
+    last: Tensor,
+    prompts: Sequence[Sequence[int]],
+    *,
+    head: torch.nn.Linear,
+    forward: Callable[[Batch, Tensor], Tensor],
+    eos: Sequence[int],
+    penalty: float,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Continue every prompt; `last` holds the last prompt tokens' final states, (B, D).
+
+    `forward` runs one token per sequence, (B,) to (B, D), and extends the batch. The tokens are those of
+    `generate(do_sample=False)` with the same penalty; source: transformers' RepetitionPenaltyLogitsProcessor.
+    """
+    answers = [Answer(finish_reason="length") for _ in prompts]
+    seen = _seen(prompts, head.out_features).to(last.device)
+    ends = torch.tensor(list(eos), device=last.device)
+    alive = list(range(len(prompts)))  # sequences in the batch
+    running = set(alive)  # of these, the ones that have not ended
+    for step in range(max_new_tokens):
+        logits = head(last).float()  # (B, V)
+        distribution = logits.log_softmax(-1)
+        tokens = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits).argmax(-1)
+        taken = distribution.gather(1, tokens[:, None])[:, 0]
+        entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
+        for row, entropy in zip(alive, entropies):
+            answers[row].entropy = entropy
+        for row, token, log_probability, end in zip(
+            alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()
+        ):
+            if row in running:
+                answers[row].ids.append(token)
+                answers[row].log_probabilities.append(log_probability)
+                if end:
+                    answers[row].finish_reason = "eos"
+                    running.discard(row)
+        if step + 1 == max_new_tokens or not running:
+            break
+        if len(alive) - len(running) >= max(1, _DROP_SHARE * len(alive)):
+            keep = torch.tensor([i for i, row in enumerate(alive) if row in running], device=last.device)
+            batch.select(keep)
+            seen, tokens = seen[keep], tokens[keep]
+            alive = [row for row in alive if row in running]
+        seen.scatter_(1, tokens[:, None], True)
+        last = forward(batch, tokens)
+    return answers
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Return which tokens the penalty falls on, (B, V)."""
+    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
+    for row, ids in zip(seen, prompts):
+        row[list(set(ids))] = True
+    return seen

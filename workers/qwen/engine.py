@@ -1,0 +1,330 @@
+"""The Qwen2.5-VL engine: hidden states and greedy answers for a batch of questions, each image computed once.
+
+The question comes after the image and attention is causal, so everything up to the last image token is the same for all
+questions of an image. A batch runs in four steps: the vision tower per image, the prefix [head | image] per image, the
+suffixes [question | tail] over the prefixes' KV cache expanded to the questions, and greedy decoding from the same cache.
+Everything is padded on the left, so that the last image token and the last prompt token are at index -1, where hooks on the
+decoder layers take the vectors. `exact` and `halp_compat` recipes run one whole prompt at a time and share nothing.
+
+Knows nothing of runs, files or queues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+from transformers.utils import cached_file
+
+from storage.sample import Sample
+from workers.engine import EngineSpec, ModelCard, Recipe, Request
+from workers.prompt import split_prompt
+from workers.qwen.cache import Batch, Prefix, PrefixCache
+from workers.qwen.decode import Answer, decode
+from workers.qwen.hooks import ending_after, outputs
+from workers.qwen.loading import as_ids, environment, load_model, pixel_limits
+from workers.qwen.vision import Image, VisionTower
+
+_CPU_PREFILL_TOKENS = (
+    1  # one image at a time: a larger batch leaves the cache (2.5 samples/s against 3.4, benchmarks/engine.py)
+)
+_CPU_PREFIX_BYTES = 512 << 20
+_GPU_PREFILL_TOKENS = 16384
+_GPU_PREFIX_SHARE = 0.2  # of the memory that is free once the model is loaded
+
+
+class QwenEngine:
+    """A loaded Qwen2.5-VL checkpoint of any size."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        source: dict[str, Any] = {"cache_dir": spec.cache_dir}
+        if not Path(spec.model).is_dir():
+            source["revision"] = spec.revision
+        self._model = load_model(spec, source)
+        self._device = self._model.get_input_embeddings().weight.device
+        processor = AutoProcessor.from_pretrained(spec.model, **source)
+        self._tokenizer = processor.tokenizer
+        self._decoder = self._model.model.language_model
+        self._vision = VisionTower(
+            self._model.model.visual, processor.image_processor, self._model.dtype, self._model.model.visual.device
+        )
+        config, generation = self._model.config, self._model.generation_config
+        self._image_token = config.image_token_id
+        self._eos = as_ids(generation.eos_token_id)
+        self._penalty = float(generation.repetition_penalty or 1.0)
+        cuda = self._device.type == "cuda"
+        free = torch.cuda.mem_get_info(self._device)[0] if cuda else 0
+        self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
+        self._prefixes = PrefixCache(int(free * _GPU_PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
+        prompt = split_prompt(processor)
+        text, vision = config.get_text_config(), config.vision_config
+        minimum, maximum = pixel_limits(processor.image_processor)
+        config_file = Path(cached_file(spec.model, "config.json", **source))
+        self.card = ModelCard(
+            model_type=config.model_type,
+            revision=getattr(config, "_commit_hash", None) or spec.revision,
+            config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),
+            template_sha256=prompt.sha256,
+            num_hidden_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vision_hidden_size=vision.hidden_size,
+            max_position_embeddings=text.max_position_embeddings,
+            repetition_penalty=self._penalty,
+            tokenizer_json=self._tokenizer.backend_tokenizer.to_str(),
+            head_ids=prompt.head_ids,
+            after_image_ids=prompt.after_image_ids,
+            tail_ids=prompt.tail_ids,
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            min_pixels=minimum,
+            max_pixels=maximum,
+            environment=environment(self._device, config._attn_implementation),
+        )
+
+    @torch.inference_mode()
+    def extract(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return a sample per request, in their order. All requests have one recipe."""
+        recipe = requests[0].recipe
+        if recipe.exact or recipe.halp_compat:
+            return [self._extract_whole(request) for request in requests]
+        return self._extract_shared(requests, recipe)
+
+    def forget(self) -> None:
+        """Free what is kept between batches."""
+        self._prefixes.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Shared image prefix
+
+    def _extract_shared(self, requests: Sequence[Request], recipe: Recipe) -> list[Sample]:
+        prefixes, computed = self._prefixes_of(requests, recipe)
+        order = list(prefixes)
+        index = [order.index(request.image_key) for request in requests]
+        batch = Batch.of([prefixes[key].row for key in order], index, self._device)
+        suffixes = [request.suffix_ids for request in requests]
+        with self._taking(recipe) as taken:
+            last = self._prefill_suffixes(batch, suffixes, recipe)
+        prompts = [self._prompt_ids(prefixes[r.image_key].num_tokens, r.suffix_ids) for r in requests]
+        answers = self._answer(batch, last, prompts, recipe)
+        samples = []
+        for i, request in enumerate(requests):
+            prefix = prefixes[request.image_key]
+            vectors = prefix.vectors | _fields("query_token_representation", {n: v[i] for n, v in taken.items()})
+            facts = {
+                **self._positions(prefix.num_tokens, prefix.grid, len(prompts[i])),
+                "batch_size": len(requests),
+                # How well images are shared: the share of questions that did not have to compute their image's prefix.
+                "image_prefix": "computed" if request.image_key in computed else "shared",
+            }
+            computed.discard(request.image_key)
+            samples.append(self._sample(vectors, answers[i], facts))
+        return samples
+
+    def _prefixes_of(self, requests: Sequence[Request], recipe: Recipe) -> tuple[dict[str, Prefix], set[str]]:
+        """Return the prefix of every image in the batch, and which of them had to be computed now."""
+        pixels = {request.image_key: request.pixels for request in requests}
+        found: dict[str, Prefix] = {}
+        for key in pixels:
+            if (prefix := self._prefixes.get(self._prefix_key(key, recipe))) is not None:
+                found[key] = prefix
+        missing = sorted(pixels.keys() - found.keys(), key=lambda key: pixels[key].size)
+        for chunk in self._chunks(missing, pixels):
+            for key, prefix in zip(chunk, self._prefill_images([pixels[key] for key in chunk], recipe)):
+                found[key] = prefix
+                self._prefixes.put(self._prefix_key(key, recipe), prefix)
+        return found, set(missing)
+
+    def _chunks(self, keys: Sequence[str], pixels: dict[str, np.ndarray]) -> Iterator[list[str]]:
+        """Cut keys, sorted by size, into chunks within the token budget of a prefill."""
+        chunk: list[str] = []
+        for key in keys:
+            tokens = pixels[key].shape[0] * pixels[key].shape[1] // (self.card.patch_size * self.card.merge_size) ** 2
+            if chunk and (len(chunk) + 1) * tokens > self._prefill_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(key)
+        if chunk:
+            yield chunk
+
+    def _prefix_key(self, image_key: str, recipe: Recipe) -> Hashable:
+        return image_key, recipe.layers, recipe.max_new_tokens == 0
+
+    def _prefill_images(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[Prefix]:
+        """Run the vision tower and [head | image] of some images."""
+        images = self._vision(pixels)
+        head = self._embed(self.card.head_ids)  # (H, D)
+        rows = [torch.cat([head, image.tokens.to(self._device)]) for image in images]
+        positions = [self._prefix_positions(image.grid) for image in images]
+        batch = Batch.empty([int(p.max()) + 1 for p in positions], self._device)
+        with self._taking(recipe) as taken:
+            padded = _pad_left([p.T for p in positions]).permute(2, 0, 1)  # (3, B, L)
+            self._forward(batch, _pad_left(rows), padded, [len(r) for r in rows], recipe)
+        return [
+            Prefix(
+                row,
+                image.grid,
+                len(image.tokens),
+                self._vision_fields(image, recipe)
+                | _fields("vision_token_representation", {n: v[i].clone() for n, v in taken.items()}),
+            )
+            for i, (row, image) in enumerate(zip(batch.rows(), images))
+        ]
+
+    def _prefill_suffixes(self, batch: Batch, suffixes: Sequence[tuple[int, ...]], recipe: Recipe) -> Tensor | None:
+        """Run the suffixes over the expanded cache. Return the last prompt token's final states, (B, D)."""
+        rows = [self._embed(ids) for ids in suffixes]
+        lengths = torch.tensor([len(ids) for ids in suffixes], device=self._device)
+        width = int(lengths.max())
+        offsets = torch.arange(width, device=self._device) - (width - lengths)[:, None]  # (B, L), negative on padding
+        positions = (batch.next_position[:, None] + offsets.clamp(min=0)).expand(3, -1, -1)
+        states = self._forward(batch, _pad_left(rows), positions, lengths.tolist(), recipe)
+        batch.next_position = batch.next_position + lengths
+        return None if states is None else states[:, -1]
+
+    # One whole prompt at a time: `exact` and `halp_compat`
+
+    def _extract_whole(self, request: Request) -> Sample:
+        recipe = request.recipe
+        [image] = self._vision([request.pixels])
+        prompt = self._prompt_ids(len(image.tokens), request.suffix_ids)
+        head, suffix = self._embed(self.card.head_ids), self._embed(request.suffix_ids)
+        embedded = torch.cat([head, image.tokens.to(self._device), suffix])[None]  # (1, L, D)
+        prefix = self._prefix_positions(image.grid)
+        after = int(prefix.max()) + 1 + torch.arange(len(suffix), device=self._device)
+        positions = torch.cat([prefix, after.expand(3, -1)], dim=1)[:, None]  # (3, 1, L)
+        facts = self._positions(len(image.tokens), image.grid, len(prompt))
+        if recipe.halp_compat:
+            # The published scripts' position: patches before merging, capped at the middle of the prompt.
+            facts["vision_token_position"] = min(image.grid[0] * image.grid[1] * image.grid[2], len(prompt) // 2)
+        at = [facts["vision_token_position"], facts["query_token_position"]]
+        batch = Batch.empty([int(after[-1]) + 1], self._device)
+        with self._taking(recipe, at) as taken:
+            states = self._forward(batch, embedded, positions, [len(prompt)], recipe)
+        last = None if states is None else states[:, -1]
+        [answer] = self._answer(batch, last, [prompt], recipe)
+        vectors = (
+            self._vision_fields(image, recipe)
+            | _fields("vision_token_representation", {n: v[0] for n, v in taken.items()})
+            | _fields("query_token_representation", {n: v[1] for n, v in taken.items()})
+        )
+        return self._sample(vectors, answer, {**facts, "batch_size": 1, "image_prefix": "computed"})
+
+    # Common to both
+
+    def _forward(
+        self, batch: Batch, embedded: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe
+    ) -> Tensor | None:
+        """Run the decoder on left-padded rows (B, L, D) with positions (3, B, L); extend the batch's cache and mask.
+
+        Return the final states (B, L, D), or None where no answer is wanted and the forward ended after the last layer
+        that is kept.
+        """
+        width = embedded.shape[1]
+        column = torch.tensor(lengths, device=self._device)[:, None]
+        mask = (torch.arange(width, device=self._device) >= width - column).long()
+        batch.mask = torch.cat([batch.mask, mask], dim=1)
+        out = None
+        with ending_after(self._decoder.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None):
+            out = self._decoder(
+                inputs_embeds=embedded,
+                position_ids=positions,
+                attention_mask=batch.mask,
+                past_key_values=batch.cache,
+                use_cache=True,
+            )
+        return None if out is None else out.last_hidden_state
+
+    def _answer(
+        self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe
+    ) -> list[Answer]:
+        if last is None:
+            return [Answer() for _ in prompts]
+
+        def forward(batch: Batch, tokens: Tensor) -> Tensor:
+            embedded = self._model.get_input_embeddings()(tokens)[:, None]
+            positions = batch.next_position[None, :, None].expand(3, -1, -1)
+            states = self._forward(batch, embedded, positions, [1] * len(tokens), recipe)
+            batch.next_position = batch.next_position + 1
+            assert states is not None
+            return states[:, -1]
+
+        return decode(
+            batch,
+            last,
+            prompts,
+            head=self._model.lm_head,
+            forward=forward,
+            eos=self._eos,
+            penalty=self._penalty if recipe.repetition_penalty is None else recipe.repetition_penalty,
+            max_new_tokens=recipe.max_new_tokens,
+        )
+
+    def _sample(self, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
+        text = self._tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        return Sample(
+            {name: _to_numpy(vector) for name, vector in vectors.items()},
+            text,
+            {**facts, **answer.facts, **self.card.environment},
+        )
+
+    def _vision_fields(self, image: Image, recipe: Recipe) -> dict[str, Tensor]:
+        if recipe.halp_compat:
+            return {"vision_only_representation": image.encoder_mean}
+        merged = {"vision_only_representation": image.merged_mean}
+        return merged | ({"vision_encoder_representation": image.encoder_mean} if recipe.vision_encoder else {})
+
+    def _positions(self, num_tokens: int, grid: tuple[int, int, int], prompt: int) -> dict[str, Any]:
+        return {
+            "seq_len": prompt,
+            "vision_token_position": len(self.card.head_ids) + num_tokens - 1,
+            "query_token_position": prompt - 1,
+            "image_grid_thw": list(grid),
+            "num_vision_tokens": num_tokens,
+        }
+
+    def _prefix_positions(self, grid: tuple[int, int, int]) -> Tensor:
+        """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""
+        head = len(self.card.head_ids)
+        height, width = grid[1] // self.card.merge_size, grid[2] // self.card.merge_size
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        image = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + head
+        return torch.cat([torch.arange(head).expand(3, -1), image], dim=1).to(self._device)
+
+    def _prompt_ids(self, image_tokens: int, suffix: tuple[int, ...]) -> tuple[int, ...]:
+        return (*self.card.head_ids, *([self._image_token] * image_tokens), *suffix)
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        embedded: Tensor = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device))
+        return embedded
+
+    def _taking(self, recipe: Recipe, at: Sequence[int] | None = None) -> Any:
+        """Take the kept layers' outputs: the last position of each row, (B, D), or some positions of the only row.
+
+        A copy: a view would keep all of (B, L, D) alive.
+        """
+        layers = {i: self._decoder.layers[i] for i in recipe.layers}
+        return outputs(layers, lambda out: (out[:, -1] if at is None else out[0, list(at)]).clone())
+
+
+def _fields(name: str, vectors: dict[int, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}/layer_{layer}": vector for layer, vector in vectors.items()}
+
+
+def _pad_left(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows (L_i, *) to (B, max L, *) with zeros on the left."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
+
+
+def _to_numpy(vector: Tensor) -> np.ndarray:
+    vector = vector.contiguous().cpu()
+    if vector.dtype == torch.bfloat16:
+        return vector.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return vector.numpy()

@@ -1,0 +1,51 @@
+"""Taking modules' outputs while a forward runs, and ending it where nothing more is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Enough(Exception):
+    """Raised by a hook to end a forward early."""
+
+
+@contextmanager
+def outputs(modules: dict[int, torch.nn.Module], take: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Collect what `take` makes of each module's output while the context lasts."""
+    taken: dict[int, Tensor] = {}
+
+    def hook(key: int) -> Callable[..., None]:
+        def collect(_module: Any, _inputs: Any, out: Any) -> None:
+            taken[key] = take(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 5
+
+        return collect
+
+    handles = [module.register_forward_hook(hook(key)) for key, module in modules.items()]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def ending_after(module: torch.nn.Module | None) -> Iterator[None]:
+    """End the forward in this context after a module; None lets it run. Register it last: it ends later hooks too."""
+    if module is None:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handle = module.register_forward_hook(stop)
+    try:
+        with suppress(_Enough):
+            yield
+    finally:
+        handle.remove()
