@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from storage.inspect import describe_part, part_tables
 
 def main() -> None:
     """Record what `storage inspect` shows of one question."""
-    console = Console(record=True, width=118, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=118, file=io.StringIO())
     summary = describe_part(Path(sys.argv[1]))
     _, questions, question = part_tables(summary, rows=4)
     console.print(questions)

@@ -16,6 +16,7 @@ from producer.planning import plan_run
 from storage.errors import UserError
 from storage.inspect import describe_part, part_tables
 from storage.run import Run
+from storage.settings import QUESTION
 
 _INTERVAL = 50
 _MODEL_NAME = "Qwen2.5-VL-Small-Random"
@@ -43,6 +44,11 @@ def plan_demo(output_dir: Path, number: int) -> Run:
             revision="main",
             dtype="bfloat16",
             layers=None,
+            vision_encoder=True,
+            prompt=QUESTION,
+            repetition_penalty=None,
+            exact=False,
+            halp_compat=False,
             max_new_tokens=16,
             min_pixels=None,
             max_pixels=None,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from storage.errors import UserError
-from storage.settings import Dtype, Order
+from storage.settings import QUESTION, Dtype, Order
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -28,7 +28,12 @@ class RunOptions:
     model: str
     revision: str
     dtype: Dtype
-    layers: tuple[int, ...] | None
+    layers: tuple[int, ...] | Literal["all"] | None
+    vision_encoder: bool
+    prompt: str
+    repetition_penalty: float | None
+    exact: bool
+    halp_compat: bool
     max_new_tokens: int
     min_pixels: int | None
     max_pixels: int | None
@@ -56,10 +61,22 @@ def _run_options(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Decoder layers to keep, as in 0,7,14. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
+            help="Decoder layers to keep, as in 0,7,14, or all. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
+    prompt: Annotated[str, typer.Option(help="What the model is asked; {question} is the row's question.")] = QUESTION,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Of generated and prompt tokens. [default: the checkpoint's]", show_default=False),
+    ] = None,
+    vision_encoder: Annotated[bool, typer.Option(help="Keep the vision tower's mean before the merger too.")] = True,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Batch 1, nothing shared: slow, free of batch effects.")
+    ] = False,
+    halp_compat: Annotated[
+        bool, typer.Option("--halp-compat", help="The published features and positions: see docs/format.md.")
+    ] = False,
     min_pixels: Annotated[
         int | None,
         typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
@@ -85,6 +102,8 @@ def _run_options(
     ] = False,
 ) -> RunOptions:
     """Collect the options that `enqueue` and `run` share."""
+    if halp_compat and (min_pixels is not None or max_pixels is not None):
+        raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
     if (csv is None) == (vqa_dataset is None):
         raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
     return RunOptions(
@@ -96,11 +115,16 @@ def _run_options(
         revision=revision,
         dtype=dtype,
         layers=_parse_layers(layers),
+        vision_encoder=vision_encoder and not halp_compat,
+        prompt=_checked_prompt(prompt),
+        repetition_penalty=repetition_penalty,
+        exact=exact,
+        halp_compat=halp_compat,
         max_new_tokens=max_new_tokens,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         checkpoint_interval=checkpoint_interval,
-        order=order,
+        order="csv" if halp_compat else order,
         limit=limit,
         test=test,
         allow_missing=allow_missing,
@@ -123,9 +147,17 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+def _checked_prompt(prompt: str) -> str:
+    if QUESTION not in prompt:
+        raise UserError(f"--prompt {prompt!r} has no {QUESTION}: say where the question stands")
+    return prompt
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
     if text is None:
         return None
+    if text == "all":
+        return "all"
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:

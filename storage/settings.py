@@ -10,6 +10,11 @@ FORMAT_VERSION = 1
 
 Dtype = Literal["bfloat16", "float32"]
 Order = Literal["image", "csv"]
+QUESTION = "{question}"  # where the question stands in a prompt
+
+# Where the token vectors are taken. The published scripts' vision position is a token in the middle of the prompt.
+LAST_POSITIONS = "last_image_token,last_prompt_token"
+HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes.
 _NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset"}
@@ -30,8 +35,13 @@ class RunSettings(BaseModel):
     model_digest: str  # what the queue's name carries: of the revision, or of the local checkpoint's content
     model_slug: str
     dtype: Dtype
-    layers: tuple[int, ...] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
+    layers: tuple[int, ...] | Literal["all"] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
+    vision_encoder: bool = True
+    prompt: str = QUESTION
     max_new_tokens: int
+    repetition_penalty: float | None = None  # None: the checkpoint's own
+    exact: bool = False
+    halp_compat: bool = False
     min_pixels: int | None  # None: the checkpoint's own
     max_pixels: int | None
 
@@ -67,5 +77,18 @@ class ModelFacts(BaseModel):
     min_pixels: int
     max_pixels: int
     repetition_penalty: float
-    positions: str = "last_image_token,last_prompt_token"
-    vision_only_definition: str = "merged"
+    prompt: str = QUESTION
+    exact: bool = False
+    vision_encoder: bool = True
+    positions: str = LAST_POSITIONS
+    vision_only_definition: str = "merged"  # or `encoder`: the published features' mean before the merger
+
+    def field_widths(self) -> dict[str, int]:
+        """Return the vectors that a question has: HALP field to width."""
+        merged = self.vision_only_definition == "merged"
+        widths = {"vision_only_representation": self.hidden_size if merged else self.vision_hidden_size}
+        if merged and self.vision_encoder:
+            widths["vision_encoder_representation"] = self.vision_hidden_size
+        for field in ("vision_token_representation", "query_token_representation"):
+            widths |= {f"{field}/layer_{layer}": self.hidden_size for layer in self.layers}
+        return widths

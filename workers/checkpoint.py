@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 from storage.errors import UserError
 
@@ -55,8 +56,10 @@ def local_num_layers(model: str) -> int | None:
         raise UserError(f"--model {model}: its config.json is damaged ({error})") from error
 
 
-def resolve_layers(layers: tuple[int, ...] | None, number: int) -> tuple[int, ...]:
+def resolve_layers(layers: tuple[int, ...] | Literal["all"] | None, number: int) -> tuple[int, ...]:
     """Return the decoder layers to keep, of `number`: by default 0, n/4, n/2, 3n/4 and n-1. Raises UserError."""
+    if layers == "all":
+        return tuple(range(number))
     if layers is None:
         return tuple(sorted({0, number // 4, number // 2, 3 * number // 4, number - 1}))
     if wrong := [i for i in layers if not 0 <= i < number]:

@@ -57,6 +57,7 @@ class Recipe:
     vision_encoder: bool = True
     exact: bool = False  # batch 1, nothing shared
     halp_compat: bool = False  # the published positions and features
+    math_kernel: bool = False  # another attention kernel than the usual one, for the noise floor of `exact`
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from storage.drift import with_certificate
 from storage.errors import UserError
 from storage.plan import Question
 from storage.run import Run
 from storage.sample import Sample
-from storage.settings import ModelFacts
+from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts
 from workers.batcher import DynamicBatcher
 from workers.checkpoint import resolve_layers
-from workers.engine import EngineSpec, ModelCard, Recipe
+from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import RunRefusedError, TransientError
 from workers.preprocess import Preprocessor
@@ -59,23 +60,43 @@ class Extractor:
                 self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
             return self._runs[run_dir, run_id]
 
-    def extract(self, opened: OpenRun, question: Question) -> Sample:
-        """Compute one question. Raises PermanentError, TransientError, BatchFailedError, EngineStartError."""
+    def extract(self, opened: OpenRun, question: Question, *, certify: bool = False) -> Sample:
+        """Compute one question; `certify` adds how far it is from its exact result. The part that is packed keeps that.
+
+        Raises PermanentError, TransientError, BatchFailedError, EngineStartError.
+        """
         settings, facts = opened.run.settings, opened.facts
         image = self._preprocess.image(
             question.image_id,
             Path(settings.images_dir),
             tuple(Path(root) for root in settings.image_roots),
             (facts.min_pixels, facts.max_pixels),
+            halp_compat=settings.halp_compat,
         )
-        request = self._preprocess.request(image, question.question, Recipe(facts.layers, settings.max_new_tokens))
-        sample = self._batcher.submit(settings.run_id, request).result(_RESULT_TIMEOUT)
+        text = settings.prompt.replace(QUESTION, question.question)
+        recipe = Recipe(
+            layers=facts.layers,
+            max_new_tokens=settings.max_new_tokens,
+            repetition_penalty=facts.repetition_penalty,
+            vision_encoder=settings.vision_encoder,
+            exact=settings.exact,
+            halp_compat=settings.halp_compat,
+        )
+        request = self._preprocess.request(image, text, recipe)
+        sample = self._compute(settings.run_id, request)
+        if certify and not settings.exact and not settings.halp_compat:
+            exact = self._compute(settings.run_id, replace(request, recipe=replace(recipe, exact=True)))
+            other = replace(recipe, exact=True, math_kernel=True, max_new_tokens=0)
+            sample = with_certificate(sample, exact, self._compute(settings.run_id, replace(request, recipe=other)))
         facts_of_image = {
             "image_sha256": image.sha256,
             "image_size": list(image.original_size),
             "resized_size": list(image.resized_size),
         }
         return replace(sample, facts={**sample.facts, **facts_of_image})
+
+    def _compute(self, run_id: str, request: Request) -> Sample:
+        return self._batcher.submit((run_id, request.recipe), request).result(_RESULT_TIMEOUT)
 
     def close(self) -> None:
         """Finish what waits and stop the engine."""
@@ -106,9 +127,16 @@ class Extractor:
             hidden_size=card.hidden_size,
             vision_hidden_size=card.vision_hidden_size,
             layers=layers,
+            prompt=settings.prompt,
+            exact=settings.exact,
+            vision_encoder=settings.vision_encoder,
+            positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
+            vision_only_definition="encoder" if settings.halp_compat else "merged",
             min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
             max_pixels=card.max_pixels if settings.max_pixels is None else settings.max_pixels,
-            repetition_penalty=card.repetition_penalty,
+            repetition_penalty=(
+                card.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
+            ),
         )
         if facts.min_pixels > facts.max_pixels:
             raise RunRefusedError(f"--min-pixels {facts.min_pixels} is above --max-pixels {facts.max_pixels}")

@@ -12,6 +12,7 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +63,24 @@ class Preprocessor:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
         self._factor = card.patch_size * card.merge_size
-        self._images: OrderedDict[tuple[Path, int, int], Future[PreparedImage]] = OrderedDict()
+        self._images: OrderedDict[Hashable, Future[PreparedImage]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def image(self, image_id: str, images_dir: Path, roots: tuple[Path, ...], limits: tuple[int, int]) -> PreparedImage:
+    def image(
+        self,
+        image_id: str,
+        images_dir: Path,
+        roots: tuple[Path, ...],
+        limits: tuple[int, int],
+        *,
+        halp_compat: bool = False,
+    ) -> PreparedImage:
         """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
         try:
             path = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
-        key = (path, *limits)
+        key = (path, *limits, halp_compat)
         with self._lock:
             future = self._images.get(key)
             mine = future is None
@@ -82,7 +91,7 @@ class Preprocessor:
                 self._images.popitem(last=False)
         if mine:
             try:
-                future.set_result(load_image(path, self._factor, limits))
+                future.set_result(load_image(path, self._factor, limits, halp_compat=halp_compat))
             except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._lock:
                     self._images.pop(key, None)
@@ -104,8 +113,11 @@ class Preprocessor:
         return Request(image.key, image.pixels, suffix, total, recipe)
 
 
-def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImage:
-    """Read, check, decode and resize an image file. Raises PermanentError, TransientError."""
+def load_image(path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False) -> PreparedImage:
+    """Read, check, decode and resize an image file. Raises PermanentError, TransientError.
+
+    `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
+    """
     data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     try:
@@ -113,7 +125,7 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(path, *image.size)
-                rgb = _to_rgb(image)
+                rgb = image.convert("RGB") if halp_compat else _to_rgb(image)
                 width, height = rgb.size
                 resized_height, resized_width = smart_resize(height, width, factor, *limits)
                 pixels = np.array(rgb.resize((resized_width, resized_height)))
@@ -129,7 +141,7 @@ def load_image(path: Path, factor: int, limits: tuple[int, int]) -> PreparedImag
         # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. The bytes are in
         # memory, so no I/O error is among them.
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
-    key = f"{digest}:{resized_width}x{resized_height}"
+    key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}"
     return PreparedImage(key, pixels, digest, (width, height))
 
 

@@ -41,7 +41,7 @@ def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, 
         return "finished before"
     question = run.questions(part)[sequence]
     try:
-        sample = extractor.extract(opened, question)
+        sample = extractor.extract(opened, question, certify=sequence == 0)
     except PermanentError as error:
         _fail(self, run, part, sequence, error.reason, error.message)
         raise

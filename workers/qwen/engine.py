@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoProcessor
 from transformers.utils import cached_file
 
@@ -93,7 +95,8 @@ class QwenEngine:
         """Return a sample per request, in their order. All requests have one recipe."""
         recipe = requests[0].recipe
         if recipe.exact or recipe.halp_compat:
-            return [self._extract_whole(request) for request in requests]
+            with sdpa_kernel(SDPBackend.MATH) if recipe.math_kernel else nullcontext():
+                return [self._extract_whole(request) for request in requests]
         return self._extract_shared(requests, recipe)
 
     def forget(self) -> None:
