@@ -611,13 +611,13 @@ class Decodes:
         self.error: BaseException | None = None
         monkeypatch.setattr(preprocess, "load_image", self)
 
-    def __call__(self, path: Path, factor: int, limits: tuple[int, int]) -> PreparedImage:
+    def __call__(self, path: Path, factor: int, limits: tuple[int, int], **options: bool) -> PreparedImage:
         self.paths.append(path)
         self.entered.set()
         assert self.go.wait(20)
         if self.error is not None:
             raise self.error
-        return load_image(path, factor, limits)
+        return load_image(path, factor, limits, **options)
 
 
 @pytest.fixture
