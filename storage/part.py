@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from storage.drift import DriftMeter
 from storage.naming import group_key, model_type
 from storage.plan import Question
 from storage.sample import Failure, Sample
@@ -25,7 +26,7 @@ QUESTION_ATTRIBUTES = frozenset(
     {
         "question_id", "csv_row", "seq_len", "vision_token_position", "query_token_position", "image_grid_thw",
         "image_sha256", "image_size", "resized_size", "num_vision_tokens", "finish_reason", "num_answer_tokens",
-        "answer_token_ids", "answer_token_logprobs", "first_token_entropy",
+        "answer_token_ids", "answer_token_logprobs", "batch_size", "image_prefix", "first_token_entropy",
     }
 )  # fmt: skip
 _STRINGS = h5py.string_dtype("utf-8")
@@ -54,7 +55,9 @@ def write_part(
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
         environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
         number = 0
-        for question, sample in samples:
+        meter = DriftMeter()
+        for question, staged in samples:
+            sample = meter.take(staged)
             facts = dict(sample.facts)
             for name in ENVIRONMENT:
                 if value := facts.pop(name, None):
@@ -67,6 +70,8 @@ def write_part(
             "num_samples": number,
             "failures": json.dumps([asdict(f) for f in failures], ensure_ascii=False),
         }
+        if (certificate := meter.certificate()) is not None:
+            attributes["drift"] = json.dumps(certificate)
         for name, value in attributes.items():
             file.attrs[name] = value
 

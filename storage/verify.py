@@ -91,19 +91,10 @@ def _problems(group: h5py.Group, model: ModelFacts | None) -> Iterator[str]:
     if model is None:
         yield "the run has vectors, but no record of the model (.run/model.json)"
         return
-    for name, width in _expected_widths(model).items():
+    for name, width in model.field_widths().items():
         if name not in group:
             yield f"{name} is missing"
         elif group[name].shape != (width,) or group[name].dtype != np.float32:
             yield f"{name} is {group[name].dtype} {group[name].shape}, not float32 ({width},)"
         elif not np.isfinite(group[name][:]).all():
             yield f"{name} has values that are not finite"
-
-
-def _expected_widths(model: ModelFacts) -> dict[str, int]:
-    fields = ("vision_token_representation", "query_token_representation")
-    return {
-        "vision_only_representation": model.hidden_size,
-        "vision_encoder_representation": model.vision_hidden_size,
-        **{f"{field}/layer_{layer}": model.hidden_size for field in fields for layer in model.layers},
-    }

@@ -170,3 +170,105 @@ def test_a_mistake_would_show(
     engine.forget()
     errors = [worst_error(sample, expected) for sample, (_, expected) in zip(samples, batch, strict=True)]
     assert max(errors) > 100 * TOLERANCE
+
+
+# Recipes that share nothing, and others.
+
+
+def test_exact_equals_the_reference(engine: QwenEngine, cases: Any) -> None:
+    requests = [replace(request, recipe=replace(request.recipe, exact=True)) for request, _ in cases[:8]]
+    for sample, (_, expected) in zip(engine.extract(requests), cases, strict=False):
+        assert_equal(sample, expected)
+        assert (sample.facts["batch_size"], sample.facts["image_prefix"]) == (1, "computed")
+
+
+def test_another_kernel_is_the_noise_floor(engine: QwenEngine, cases: Any) -> None:
+    request, expected = cases[0]
+    [sample] = engine.extract([replace(request, recipe=replace(request.recipe, exact=True, math_kernel=True))])
+    assert 0 < worst_error(sample, expected) < TOLERANCE
+
+
+def test_images_are_shared_within_and_across_batches(engine: QwenEngine, cases: Any) -> None:
+    engine.forget()
+    requests = [request for request, _ in cases]
+    images = {request.image_key for request in requests}
+    first = [sample.facts["image_prefix"] for sample in engine.extract(requests[:6])]
+    rest = [sample.facts["image_prefix"] for sample in engine.extract(requests[6:])]
+    assert (first + rest).count("computed") == len(images)
+    for sample, (_, expected) in zip(engine.extract(requests), cases, strict=True):  # all of them from the cache
+        assert sample.facts["image_prefix"] == "shared"
+        assert_equal(sample, expected)
+
+
+def test_the_prefix_cache_is_bounded(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.forget()
+    monkeypatch.setattr(engine._prefixes, "max_bytes", 300_000)
+    for request, expected in cases:
+        [sample] = engine.extract([request])
+        assert_equal(sample, expected)
+        assert engine._prefixes._bytes <= 300_000
+    assert engine._prefixes._bytes == sum(prefix.nbytes for prefix in engine._prefixes._kept.values())
+    engine.forget()
+
+
+def test_images_are_prefilled_together_where_that_pays(
+    engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.forget()
+    monkeypatch.setattr(engine, "_prefill_tokens", 250)  # as on a GPU: several images of different sizes, padded
+    for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
+        assert_equal(sample, expected)
+    engine.forget()
+
+
+def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases: Any) -> None:
+    request, expected = cases[0]
+    ran: list[int] = []
+    handles = [
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._decoder.layers)
+    ]
+    [sample] = engine.extract([replace(request, recipe=Recipe((0, 3), 0))])
+    for handle in handles:
+        handle.remove()
+    assert max(ran) == 3
+    for name in ("vision_token_representation/layer_3", "query_token_representation/layer_0"):
+        np.testing.assert_allclose(
+            sample.vectors[name], expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max()
+        )
+
+
+def test_halp_compat_takes_the_published_positions(
+    engine: QwenEngine, cases: Any, small_model: Path, photographs: Path
+) -> None:
+    """The mean before the merger, and the vision token at min(patches, seq_len // 2), from a plain forward."""
+    request, expected = cases[0]
+    [sample] = engine.extract([replace(request, recipe=replace(request.recipe, halp_compat=True))])
+    position = min(int(np.prod(expected["image_grid_thw"])), expected["seq_len"] // 2)
+    assert sample.facts["vision_token_position"] == position
+    reference = Reference(small_model)
+    inputs = reference.inputs(sorted(photographs.iterdir())[0], QUESTIONS[0])
+    with torch.inference_mode():
+        states = reference.model(**inputs, output_hidden_states=True).hidden_states
+    for layer in (0, 3, 5):  # of the last layer, hidden_states has the normed output
+        wanted = states[layer + 1][0, position].numpy()
+        found = sample.vectors[f"vision_token_representation/layer_{layer}"]
+        assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
+    np.testing.assert_allclose(
+        sample.vectors["vision_only_representation"], expected["vision_encoder_representation"], rtol=1e-3, atol=1e-4
+    )
+    assert "vision_encoder_representation" not in sample.vectors
+    assert sample.answer == expected["answer"]
+
+
+def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, photographs: Path) -> None:
+    request, _ = cases[0]
+    plain = Reference(small_model, repetition_penalty=1.5)
+    expected = plain(sorted(photographs.iterdir())[0], QUESTIONS[0], max_new_tokens=MAX_NEW_TOKENS, layers=(2,))
+    recipe = Recipe((2,), MAX_NEW_TOKENS, repetition_penalty=1.5, vision_encoder=False)
+    [sample] = engine.extract([replace(request, recipe=recipe)])
+    assert sample.answer == expected["answer"]
+    assert set(sample.vectors) == {
+        "vision_only_representation",
+        "vision_token_representation/layer_2",
+        "query_token_representation/layer_2",
+    }
