@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -16,7 +15,7 @@ from storage.naming import question_id
 
 COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a column
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
-_WASTE = 2  # bytes read at most for one that is wanted: chunks further apart are read in several goes
+_SMALL_GAP = 65536  # reading over it is cheaper than a second read
 
 
 def read_column(path: Path, field: str) -> tuple[list[str], npt.NDArray[np.float32]]:
@@ -66,19 +65,43 @@ def _one_width(file: h5py.File, keys: list[str], field: str, index: Index) -> in
 
 def _read(path: Path, field: str, ids: list[str], index: Index, width: int) -> npt.NDArray[np.float32]:
     values = np.empty((len(ids), width), np.float32)
-    bytes_ = values.view(np.uint8).reshape(len(ids), width, 4)
-    offsets, sizes, crcs = (column.tolist() for column in index.T)
-    start, data = _run(path, index)
+    as_bytes = values.view(np.uint8).reshape(len(ids), width, 4)
+    chunks = _read_chunks(path, index)
     decoded: dict[int, int] = {}  # offset to the first row that has it: questions of one image share their chunks
-    for row, offset in enumerate(offsets):
+    for row, (offset, _, crc) in enumerate(index.tolist()):
         if (first := decoded.setdefault(offset, row)) != row:
             values[row] = values[first]
             continue
-        chunk = data[offset - start : offset - start + sizes[row]]
-        if CODEC.crc32(chunk) != crcs[row]:
-            raise DamagedError(f"{path}, question {ids[row]}: {field} is damaged (checksum): storage verify names the part")
+        if CODEC.crc32(chunks[offset]) != crc:
+            raise DamagedError(f"{path}, question {ids[row]}: {field} is damaged (CRC-32); try `storage verify`")
         try:
-            bytes_[row] = decode_chunk(chunk, width).T
+            as_bytes[row] = decode_chunk(chunks[offset], width).T
         except ValueError as error:
             raise UserError(f"{path}, question {ids[row]}: {field} is not of width {width}: {error}") from error
     return values
+
+
+def _read_chunks(path: Path, index: Index) -> dict[int, memoryview]:
+    """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
+    chunks: dict[int, memoryview] = {}
+    with path.open("rb", buffering=0) as file:
+        length = os.fstat(file.fileno()).st_size
+        rows = [(offset, size) for offset, size in np.unique(index[:, :2], axis=0).tolist()]
+        if rows and max(offset + size for offset, size in rows) > length:
+            raise DamagedError(f"{path} is shorter than its column index says; try `storage verify`")
+        for run in _runs(rows):
+            start, end = run[0][0], max(offset + size for offset, size in run)
+            data = memoryview(os.pread(file.fileno(), end - start, start))
+            chunks |= {offset: data[offset - start : offset - start + size] for offset, size in run}
+    return chunks
+
+
+def _runs(rows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return ascending chunks in groups that are worth one read each: small gaps are read over."""
+    runs: list[list[tuple[int, int]]] = []
+    for offset, size in rows:
+        if runs and offset - sum(runs[-1][-1]) <= _SMALL_GAP:
+            runs[-1].append((offset, size))
+        else:
+            runs.append([(offset, size)])
+    return runs

@@ -15,6 +15,7 @@ from h5py import h5a, h5d, h5g, h5p, h5s, h5t
 
 _MAX_COMPACT = 65535
 _STRING = h5t.py_create(h5py.string_dtype("utf-8"), logical=True)
+_OBJECT = h5t.py_create(h5py.string_dtype("utf-8"))  # in memory: a pointer to a Python object
 _SCALAR = h5s.create(h5s.SCALAR)
 _UTF8 = h5p.create(h5p.LINK_CREATE)
 _UTF8.set_char_encoding(h5t.CSET_UTF8)
@@ -34,14 +35,14 @@ def create_group(parent: Any, name: str) -> Any:
 def write_text(group: Any, name: str, text: str) -> None:
     """Write a scalar dataset, a variable-length UTF-8 string."""
     dataset = h5d.create(group, name.encode(), _STRING, _SCALAR, _TEXT)
-    dataset.write(h5s.ALL, h5s.ALL, _string(text), _STRING)
+    dataset.write(h5s.ALL, h5s.ALL, _string(text), _OBJECT)
 
 
 def write_attributes(node: Any, attributes: Mapping[str, Any]) -> None:
     """Write an object's attributes: texts, numbers, lists of numbers; anything else as h5py would."""
     for name, value in attributes.items():
         if isinstance(value, str):
-            h5a.create(node, name.encode(), _STRING, _SCALAR).write(_string(value), _STRING)
+            h5a.create(node, name.encode(), _STRING, _SCALAR).write(_string(value), _OBJECT)
             continue
         numbers = np.asarray(value)
         if numbers.size and (kind := _NUMBERS.get(numbers.dtype.kind)) and numbers.dtype.itemsize == 8:

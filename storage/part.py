@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
+from storage.columns import COLUMN
 from storage.drift import DriftMeter
-from storage.naming import group_key, model_type
+from storage.naming import group_key, model_type, question_id
+from storage.objects import create_group, write_attributes, write_text
+from storage.placement import Placement, check_placed
 from storage.plan import Question
 from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings
@@ -29,7 +31,6 @@ QUESTION_ATTRIBUTES = frozenset(
         "answer_token_ids", "answer_token_logprobs", "batch_size", "image_prefix", "first_token_entropy",
     }
 )  # fmt: skip
-_STRINGS = h5py.string_dtype("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def write_part(
     # v110: metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
     with h5py.File(path, "x", libver=("v110", "v110")) as file:
         environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
+        placement = Placement(file.id)
         number = 0
         meter = DriftMeter()
         for question, staged in samples:
@@ -62,18 +64,21 @@ def write_part(
             for name in ENVIRONMENT:
                 if value := facts.pop(name, None):
                     environments[name].add(value)
-            _write_question(file, question, sample, facts)
+            _write_question(file, placement, question, sample, facts)
             number += 1
+        columns = placement.write()
         attributes = {
             **_root_attributes(settings, model, part),
             **{name: ", ".join(sorted(values)) for name, values in environments.items()},
             "num_samples": number,
             "failures": json.dumps([asdict(f) for f in failures], ensure_ascii=False),
+            **{COLUMN + field: index for field, index in columns.items()},
         }
         if (certificate := meter.certificate()) is not None:
             attributes["drift"] = json.dumps(certificate)
         for name, value in attributes.items():
             file.attrs[name] = value
+    check_placed(path, columns)
 
 
 def read_header(path: Path) -> PartHeader | None:
@@ -84,7 +89,7 @@ def read_header(path: Path) -> PartHeader | None:
         return PartHeader(
             run_id=str(file.attrs["run_id"]),
             part=int(file.attrs["part"]),
-            question_ids=tuple(str(group.attrs["question_id"]) for group in file.values()),
+            question_ids=tuple(map(question_id, file)),
             failures=tuple(Failure(**f) for f in json.loads(file.attrs["failures"])),
         )
 
@@ -98,26 +103,21 @@ def is_part_of(path: Path, run_id: str, part: int) -> bool:
         return False
 
 
-def _write_question(file: h5py.File, question: Question, sample: Sample, facts: dict[str, Any]) -> None:
-    group = file.create_group(group_key(question.question_id))
-    texts = {
-        "question": question.question,
-        "image_id": question.image_id,
-        "answer": sample.answer,
-        "ground_truth_answer": question.ground_truth_answer,
-    }
-    for name, text in texts.items():
-        # HDF5 ends a string at its first NUL; a model that emits one must not cost the sample.
-        group.create_dataset(name, data=text.replace("\0", "�"), dtype=_STRINGS)
-    for field, vector in sample.vectors.items():
-        values = np.ascontiguousarray(vector, dtype=np.float32)
-        # shuffle + gzip 1: the 16 zero low bits of a bfloat16 value cost nothing; gzip 4 takes 2x the time for 1% of the size.
-        group.create_dataset(
-            field, data=values, chunks=values.shape, compression="gzip", compression_opts=1, shuffle=True
-        )
-    attributes = {**question.extra, **facts, "question_id": question.question_id, "csv_row": question.csv_row}
-    for name, value in attributes.items():
-        group.attrs[name] = value
+def _write_question(
+    file: h5py.File, placement: Placement, question: Question, sample: Sample, facts: dict[str, Any]
+) -> None:
+    key = group_key(question.question_id)
+    group = create_group(file.id, key)
+    write_text(group, "question", question.question)
+    write_text(group, "image_id", question.image_id)
+    write_text(group, "answer", sample.answer)
+    write_text(group, "ground_truth_answer", question.ground_truth_answer)
+    try:
+        placement.add(group, key, sample.vectors)
+    except ValueError as error:
+        raise ValueError(f"question {question.question_id} cannot be written into {file.filename}: {error}") from error
+    own = {"question_id": question.question_id, "csv_row": question.csv_row}
+    write_attributes(group, {**question.extra, **facts, **own})
 
 
 def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int) -> dict[str, Any]:

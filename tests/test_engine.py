@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,10 @@ import torch
 from reference import Reference
 
 from storage.sample import Sample
+from workers import engine_process
+from workers.batcher import DynamicBatcher
 from workers.engine import EngineSpec, Recipe, Request
+from workers.errors import PermanentError
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
 
@@ -272,3 +277,42 @@ def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, 
         "vision_token_representation/layer_2",
         "query_token_representation/layer_2",
     }
+
+
+def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than three questions do not fit: batches are halved until they do, and the values are those of the reference."""
+    engine.forget()
+    fits = engine._prefill_suffixes
+    sizes: list[int] = []
+
+    def prefill(batch: Any, suffixes: Any, recipe: Any) -> Any:
+        sizes.append(len(suffixes))
+        if len(suffixes) > 3 or suffixes[0] == too_large.suffix_ids:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return fits(batch, suffixes, recipe)
+
+    too_large = replace(cases[0][0], suffix_ids=(5, 6, 7))
+    monkeypatch.setattr(engine, "_prefill_suffixes", prefill)
+    monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
+    ours, theirs = multiprocessing.Pipe()
+    threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()
+    process = engine_process.EngineProcess(EngineSpec("qwen", "", "main", "float32", ""), 60)
+    ours.send(process._spec)
+    assert ours.recv() == engine.card
+    process._connection = ours
+    fatal: list[BaseException] = []
+    batcher = DynamicBatcher(
+        process.extract, max_batch_size=16, max_batch_tokens=10**6, max_queue_delay=0.2, on_fatal=fatal.append
+    )
+    futures = [batcher.submit("run", request) for request, _ in cases]
+    alone = batcher.submit("run", too_large)
+    for future, (_, expected) in zip(futures, cases, strict=True):
+        assert_equal(future.result(60), expected)
+    with pytest.raises(PermanentError, match="does not fit into memory even alone") as caught:
+        alone.result(60)
+    assert caught.value.reason == "out_of_memory"
+    batcher.close()
+    ours.close()
+    assert max(sizes) == 16
+    assert not fatal
+    engine.forget()

@@ -131,7 +131,7 @@ class DynamicBatcher:
             self._after_death(batch, error)
         except BatchFailedError as error:
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                batch[0].future.set_exception(_no_room(error) if error.out_of_memory else error)
                 return
             logger.warning("a batch of %d failed (%s); halving it", len(batch), error)
             middle = len(batch) // 2
@@ -150,3 +150,10 @@ class DynamicBatcher:
                 return
         for entry in batch:
             self._run([entry])
+
+
+def _no_room(error: BatchFailedError) -> PermanentError:
+    return PermanentError(
+        "out_of_memory",
+        f"the question does not fit into memory even alone ({error}): lower --max-pixels, or use a larger GPU",
+    )

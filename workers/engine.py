@@ -44,6 +44,7 @@ class ModelCard:
     merge_size: int
     min_pixels: int
     max_pixels: int
+    max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
 
 
@@ -82,4 +83,8 @@ class Engine(Protocol):
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order; facts hold what the model alone knows."""
+        ...
+
+    def forget(self) -> None:
+        """Free what is kept between batches."""
         ...

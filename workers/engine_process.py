@@ -40,6 +40,7 @@ class _BatchError:
 
     summary: str
     traceback: str
+    out_of_memory: bool = False
 
 
 class EngineProcess:
@@ -94,7 +95,7 @@ class EngineProcess:
         except (EOFError, OSError) as error:
             raise EngineDiedError(f"the engine's process ended with {self._ended()}") from error
         if isinstance(answer, _BatchError):
-            raise BatchFailedError(answer.summary, answer.traceback)
+            raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
         return list(answer)
 
     def stop(self) -> int | None:
@@ -152,6 +153,8 @@ def _serve(connection: Connection) -> None:
             if _is_sticky(error):
                 raise
             answer = _error(error)
+        if isinstance(answer, _BatchError) and answer.out_of_memory:
+            engine.forget()  # here, not above: until the handler ends, the traceback holds on to the tensors
         connection.send(answer)
 
 
@@ -162,7 +165,8 @@ def _is_sticky(error: Exception) -> bool:
 
 def _error(error: Exception) -> _BatchError:
     lines = str(error).strip().splitlines()
-    return _BatchError(f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc())
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return _BatchError(f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc(), out_of_memory)
 
 
 def _describe(code: int | None) -> str:

@@ -26,9 +26,10 @@ class EngineDiedError(Exception):
 class BatchFailedError(Exception):
     """The engine raised an exception on a batch, and lives."""
 
-    def __init__(self, summary: str, child_traceback: str) -> None:
+    def __init__(self, summary: str, child_traceback: str, *, out_of_memory: bool = False) -> None:
         super().__init__(summary)
         self.child_traceback = child_traceback
+        self.out_of_memory = out_of_memory
 
 
 class EngineStartError(Exception):

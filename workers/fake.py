@@ -40,6 +40,7 @@ class FakeEngine:
             merge_size=2,
             min_pixels=_FACTOR * _FACTOR,
             max_pixels=1280 * _FACTOR * _FACTOR,
+            max_batch_tokens=1 << 20,
             environment={"device": "cpu", "gpu": "", "attention_implementation": "fake", "library_versions": "fake"},
         )
 
@@ -47,6 +48,9 @@ class FakeEngine:
         """Return a sample per request after the configured time."""
         time.sleep(self._seconds)
         return [self._sample(request) for request in requests]
+
+    def forget(self) -> None:
+        """Keep nothing anyway."""
 
     def _sample(self, request: Request) -> Sample:
         image = request.pixels.tobytes()

@@ -44,9 +44,9 @@ class WorkerSettings(BaseSettings):
     engine_timeout: float = Field(
         300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted."
     )
-    max_batch_size: int = Field(16, ge=1, description="Questions in one batch.")
+    max_batch_size: int = Field(32, ge=1, description="Questions in one batch.")
     max_batch_tokens: int = Field(
-        16384, ge=1, description="Prompt tokens in one batch; a single longer prompt runs alone."
+        0, ge=0, description="Prompt tokens in one batch; 0 follows the memory that the loaded model leaves free."
     )
     max_queue_delay: float = Field(
         0.05, ge=0, description="Seconds that a question waits for others to fill its batch."

@@ -31,7 +31,7 @@ from workers.prompt import split_prompt
 from workers.qwen.cache import Batch, Prefix, PrefixCache
 from workers.qwen.decode import Answer, decode
 from workers.qwen.hooks import ending_after, outputs
-from workers.qwen.loading import as_ids, environment, load_model, pixel_limits
+from workers.qwen.loading import as_ids, environment, free_memory, kv_bytes_per_token, load_model, pixel_limits
 from workers.qwen.vision import Image, VisionTower
 
 _CPU_PREFILL_TOKENS = (
@@ -39,7 +39,9 @@ _CPU_PREFILL_TOKENS = (
 )
 _CPU_PREFIX_BYTES = 512 << 20
 _GPU_PREFILL_TOKENS = 16384
-_GPU_PREFIX_SHARE = 0.2  # of the memory that is free once the model is loaded
+# Of the memory that is free once the model is loaded; the rest is for activations.
+_PREFIX_SHARE = 0.2
+_BATCH_SHARE = 0.3
 
 
 class QwenEngine:
@@ -62,9 +64,9 @@ class QwenEngine:
         self._eos = as_ids(generation.eos_token_id)
         self._penalty = float(generation.repetition_penalty or 1.0)
         cuda = self._device.type == "cuda"
-        free = torch.cuda.mem_get_info(self._device)[0] if cuda else 0
+        free = free_memory(self._device)
         self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
-        self._prefixes = PrefixCache(int(free * _GPU_PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
+        self._prefixes = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
         prompt = split_prompt(processor)
         text, vision = config.get_text_config(), config.vision_config
         minimum, maximum = pixel_limits(processor.image_processor)
@@ -87,6 +89,7 @@ class QwenEngine:
             merge_size=vision.spatial_merge_size,
             min_pixels=minimum,
             max_pixels=maximum,
+            max_batch_tokens=max(1, int(free * _BATCH_SHARE) // kv_bytes_per_token(text, self._model.dtype)),
             environment=environment(self._device, config._attn_implementation),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
@@ -62,3 +63,16 @@ def environment(device: torch.device, attention: str) -> dict[str, str]:
         "attention_implementation": attention,
         "library_versions": json.dumps(versions),
     }
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Return the size of one token in the KV cache of all layers: 57 KB for 7B in bfloat16."""
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    return int(2 * config.num_hidden_layers * width * dtype.itemsize)
