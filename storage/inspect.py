@@ -81,7 +81,9 @@ def describe_part(path: Path, selected: str | None = None) -> PartSummary:
 def part_json(summary: PartSummary) -> dict[str, Any]:
     """Return the summary as a script reads it."""
     body = asdict(summary)
-    body["attributes"]["failures"] = json.loads(summary.attributes.get("failures", "[]"))
+    for name in ("failures", "drift"):
+        if name in summary.attributes:
+            body["attributes"][name] = json.loads(summary.attributes[name])
     return body
 
 
@@ -95,7 +97,11 @@ def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
     attributes = dict(summary.attributes)
     if "failures" in attributes:
         attributes["failures"] = f"{len(json.loads(attributes['failures']))} (storage inspect --json lists them)"
+    if "drift" in attributes:
+        attributes["drift"] = _drift_line(json.loads(attributes["drift"]))
     for name, value in attributes.items():
+        if name.startswith("column:"):  # arrays of a thousand rows, for programs
+            continue
         metadata.add_row(Text(name), Text(str(value)))
     shown = list(summary.questions.items())[:rows]
     questions = Table(title=f"{len(shown)} of {len(summary.questions)} questions", title_justify="left")
@@ -105,6 +111,17 @@ def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
     for name, texts in shown:
         questions.add_row(Text(name), *(Text(texts[field]) for field in _TEXTS))
     return [metadata, questions, *([_question_table(summary.selected)] if summary.selected else [])]
+
+
+def _drift_line(certificate: dict[str, Any]) -> str:
+    """Return the certificate's worst field in one line."""
+    measured = {name: f for name, f in certificate["fields"].items() if f["drift"] and f["noise_floor"]}
+    answers = "answers agree" if certificate["answers_agree"] else "answers differ"
+    if not measured:
+        return f"{answers}; too few samples to measure by"
+    worst = max(measured, key=lambda name: measured[name]["drift"]["rms"])
+    drift, floor = measured[worst]["drift"], measured[worst]["noise_floor"]
+    return f"{answers}; worst rms {drift['rms']:.2g}, max {drift['max']:.2g} ({worst}; noise floor {floor['rms']:.2g})"
 
 
 def _question_table(question: QuestionSummary) -> Table:

@@ -41,10 +41,12 @@ class Placement:
     def __init__(self, file: Any) -> None:
         self._file = file
         self._chunks: dict[tuple[str, bytes], _Chunk] = {}
+        self._keys: list[str] = []
         self._columns: dict[str, dict[str, _Chunk]] = {}
 
     def add(self, group: Any, key: str, vectors: dict[str, npt.NDArray[Any]]) -> None:
         """Create the datasets of a question's vectors in its group; one that the column has already is linked."""
+        self._keys.append(key)
         parents = {"": group}
         for field, vector in vectors.items():
             parent, _, name = field.rpartition("/")
@@ -67,7 +69,7 @@ class Placement:
 
     def write(self) -> dict[str, Index]:
         """Write the chunks; return the index of each column, a row for each question in the order of the keys."""
-        keys = sorted({key for column in self._columns.values() for key in column})
+        keys = sorted(self._keys)  # as HDF5 lists them: by their bytes, which in UTF-8 is by their code points
         return {
             field: np.array(
                 [self._write(column[key]) if key in column else (0, 0, 0) for key in keys], np.uint64

@@ -23,7 +23,7 @@ from storage.run import Run, is_run
 from workers.feed import feed
 
 logger = logging.getLogger(__name__)
-_RESCAN_INTERVAL = 30.0
+_SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
 FAILURES_FILE = "failures.csv"
@@ -35,11 +35,11 @@ class Collector:
     def __init__(self, roots: tuple[Path, ...]) -> None:
         self._roots = roots
         self._runs: dict[Path, Run] = {}
-        self._scanned = float("-inf")
+        self._next_scan = float("-inf")
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
-        if time.monotonic() - self._scanned > _RESCAN_INTERVAL:
+        if time.monotonic() >= self._next_scan:
             self._scan()
         for path, run in list(self._runs.items()):
             try:
@@ -49,6 +49,7 @@ class Collector:
                 logger.exception("cannot bring %s forward now", path)
 
     def _scan(self) -> None:
+        begun = time.monotonic()
         found = {path for root in self._roots for path in find_runs(root)}
         self._runs = {path: run for path, run in self._runs.items() if path in found}
         for path in found - self._runs.keys():
@@ -58,7 +59,8 @@ class Collector:
                     self._runs[path] = run
             except UserError as error:
                 logger.warning("%s", error)
-        self._scanned = time.monotonic()
+        ended = time.monotonic()
+        self._next_scan = ended + (ended - begun) / _SCAN_SHARE
 
 
 def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
@@ -86,7 +88,7 @@ def collect_run(run: Run) -> Account:
                 if pack(run, piece.part) and piece.part not in published:
                     logger.info("published %s", run.part_path(piece.part))
                     published.add(piece.part)
-            except DamagedError as error:
+            except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
     run.store.delete_partials(_PARTIAL_AGE)
     account = Bookkeeper(run).account()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -14,12 +15,14 @@ from storage.sample import Sample
 from workers.engine import EngineSpec, ModelCard, Request
 
 _WIDTH, _LAYERS, _FACTOR = 8, 4, 28
+_KEPT_IMAGES = 32
 
 
 class FakeEngine:
     """Computes each sample from the bytes of its request alone."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        self._images: OrderedDict[str, None] = OrderedDict()
         self._seconds = float(spec.kind.partition(":")[2] or 0)
         self._dtype = np.dtype(np.float32 if spec.dtype == "float32" else ml_dtypes.bfloat16)
         self.card = ModelCard(
@@ -47,12 +50,13 @@ class FakeEngine:
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request after the configured time."""
         time.sleep(self._seconds)
-        return [self._sample(request) for request in requests]
+        return [self._sample(request, len(requests)) for request in requests]
 
     def forget(self) -> None:
-        """Keep nothing anyway."""
+        """Forget which images were seen."""
+        self._images.clear()
 
-    def _sample(self, request: Request) -> Sample:
+    def _sample(self, request: Request, batch_size: int) -> Sample:
         image = request.pixels.tobytes()
         question = image + repr(request.suffix_ids).encode()
         vectors = {
@@ -62,9 +66,15 @@ class FakeEngine:
         for layer in request.recipe.layers:
             vectors[f"vision_token_representation/layer_{layer}"] = self._vector(image, f"vision {layer}")
             vectors[f"query_token_representation/layer_{layer}"] = self._vector(question, f"query {layer}")
-        return Sample(
-            vectors, hashlib.sha256(question).hexdigest()[:8], {"finish_reason": "eos", **self.card.environment}
-        )
+        facts = {
+            "finish_reason": "eos",
+            "batch_size": batch_size,
+            "image_prefix": "shared" if request.image_key in self._images else "computed",
+        }
+        self._images[request.image_key] = None
+        if len(self._images) > _KEPT_IMAGES:
+            self._images.popitem(last=False)
+        return Sample(vectors, hashlib.sha256(question).hexdigest()[:8], facts | self.card.environment)
 
     def _vector(self, content: bytes, field: str) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(field.encode() + content).digest()[:8])

@@ -39,6 +39,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows; a row may be repeated."""
         if self.is_initialized:
+            indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
             self._room = None
 
@@ -51,15 +52,23 @@ def _with_room(states: Tensor, length: int) -> Tensor:
 
 @dataclass(slots=True)
 class Row:
-    """One sequence's cache: (layers, 2, heads, L, d), and the text position of its next token."""
+    """One sequence's cache: of each layer (2, heads, L, d), and the text position of its next token.
 
-    kv: Tensor
+    Not one tensor: of a model that lies on several GPUs, each layer's cache is where the layer is.
+    """
+
+    kv: list[Tensor]
     next_position: int
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return self.kv.shape[3]
+        return self.kv[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return sum(layer.nbytes for layer in self.kv)
 
 
 @dataclass(slots=True)
@@ -86,8 +95,9 @@ class Batch:
         width = max(row.length for row in rows)
         chosen = torch.tensor(index, device=device)
         cache = Cache(layer_class_to_replicate=GrowingLayer)
-        for layer in range(rows[0].kv.shape[0]):
-            keys, values = (_stack_left([row.kv[layer, which] for row in rows], width)[chosen] for which in (0, 1))
+        for layer, kv in enumerate(zip(*(row.kv for row in rows))):
+            here = chosen.to(kv[0].device)
+            keys, values = (_stack_left([one[which] for one in kv], width)[here] for which in (0, 1))
             cache.update(keys, values, layer)
         lengths = torch.tensor([row.length for row in rows], device=device)[chosen]
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
@@ -99,7 +109,7 @@ class Batch:
         lengths, positions = self.mask.sum(1).tolist(), self.next_position.tolist()
         return [
             Row(
-                torch.stack([torch.stack([x[i, :, -length:] for x in (layer.keys, layer.values)]) for layer in layers]),
+                [torch.stack([x[i, :, -length:] for x in (layer.keys, layer.values)]) for layer in layers],
                 position,
             )
             for i, (length, position) in enumerate(zip(lengths, positions))
@@ -124,7 +134,7 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         """Memory that it holds."""
-        return self.row.kv.nbytes + sum(vector.nbytes for vector in self.vectors.values())
+        return self.row.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ def decode(
     alive = list(range(len(prompts)))  # sequences in the batch
     running = set(alive)  # of these, the ones that have not ended
     for step in range(max_new_tokens):
-        logits = head(last).float()  # (B, V)
+        logits = head(last).to(last.device).float()  # (B, V); of a model on several GPUs, the head may be on another
         distribution = logits.log_softmax(-1)
         tokens = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits).argmax(-1)
         taken = distribution.gather(1, tokens[:, None])[:, 0]

@@ -246,7 +246,8 @@ class QwenEngine:
                 past_key_values=batch.cache,
                 use_cache=True,
             )
-        return None if out is None else out.last_hidden_state
+        # Of a model on several GPUs, the final norm is on another than the embeddings, where everything of ours is.
+        return None if out is None else out.last_hidden_state.to(self._device)
 
     def _answer(
         self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe

