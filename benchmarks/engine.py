@@ -5,6 +5,7 @@ for the vision-only vector, the whole model for hidden states, `generate` for th
 its waste: a single pass at batch 1 that keeps the cache for decoding.
 
     python benchmarks/engine.py [--repeats 3]
+    python benchmarks/engine.py --quick    # a tiny model and few questions: does it run?
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, Recipe, Request
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
-from workers.small_model import BENCH, build_small_model
+from workers.small_model import BENCH, TEST, build_small_model
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
 QUESTIONS = (
@@ -45,7 +47,6 @@ QUESTIONS = (
     "Describe the background in one sentence.",
 )
 MAX_PIXELS = 256 * 28 * 28
-LAYERS = (0, 2, 4, 6, 7)
 ANSWER_TOKENS = 32
 
 
@@ -60,6 +61,7 @@ class Case:
 def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
     """Return `images` x `questions` cases; more images than photographs are crops of them."""
     preprocess = Preprocessor(engine.card)
+    recipe = Recipe(resolve_layers(None, engine.card.num_hidden_layers), 0)
     cases = []
     for number in range(images):
         image = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
@@ -76,7 +78,7 @@ def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, 
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             seen = process_vision_info(messages)[0]
             inputs = dict(processor(text=[text], images=seen, do_resize=False, return_tensors="pt"))
-            cases.append(Case(preprocess.request(prepared, question, Recipe(LAYERS, 0)), inputs))
+            cases.append(Case(preprocess.request(prepared, question, recipe), inputs))
     return cases
 
 
@@ -102,7 +104,7 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
 def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
     engine.forget()  # the image prefixes of an earlier run of this cell
-    requests = [replace(case.request, recipe=Recipe(LAYERS, tokens)) for case in cases]
+    requests = [replace(c.request, recipe=replace(c.request.recipe, max_new_tokens=tokens)) for c in cases]
     for start in range(0, len(requests), size):
         engine.extract(requests[start : start + size])
 
@@ -122,19 +124,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each cell; the median counts")
     parser.add_argument("--batch", type=int, default=48, help="questions in a batch of the engine")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few questions, to see that it works")
     options = parser.parse_args()
+    sets, answer_tokens, preset = (
+        ([(2, 6), (4, 1)], 4, TEST) if options.quick else ([(8, 6), (48, 1)], ANSWER_TOKENS, BENCH)
+    )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        directory = build_small_model(Path(scratch) / "model", BENCH)
+        directory = build_small_model(Path(scratch) / "model", preset)
         processor = AutoProcessor.from_pretrained(directory)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         engine = QwenEngine(EngineSpec("qwen", str(directory), "main", "float32", scratch))
         engine._eos = []  # forced answers: neither way may stop early
         rows = []
-        for images, questions in [(8, 6), (48, 1)]:
+        for images, questions in sets:
             cases = make_cases(engine, processor, images, questions, Path(scratch))
-            base = seconds(partial(reference_way, model, cases, ANSWER_TOKENS), options.repeats)  # it has no other mode
-            for tokens in (ANSWER_TOKENS, 0):
+            base = seconds(partial(reference_way, model, cases, answer_tokens), options.repeats)  # it has no other mode
+            for tokens in (answer_tokens, 0):
                 single = seconds(partial(one_forward, model, cases, tokens), options.repeats)
                 ours = seconds(partial(with_engine, engine, cases, tokens, options.batch), options.repeats)
                 name = f"{images} images x {questions}, " + (f"{tokens} answer tokens" if tokens else "embeddings only")

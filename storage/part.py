@@ -32,6 +32,9 @@ QUESTION_ATTRIBUTES = frozenset(
     }
 )  # fmt: skip
 
+# Metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
+_LIBVER = ("v110", "v110")
+
 
 @dataclass(frozen=True, slots=True)
 class PartHeader:
@@ -52,12 +55,10 @@ def write_part(
     failures: Iterable[Failure],
 ) -> None:
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
-    # v110: metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
-    with h5py.File(path, "x", libver=("v110", "v110")) as file:
-        environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
-        placement = Placement(file.id)
-        number = 0
-        meter = DriftMeter()
+    placement, meter = Placement(), DriftMeter()
+    environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
+    number = 0
+    with h5py.File(path, "x", libver=_LIBVER) as file:
         for question, staged in samples:
             sample = meter.take(staged)
             facts = dict(sample.facts)
@@ -66,7 +67,8 @@ def write_part(
                     environments[name].add(value)
             _write_question(file, placement, question, sample, facts)
             number += 1
-        columns = placement.write()
+    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size) as file:
+        columns = placement.write(file.id)
         attributes = {
             **_root_attributes(settings, model, part),
             **{name: ", ".join(sorted(values)) for name, values in environments.items()},

@@ -1,8 +1,9 @@
-"""The vectors of a part while it is written: datasets first, then their chunks column by column.
+"""The vectors of a part while it is written: everything else first, then their datasets and chunks column by column.
 
 A column is one field over all questions: `query_token_representation/layer_21`. HDF5 gives a chunk the next free bytes
-of the file when it is written, and by then every other object has its place; so a column's chunks follow one another, and a
-reader of one layer reads one run of the file. The column index says where each chunk came to lie, as the file itself reports it.
+of the file when it is written. So a column's chunks follow one another, and a reader of one layer reads one run of the file, if
+nothing else takes bytes in between: the datasets' headers, which arise at the same time, have a block set aside for them.
+The column index says where each chunk came to lie, as the file itself reports it.
 """
 
 from __future__ import annotations
@@ -21,70 +22,76 @@ from storage.chunks import CODEC, encode_chunk, raw
 from storage.columns import Index
 from storage.objects import create_group
 
+_HEADER_SIZE = 300  # of a dataset's object header with its share of the group's; measured
 _NO_CACHE = h5p.create(h5p.DATASET_ACCESS)
 _NO_CACHE.set_chunk_cache(1, 0, 1.0)  # else 64 KB of hash table for every dataset that is opened
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """A distinct vector: the path of its dataset, its bytes until they are written, its row of the index after that."""
+    """A distinct vector of a column: its bytes until they are written, its dataset and its row of the index after that."""
 
-    path: bytes
-    dimensions: int
+    shape: tuple[int, ...]
     data: bytes
+    path: bytes = b""
     row: tuple[int, int, int] | None = None
 
 
 class Placement:
     """Takes a part's vectors, compressed and each distinct one once, and writes them when all are there."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._chunks: dict[tuple[str, bytes], _Chunk] = {}
+    def __init__(self) -> None:
+        self._chunks: dict[tuple[str, bytes, tuple[int, ...]], _Chunk] = {}
         self._keys: list[str] = []
         self._columns: dict[str, dict[str, _Chunk]] = {}
 
     def add(self, group: Any, key: str, vectors: dict[str, npt.NDArray[Any]]) -> None:
-        """Create the datasets of a question's vectors in its group; one that the column has already is linked."""
-        self._keys.append(key)
-        parents = {"": group}
+        """Take a question's vectors, and make the groups that they will be in. Raises ValueError where one is empty."""
+        for parent in sorted({parent for field in vectors if (parent := field.rpartition("/")[0])}):
+            create_group(group, parent)
         for field, vector in vectors.items():
-            parent, _, name = field.rpartition("/")
-            if parent not in parents:
-                parents[parent] = create_group(group, parent)
-            chunk = self._add(parents[parent], key, field, name.encode(), raw(vector))
-            self._columns.setdefault(field, {})[key] = chunk
+            try:
+                self._columns.setdefault(field, {})[key] = self._chunk(field, raw(vector))
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from error
+        self._keys.append(key)
 
-    def _add(self, parent: Any, key: str, field: str, name: bytes, vector: npt.NDArray[Any]) -> _Chunk:
-        content = hashlib.sha256(vector.view(np.uint8).data)
-        content.update(f"{vector.dtype} {vector.shape}".encode())
-        identity = field, content.digest()  # by content, never by image id; within a column, which stays in one piece
-        if chunk := self._chunks.get(identity):
-            h5o.link(h5o.open(self._file, chunk.path), parent, name)
-            return chunk
-        chunk = _Chunk(f"{key}/{field}".encode(), vector.ndim, encode_chunk(vector))
-        h5d.create(parent, name, h5t.IEEE_F32LE, *_layout(vector.shape), None, _NO_CACHE)
-        self._chunks[identity] = chunk
+    def _chunk(self, field: str, vector: npt.NDArray[Any]) -> _Chunk:
+        # By content, never by image id; and within a column only, so that it stays in one piece.
+        identity = field, hashlib.sha256(vector.view(np.uint8)).digest(), vector.shape
+        chunk = self._chunks.get(identity)
+        if chunk is None:
+            chunk = self._chunks[identity] = _Chunk(vector.shape, encode_chunk(vector))
         return chunk
 
-    def write(self) -> dict[str, Index]:
-        """Write the chunks; return the index of each column, a row for each question in the order of the keys."""
+    @property
+    def metadata_size(self) -> int:
+        """Bytes for `meta_block_size`: what the datasets' headers will take at least, and a little more."""
+        return max(2048, _HEADER_SIZE * len(self._chunks))
+
+    def write(self, file: Any) -> dict[str, Index]:
+        """Write the datasets; return the index of each column, a row for each question in the order of the keys."""
         keys = sorted(self._keys)  # as HDF5 lists them: by their bytes, which in UTF-8 is by their code points
+        missing = 0, 0, 0
         return {
             field: np.array(
-                [self._write(column[key]) if key in column else (0, 0, 0) for key in keys], np.uint64
+                [_write(file, f"{key}/{field}", column[key]) if key in column else missing for key in keys], np.uint64
             ).reshape(-1, 3)
             for field, column in self._columns.items()
         }
 
-    def _write(self, chunk: _Chunk) -> tuple[int, int, int]:
-        if chunk.row is None:
-            dataset = h5d.open(self._file, chunk.path, _NO_CACHE)
-            dataset.write_direct_chunk((0,) * chunk.dimensions, chunk.data)
-            stored = dataset.get_chunk_info(0)
-            chunk.row = stored.byte_offset, stored.size, CODEC.crc32(chunk.data)
-            chunk.data = b""
+
+def _write(file: Any, name: str, chunk: _Chunk) -> tuple[int, int, int]:
+    path = name.encode()
+    if chunk.row is not None:
+        h5o.link(h5o.open(file, chunk.path), file, path)
         return chunk.row
+    dataset = h5d.create(file, path, h5t.IEEE_F32LE, *_layout(chunk.shape), None, _NO_CACHE)
+    dataset.write_direct_chunk((0,) * len(chunk.shape), chunk.data)
+    stored = dataset.get_chunk_info(0)
+    chunk.path, chunk.row = path, (stored.byte_offset, stored.size, CODEC.crc32(chunk.data))
+    chunk.data = b""
+    return chunk.row
 
 
 def check_placed(path: Path, columns: dict[str, Index]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import Reference
 
 from storage.sample import Sample
 from workers import engine_process
@@ -22,6 +21,7 @@ from workers.engine import EngineSpec, Recipe, Request
 from workers.errors import PermanentError
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
+from workers.reference import Reference
 
 LAYERS = (0, 1, 3, 5, 6)
 MAX_NEW_TOKENS = 24

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from PIL import Image
 from processes import command, start, wait_for, with_word, write_csv
-from reference import Reference
+
+from workers.reference import Reference
 
 QUESTIONS = ("What is in the image?", "Is there an animal in this picture? Answer yes or no.", "Why?")
 ANSWER_LENGTH = 12
@@ -267,3 +268,43 @@ def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, photographs: Pa
     )
     assert (result.returncode, result.stderr) == (2, "error: --layers: the model has layers 0 to 6; not 99\n")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "attributes"),
+    [
+        (["--exact"], {"exact": True, "positions": "last_image_token,last_prompt_token"}),
+        (
+            ["--halp-compat"],
+            {"vision_only_definition": "encoder", "positions": "min(patches,seq_len//2),last_prompt_token"},
+        ),
+        (["--layers", "all", "--no-vision-encoder"], {"vision_encoder": False, "layers": list(range(7))}),
+        (["--prompt", "{question} Answer in one word."], {"prompt": "{question} Answer in one word."}),
+        (["--repetition-penalty", "1.3", "--max-pixels", "20000"], {"repetition_penalty": 1.3, "max_pixels": 20000}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_reach_the_part(
+    options: list[str], attributes: dict[str, Any], tmp_path: Path, photographs: Path, small_model: Path
+) -> None:
+    rows = rows_for(photographs)[:3]
+    table = write_csv(tmp_path / "vqa.csv", rows)
+    result = command("producer", "run", *run_options(table, photographs, tmp_path / "o", small_model), *options)
+    assert result.returncode == 0, result.stderr
+    verified = command("storage", "verify", tmp_path / "o")
+    assert verified.returncode == 0, verified.stderr
+    [path] = (tmp_path / "o").glob("*.h5")
+    with h5py.File(path) as part:
+        found = {name: part.attrs[name] for name in attributes}
+        assert {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in found.items()} == attributes
+        certified = "--exact" not in options and "--halp-compat" not in options
+        assert ("drift" in part.attrs) == certified
+        if certified:
+            assert json.loads(part.attrs["drift"])["answers_agree"] is True
+        if "--prompt" in options:
+            reference = Reference(small_model)
+            for group in part.values():
+                question = f"{group['question'].asstr()[()]} Answer in one word."
+                image = photographs / group["image_id"].asstr()[()]
+                expected = reference(image, question, max_new_tokens=ANSWER_LENGTH, layers=LAYERS)
+                assert group["answer"].asstr()[()] == expected["answer"]

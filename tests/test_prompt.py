@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import Reference
 from transformers import AutoProcessor
 
 from workers.errors import EngineStartError
 from workers.prompt import PromptParts, QuestionTokenizer, split_prompt
+from workers.reference import Reference
 from workers.small_model import CHAT_TEMPLATE, PLAIN_TOKENS, SPECIAL_TOKENS
 
 QUESTIONS = [

@@ -15,9 +15,9 @@ WORKERS = [f"extract-{i}@host-{i % 7}" for i in range(200)]
 
 def test_names_tell_model_dtype_and_checkpoint():
     assert QUEUES.retry == "halp.qwen25vl_7b.bfloat16.0123456789ab.retry"
-    assert QUEUES.lanes[0] == "halp.qwen25vl_7b.bfloat16.0123456789ab.00"
-    assert QUEUES.lanes[15] == "halp.qwen25vl_7b.bfloat16.0123456789ab.15"
-    assert len({*QUEUES.lanes, QUEUES.retry, COLLECT}) == LANES + 2 == 18
+    assert QUEUES.lanes[0] == "halp.qwen25vl_7b.bfloat16.0123456789ab.000"
+    assert QUEUES.lanes[-1] == "halp.qwen25vl_7b.bfloat16.0123456789ab.127"
+    assert len({*QUEUES.lanes, QUEUES.retry, COLLECT}) == LANES + 2 == 130
 
 
 @pytest.mark.parametrize("other", [("qwen25vl_3b",), ("qwen25vl_7b", "float32"), ("qwen25vl_7b", "bfloat16", "ba")])
@@ -35,29 +35,28 @@ def test_images_spread_over_the_lanes():
     """A lane with twice its share would leave one worker with it when the others have finished."""
     counts = Counter(QUEUES.lane("run", f"COCO_val2014_{i:012d}.jpg") for i in range(16_000))
     assert counts.keys() == set(QUEUES.lanes)
-    assert 850 < min(counts.values()) <= max(counts.values()) < 1150
+    assert 80 < min(counts.values()) <= max(counts.values()) < 175  # 125 on average
 
 
 def test_an_image_has_other_lanes_in_other_runs():
-    assert len({QUEUES.lane(f"run {i}", "a.jpg") for i in range(200)}) == LANES
+    assert len({QUEUES.lane(f"run {i}", "a.jpg") for i in range(200)}) > LANES / 2
 
 
 def test_run_and_image_are_not_run_together():
     assert {QUEUES.lane(f"run{i}", "1.jpg") == QUEUES.lane("run", f"{i}1.jpg") for i in range(100)} == {True, False}
 
 
-def test_order_is_a_rotation_after_the_retries():
+def test_every_worker_serves_every_lane_after_the_retries():
     for worker in WORKERS:
         first, *lanes = QUEUES.in_order_of(worker)
         assert first == QUEUES.retry
-        start = QUEUES.lanes.index(lanes[0])
-        assert lanes == [QUEUES.lanes[(start + i) % LANES] for i in range(LANES)]
+        assert sorted(lanes) == sorted(QUEUES.lanes)
 
 
 def test_workers_begin_at_different_lanes():
     counts = Counter(QUEUES.in_order_of(worker)[1] for worker in WORKERS)
-    assert counts.keys() == set(QUEUES.lanes)
-    assert max(counts.values()) < 3 * len(WORKERS) / LANES
+    assert len(counts) > LANES / 2
+    assert max(counts.values()) < 8
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "random"])
@@ -78,5 +77,5 @@ def test_other_processes_agree(seed):
 
 def test_lanes_do_not_change_between_versions():
     """Messages of an older version would wait in lanes where nobody looks for them."""
-    assert [QUEUES.lanes.index(QUEUES.lane("run", f"{i}.jpg")) for i in range(8)] == [1, 10, 8, 0, 5, 13, 4, 4]
-    assert QUEUES.lanes.index(QUEUES.in_order_of("extract-1@host")[1]) == 13
+    assert [QUEUES.lanes.index(QUEUES.lane("run", f"{i}.jpg")) for i in range(8)] == [1, 74, 88, 80, 117, 29, 20, 4]
+    assert QUEUES.lanes.index(QUEUES.in_order_of("extract-1@host")[1]) == 105

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import skimage
 from PIL import Image
-from reference import Reference
 
+from workers.reference import Reference
 from workers.small_model import (
     BPE_RANKS,
     DEMO,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from storage.errors import UserError
+from workers.checkpoint import local_directory
+from workers.engine import EngineSpec
 from workers.parent import die_with_named_parent
 
 app = typer.Typer(
@@ -106,6 +111,59 @@ def flower(
     _become_celery(
         "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
     )
+
+
+@app.command()
+def selfcheck(
+    model: Annotated[str, typer.Option(help="Model to check: a hub name or a directory.")],
+    revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
+    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="Questions to ask in place of the bundled ones; needs --images-dir.")
+    ] = None,
+    images_dir: Annotated[
+        Path | None, typer.Option(help="Directory that the table's image ids are relative to.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions to ask, at most; 30 are bundled.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer.")] = 32,
+    dtype: Annotated[Literal["both", "float32", "bfloat16"], typer.Option(help="What to compute in.")] = "both",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare the engine with a plain forward and `generate`, on these weights and this machine. Exit code 1 if they differ.
+
+    Example: workers selfcheck --model Qwen/Qwen2.5-VL-7B-Instruct
+    """
+    if (table is None) != (images_dir is None):
+        raise UserError("--csv and --images-dir go together: the table names the images in the directory")
+    local_directory(model)
+    dtypes = ("float32", "bfloat16") if dtype == "both" else (dtype,)
+    with TemporaryDirectory() as folder:
+        from workers.selfcheck_questions import bundled, given
+
+        cases = given(table, images_dir, questions) if table and images_dir else bundled(Path(folder), questions)
+        from workers.selfcheck import check
+
+        verdicts = [
+            check(
+                EngineSpec("qwen", model, revision, name, str(cache_dir)),
+                cases,
+                max_new_tokens,
+                lambda line: typer.echo(line, err=True),
+            )
+            for name in dtypes
+        ]
+    from workers.selfcheck_report import as_json as report
+    from workers.selfcheck_report import summary, verdict_table
+
+    if as_json:
+        typer.echo(json.dumps(report(model, verdicts)))
+    else:
+        console = Console()
+        for verdict in verdicts:
+            console.print(summary(verdict), markup=False, highlight=False, soft_wrap=True)
+            if verdict.checked_layers:
+                console.print(verdict_table(verdict))
+    raise SystemExit(0 if all(verdict.passes for verdict in verdicts) else 1)
 
 
 def _set_environment(**values: object) -> None:

@@ -1,4 +1,4 @@
-"""Names of queues: sixteen lanes and a retry queue per model, and the collector's queue.
+"""Names of queues: 128 lanes and a retry queue per model, and the collector's queue.
 
 The questions of one image share a lane, and each worker serves the lanes in an order of its own, so that several workers do
 not scatter an image's questions among them. The name carries all that a preloaded model is: a worker that serves a queue
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from kombu import Exchange, Queue
 
-LANES = 16
+# Of eight workers (6 questions an image, 5,400 questions): 16 lanes in rotation keep 2.5 questions together, 64 in random
+# orders 5.2 to 5.7, 128 keep 5.7, 256 keep 5.8. Each worker waits on all of them in one BRPOP.
+LANES = 128
 COLLECT = "halp.collect"
 
 
@@ -37,17 +39,16 @@ class ModelQueues:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """The sixteen lanes."""
-        return tuple(f"{self._prefix}.{lane:02d}" for lane in range(LANES))
+        """The lanes."""
+        return tuple(f"{self._prefix}.{lane:03d}" for lane in range(LANES))
 
     def lane(self, run_id: str, image_id: str) -> str:
         """Return the lane of an image's questions in a run."""
         return self.lanes[int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES]
 
     def in_order_of(self, worker: str) -> tuple[str, ...]:
-        """Return the queues as a worker serves them: retries, then the lanes, beginning at one of its own."""
-        start = random.Random(worker).randrange(LANES)
-        return (self.retry, *self.lanes[start:], *self.lanes[:start])
+        """Return the queues as a worker serves them: retries, then the lanes, in a random order of its own."""
+        return (self.retry, *random.Random(worker).sample(self.lanes, LANES))
 
     @property
     def _prefix(self) -> str:

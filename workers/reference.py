@@ -1,6 +1,7 @@
-"""The plain reference: one question at a time, in float32, by the model card's recipe and hooks of its own.
+"""The plain reference: one question at a time by the model card's recipe, with hooks of its own and `generate`.
 
-It shares no code with the project, so that both cannot make the same mistake.
+What the tests and `workers selfcheck` hold the engine against. It imports nothing of this project, so that both cannot make
+the same mistake.
 """
 
 from __future__ import annotations
@@ -16,27 +17,32 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 
 class Reference:
-    """Answer questions and return hidden states from a batch-1 float32 forward.
+    """Answer questions and return hidden states from a batch-1 forward, in float32 unless told otherwise.
 
     `repetition_penalty` None keeps the checkpoint's; `min_pixels` and `max_pixels` None keep the processor's limits.
+    `device_map` and `source` (`revision`, `cache_dir`) go to `from_pretrained` as they are.
     """
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model: str | Path,
         *,
         repetition_penalty: float | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         attention: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        device_map: Any = None,
+        **source: Any,
     ) -> None:
-        self.processor: Any = AutoProcessor.from_pretrained(model_dir)
+        self.processor: Any = AutoProcessor.from_pretrained(model, **source)
         limits = _pixel_limits(self.processor.image_processor)
         # Only qwen-vl-utils resizes, so the processor need not be told: versions differ in which form it heeds.
         self.min_pixels = limits[0] if min_pixels is None else min_pixels
         self.max_pixels = limits[1] if max_pixels is None else max_pixels
-        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_dir, attn_implementation=attention)
-        self.model = model.float().eval()
+        self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model, attn_implementation=attention, dtype=dtype, device_map=device_map, **source
+        ).eval()
         self.repetition_penalty = repetition_penalty
 
     @torch.inference_mode()
@@ -85,7 +91,8 @@ class Reference:
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         images = process_vision_info(messages)[0]
-        return dict(self.processor(text=[text], images=images, do_resize=False, return_tensors="pt"))
+        inputs = self.processor(text=[text], images=images, do_resize=False, return_tensors="pt")
+        return dict(inputs.to(self.model.get_input_embeddings().weight.device))
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
         penalty = {} if self.repetition_penalty is None else {"repetition_penalty": self.repetition_penalty}
