@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check lock clean h5dump
+.PHONY: help install demo test check bench lock clean h5dump
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -56,6 +56,11 @@ h5dump:
 	  echo "h5dump is missing, and only root can install it. On Debian: apt-get install hdf5-tools" >&2; \
 	  [ -z "$${CI:-}" ]; \
 	fi
+
+bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
+	cd benchmarks && for name in engine worker memory storage_parts; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+	  && (cd benchmarks && ../$(BIN)/python gpu.py) || echo "no GPU here: benchmarks/gpu.py was left out"
 
 lock: install  ## Compile requirements.txt from pyproject.toml, keeping its pins [ARGS=--upgrade to renew them]
 	@$(PIP) install uv

@@ -74,7 +74,8 @@ class EngineProcess:
             ) from error
         if isinstance(answer, _BatchError):
             self.stop()
-            raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}\n{answer.traceback}")
+            logger.error("the engine could not be loaded:\n%s", answer.traceback)
+            raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}")
         assert isinstance(answer, ModelCard)
         return answer
 
