@@ -230,6 +230,47 @@ def test_a_worker_whose_model_cannot_be_loaded_says_so(cluster: Cluster, tmp_pat
     assert f"cannot load {broken}" in log
 
 
+def test_order_batches_and_number_of_workers_do_not_change_values(
+    cluster: Cluster, photographs: Path, tmp_path: Path
+) -> None:
+    """The same questions twice: two workers, batches of 3, the file's order; and one worker, larger batches, by image."""
+    names = sorted(path.name for path in photographs.iterdir())
+    rows = [
+        {"question_id": f"q{n}", "image_id": names[n % len(names)], "question": f"Is it {n}?", "answer": ""}
+        for n in range(24)
+    ]
+    table = write_csv(tmp_path / "vqa.csv", rows)
+    common = ("--dtype", "float32", "--max-new-tokens", "8", "--checkpoint-interval", "12")
+    cluster.variables |= {"HALP_DTYPE": "float32", "HALP_MAX_BATCH_SIZE": "3", "HALP_VISIBILITY_TIMEOUT": "60"}
+    cluster.enqueue(table, photographs, tmp_path / "two", *common, "--order", "csv")
+    cluster.worker("qwen")
+    cluster.worker("qwen")
+    cluster.collector()
+    wait_for(lambda: finished(tmp_path / "two"), 120, "the run is finished")
+    one = ("--images-dir", photographs, "--output-dir", tmp_path / "one", "--model", cluster.model, *common)
+    assert command("producer", "run", table, *one).returncode == 0
+    two_values, one_values = vectors(tmp_path / "two"), vectors(tmp_path / "one")
+    assert two_values.keys() == one_values.keys()
+    assert len(one_values) == 24 * 12
+    for name, values in one_values.items():
+        assert np.abs(values - two_values[name]).max() <= 1e-4 * np.abs(values).max()
+
+
+def vectors(output: Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in output.glob("*.h5"):
+        with h5py.File(path) as part:
+            for question_id, group in part.items():
+                group.visititems(
+                    lambda name, node, q=question_id: (
+                        found.__setitem__(f"{q}/{name}", node[:])
+                        if isinstance(node, h5py.Dataset) and node.ndim
+                        else None
+                    )
+                )
+    return found
+
+
 def broker_cli(broker: ValkeyServer, *words: str) -> None:
     import redis
 
