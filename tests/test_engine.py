@@ -316,3 +316,16 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
     assert max(sizes) == 16
     assert not fatal
     engine.forget()
+
+
+def test_patches_are_bit_equal_to_the_official_recipe(engine: QwenEngine, small_model: Path, photographs: Path) -> None:
+    """uint8 pixels resized in the task threads, normalised and patchified in the engine: qwen-vl-utils and the processor."""
+    preprocess = Preprocessor(engine.card)
+    for limits in [(3136, 12_845_056), (3136, 20_000), (150_000, 12_845_056)]:
+        reference = Reference(small_model, min_pixels=limits[0], max_pixels=limits[1])
+        for path in sorted(photographs.iterdir()):
+            pixels = preprocess.image(path.name, photographs, (), limits).pixels
+            patches = engine._vision._processor(images=[pixels], do_resize=False, return_tensors="pt")
+            official = reference.inputs(path, "?")
+            assert torch.equal(patches["pixel_values"], official["pixel_values"])
+            assert torch.equal(patches["image_grid_thw"], official["image_grid_thw"])
