@@ -42,6 +42,7 @@ class RunOptions:
     limit: int | None
     test: bool
     allow_missing: bool
+    repair: bool = False
 
 
 def _run_options(
@@ -100,6 +101,9 @@ def _run_options(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Run even if over a fifth of the images are missing.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Compute parts again that `storage verify` finds damaged or gone.")
+    ] = False,
 ) -> RunOptions:
     """Collect the options that `enqueue` and `run` share."""
     if halp_compat and (min_pixels is not None or max_pixels is not None):
@@ -128,6 +132,7 @@ def _run_options(
         limit=limit,
         test=test,
         allow_missing=allow_missing,
+        repair=repair,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from storage.errors import UserError
 from storage.naming import model_slug
 from storage.part import is_part_of
 from storage.plan import write_generation
+from storage.repair import repair
 from storage.run import Run, is_run
 from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
@@ -31,6 +33,8 @@ def plan_run(options: RunOptions) -> Run:
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    if options.repair:
+        _repair(options.output_dir, settings)
     _refuse_other_content(options.output_dir, settings)
     try:
         run = Run.create(options.output_dir, settings)
@@ -40,6 +44,15 @@ def plan_run(options: RunOptions) -> Run:
     except OSError as error:
         raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
     return run
+
+
+def _repair(output_dir: Path, settings: RunSettings) -> None:
+    run = Run.open(output_dir)
+    _refuse_differences(run, settings)
+    for name, reason in repair(run).items():
+        print(
+            f"{name} will be computed again, its files are in {output_dir / '.run/damaged'}: {reason}", file=sys.stderr
+        )
 
 
 def _settings(options: RunOptions, *, slices: int) -> RunSettings:

@@ -50,24 +50,30 @@ def inspect(
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also check every stored vector's checksum, and the texts against the plan.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that every planned question is accounted for exactly once and every vector is whole. Exit code 1 if not.
 
-    Example: storage verify output/
+    Example: storage verify output/ --deep
     """
     from storage.account import Bookkeeper
+    from storage.repair import repair_command
     from storage.run import Run
     from storage.verify import verify as findings_of
 
     run = Run.open(directory)
-    findings = list(findings_of(run))
+    findings = list(findings_of(run, deep=deep))
     account = Bookkeeper(run).account()
     if as_json:
         print(json.dumps({"ok": not findings, **asdict(account), "findings": [asdict(f) for f in findings]}))
     else:
         for finding in findings:
             print(finding, file=sys.stderr)
+        if any(finding.part is not None for finding in findings):
+            print(f"To compute the damaged parts again: {repair_command(run)}", file=sys.stderr)
         verdict = f"{len(findings)} problems" if findings else "no problem found"
         print(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
               f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip

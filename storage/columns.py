@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from storage.chunks import CODEC, decode_chunk
+from storage.chunks import CODEC, decode_chunk, join_planes
 from storage.errors import DamagedError, UserError
 from storage.naming import question_id
 
@@ -65,7 +65,6 @@ def _one_width(file: h5py.File, keys: list[str], field: str, index: Index) -> in
 
 def _read(path: Path, field: str, ids: list[str], index: Index, width: int) -> npt.NDArray[np.float32]:
     values = np.empty((len(ids), width), np.float32)
-    as_bytes = values.view(np.uint8).reshape(len(ids), width, 4)
     chunks = _read_chunks(path, index)
     decoded: dict[int, int] = {}  # offset to the first row that has it: questions of one image share their chunks
     for row, (offset, _, crc) in enumerate(index.tolist()):
@@ -75,7 +74,7 @@ def _read(path: Path, field: str, ids: list[str], index: Index, width: int) -> n
         if CODEC.crc32(chunks[offset]) != crc:
             raise DamagedError(f"{path}, question {ids[row]}: {field} is damaged (CRC-32); try `storage verify`")
         try:
-            as_bytes[row] = decode_chunk(chunks[offset], width).T
+            join_planes(decode_chunk(chunks[offset], width), values[row])
         except ValueError as error:
             raise UserError(f"{path}, question {ids[row]}: {field} is not of width {width}: {error}") from error
     return values

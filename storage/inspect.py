@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from storage.columns import COLUMN
 from storage.errors import UserError
 from storage.naming import group_key, question_id
 
@@ -72,7 +73,7 @@ def describe_part(path: Path, selected: str | None = None) -> PartSummary:
         return PartSummary(
             file=str(path),
             size=path.stat().st_size,
-            attributes={name: _plain(value) for name, value in file.attrs.items()},
+            attributes={name: _plain(file.attrs[name]) for name in file.attrs if not name.startswith(COLUMN)},
             questions={question_id(k): _texts(file[k]) for k in keys},
             selected=_describe_question(key, file[key]) if key is not None else None,
         )

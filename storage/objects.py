@@ -52,8 +52,13 @@ def write_attributes(node: Any, attributes: Mapping[str, Any]) -> None:
             h5py.Group(node).attrs[name] = value
 
 
+def clean(text: str) -> str:
+    """Return a text as it is stored: HDF5 ends a string at its first NUL, and a lone surrogate has no UTF-8."""
+    # Ids and texts are checked at enqueue; a model that emits a NUL must not cost the sample.
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
 def _string(text: str) -> Any:
-    # HDF5 ends a string at its first NUL; a model that emits one must not cost the sample. A lone surrogate has no UTF-8.
     array = np.empty((), object)
-    array[()] = text.replace("\0", "\ufffd").encode(errors="replace")
+    array[()] = clean(text)
     return array

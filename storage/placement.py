@@ -58,7 +58,7 @@ class Placement:
 
     def _chunk(self, field: str, vector: npt.NDArray[Any]) -> _Chunk:
         # By content, never by image id; and within a column only, so that it stays in one piece.
-        identity = field, hashlib.sha256(vector.view(np.uint8)).digest(), vector.shape
+        identity = field, hashlib.sha256(vector.view(np.uint8).data).digest(), vector.shape
         chunk = self._chunks.get(identity)
         if chunk is None:
             chunk = self._chunks[identity] = _Chunk(vector.shape, encode_chunk(vector))

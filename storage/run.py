@@ -207,6 +207,10 @@ class Run:
         """Mark the run as finished."""
         self.store.put_new(_SUMMARY, data)
 
+    def withdraw_summary(self) -> None:
+        """Take the mark away: a part must be computed again."""
+        self.store.delete(_SUMMARY)
+
 
 def is_run(directory: Path) -> bool:
     """Tell whether a directory holds a run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,14 +71,18 @@ def decode_sample(data: bytes) -> Sample:
 
 
 def encode_failure(failure: Failure) -> bytes:
-    """Return a failure as JSON. A lone surrogate in it, of a path that is not UTF-8, becomes a question mark."""
-    return json.dumps(asdict(failure), ensure_ascii=False, indent=1).encode(errors="replace")
+    """Return a failure as JSON with a checksum. A lone surrogate, of a path that is not UTF-8, becomes a question mark."""
+    body = json.dumps(asdict(failure), ensure_ascii=False).encode(errors="replace")
+    return b'{"crc32": %d, "failure": %b}' % (zlib.crc32(body), body)
 
 
 def decode_failure(data: bytes) -> Failure:
-    """Return the failure of `encode_failure`'s bytes. Raises DamagedError."""
+    """Return the failure of `encode_failure`'s bytes. Raises DamagedError where they were changed."""
+    match = re.fullmatch(rb'\{"crc32": (\d{1,10}), "failure": (.*)\}', data, re.DOTALL)
     try:
-        return Failure(**json.loads(data))
+        if match is None or zlib.crc32(match[2]) != int(match[1]):
+            raise ValueError("checksum mismatch")
+        return Failure(**json.loads(match[2]))
     except (ValueError, TypeError) as error:
         raise DamagedError(f"not a staged failure: {error}") from error
 

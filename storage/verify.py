@@ -1,4 +1,7 @@
-"""Verifying a run: every planned question accounted for exactly once, every vector whole, of the right size and finite."""
+"""Verifying a run: every planned question accounted for exactly once, every vector whole, of the right size and finite.
+
+A part's size and SHA-256 come first: HDF5 can hang for ever on a damaged file, so only one that is as published is opened.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,50 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from storage.chunks import CODEC, decode_chunk
+from storage.columns import Index, read_index
 from storage.naming import group_key
+from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar
-from storage.plan import Slice
+from storage.plan import Question, Slice
 from storage.run import Run
 from storage.settings import ModelFacts
 
 _TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
+_PLANNED_TEXTS = ("question", "image_id", "ground_truth_answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it must be."""
+    """Something that is not as it must be. `part`: the part that must be computed again to mend it."""
 
     file: str
     question_id: str | None
     problem: str
+    part: int | None = None
 
     def __str__(self) -> str:
         where = f"{self.file}, question {self.question_id}" if self.question_id is not None else self.file
         return f"{where}: {self.problem}"
 
 
-def verify(run: Run) -> Iterator[Finding]:
-    """Yield what is wrong with a run's published parts; nothing where all is well."""
+def verify(run: Run, *, deep: bool = False) -> Iterator[Finding]:
+    """Yield what is wrong with a run's published parts; nothing where all is well.
+
+    `deep` also reads every vector past HDF5, by the column index and its checksums, and compares the texts with the plan's.
+    """
     if not run.slices:
         yield Finding(".run/plan", None, "nothing is planned: enqueue was interrupted, run the same command again")
     published = run.parts_with_sidecar()
     for piece in run.slices:
         path = run.part_path(piece.part)
         if piece.part in published:
-            yield from _verify_part(run, piece, path)
+            yield from verify_part(run, piece, deep=deep)
         elif path.exists():
             yield Finding(path.name, None, "has no sidecar yet: the collector writes it at its next sweep")
         else:
@@ -52,25 +64,54 @@ def verify(run: Run) -> Iterator[Finding]:
             yield Finding(path.name, None, "is not a part of this run, but readers will take it for one")
 
 
-def _verify_part(run: Run, piece: Slice, path: Path) -> Iterator[Finding]:
+def verify_part(run: Run, piece: Slice, *, deep: bool = False) -> Iterator[Finding]:
+    """Yield what is wrong with one published part. Raises DamagedError where its sidecar is unreadable."""
+    path = run.part_path(piece.part)
     sidecar = read_sidecar(run, piece.part)
     planned = Counter(question.question_id for question in run.questions(piece.part))
     found = Counter(sidecar.question_ids) + Counter(failure.question_id for failure in sidecar.failures)
     for question_id in planned - found:
-        yield Finding(path.name, question_id, "is planned, but neither written nor failed")
+        yield Finding(path.name, question_id, "is planned, but neither written nor failed", piece.part)
     for question_id in found - planned:
-        yield Finding(path.name, question_id, "is there once more than it is planned")
-    if (damage := _damage(path, sidecar)) is not None:  # then opening it is not safe: HDF5 can hang on a damaged heap
-        yield Finding(path.name, None, damage)
+        yield Finding(path.name, question_id, "is there once more than it is planned", piece.part)
+    if (damage := _damage(path, sidecar)) is not None:
+        yield Finding(path.name, None, damage, piece.part)
         return
-    with h5py.File(path, "r") as file:
-        if set(file) != {group_key(question_id) for question_id in sidecar.question_ids}:
-            yield Finding(path.name, None, "its groups are not the questions that its sidecar lists")
+    try:
+        # Without a record of the model nothing can be said of the part, and computing it again would not help.
+        again = piece.part if run.model_facts() is not None else None
+        for where, problem in _content_problems(run, piece, path, sidecar, deep=deep):
+            yield Finding(path.name, where, problem, again)
+    except (OSError, KeyError, RuntimeError) as error:
+        yield Finding(path.name, None, f"HDF5 cannot read it: {error}", piece.part)
+
+
+def _content_problems(
+    run: Run, piece: Slice, path: Path, sidecar: Sidecar, *, deep: bool
+) -> Iterator[tuple[str | None, str]]:
+    with h5py.File(path, "r") as file, path.open("rb", buffering=0) as raw_file:
+        keys = list(file)
+        if set(keys) != {group_key(question_id) for question_id in sidecar.question_ids}:
+            yield None, "its groups are not the questions that its sidecar lists"
         model = run.model_facts()
+        columns = read_index(file)
+        for field, index in columns.items():
+            if index.shape != (len(keys), 3):
+                yield None, f"the column index of {field} has the shape {index.shape}, not ({len(keys)}, 3)"
+                return
+        rows = {key: row for row, key in enumerate(keys)}
+        planned = {question.question_id: question for question in run.questions(piece.part)}
         for question_id in sidecar.question_ids:
-            if (key := group_key(question_id)) in file:
-                for problem in _problems(file[key], model):
-                    yield Finding(path.name, question_id, problem)
+            if (key := group_key(question_id)) not in rows:
+                continue
+            for problem in _problems(file[key], model):
+                yield question_id, problem
+            index_row = {field: index[rows[key]] for field, index in columns.items()}
+            for problem in _index_problems(file[key], index_row, raw_file if deep else None):
+                yield question_id, problem
+            if deep and question_id in planned:
+                for problem in _text_problems(file[key], planned[question_id]):
+                    yield question_id, problem
 
 
 def _damage(path: Path, sidecar: Sidecar) -> str | None:
@@ -98,3 +139,37 @@ def _problems(group: h5py.Group, model: ModelFacts | None) -> Iterator[str]:
             yield f"{name} is {group[name].dtype} {group[name].shape}, not float32 ({width},)"
         elif not np.isfinite(group[name][:]).all():
             yield f"{name} has values that are not finite"
+
+
+def _index_problems(group: h5py.Group, rows: dict[str, Index], file: Any) -> Iterator[str]:
+    """Compare a question's rows of the column index with its datasets; with `file`, the stored bytes and values too."""
+    for field, row in rows.items():
+        offset, size, crc = row.tolist()
+        if field not in group:
+            if size:
+                yield f"{field} is in the column index, but not in the group"
+            continue
+        dataset = group[field]
+        stored = dataset.id.get_chunk_info(0)
+        if (stored.byte_offset, stored.size) != (offset, size):
+            yield f"{field} lies at {stored.byte_offset} with {stored.size} bytes, not at {offset} with {size}"
+        elif file is not None:
+            file.seek(offset)
+            chunk = file.read(size)
+            if CODEC.crc32(chunk) != crc:
+                yield f"{field} is damaged (CRC-32)"
+                continue
+            try:
+                values = decode_chunk(chunk, dataset.size).T.tobytes()
+            except ValueError as error:
+                yield f"{field} is damaged: {error}"
+                continue
+            if values != dataset[()].tobytes():
+                yield f"{field} has other values by the column index than by HDF5"
+
+
+def _text_problems(group: h5py.Group, question: Question) -> Iterator[str]:
+    for name in _PLANNED_TEXTS:
+        planned = clean(getattr(question, name))
+        if name in group and (stored := group[name].asstr()[()]) != planned:
+            yield f"{name} is {stored!r}, but {planned!r} in the plan"

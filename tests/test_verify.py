@@ -273,6 +273,8 @@ def test_verify_fails_with_a_line_for_each_problem(run, storage):
     assert output.err.splitlines() == [
         f"{SECOND}: was published and is gone",
         "copy.h5: is not a part of this run, but readers will take it for one",
+        "To compute the damaged parts again: producer enqueue vqa.csv --images-dir /images"
+        f" --output-dir {run.output_dir} … --repair",
     ]
 
 
@@ -298,7 +300,9 @@ def test_verify_as_json(run, storage):
     assert (output.code, output.err) == (1, "")
     body = json.loads(output.out)
     assert body["ok"] is False
-    assert body["findings"] == [{"file": SECOND, "question_id": None, "problem": "was published and is gone"}]
+    assert body["findings"] == [
+        {"file": SECOND, "question_id": None, "problem": "was published and is gone", "part": 2}
+    ]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "a file"])

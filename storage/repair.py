@@ -1,0 +1,58 @@
+"""Repairing a run: damaged parts are moved aside, so that the slice is computed again as if it had never been."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+from collections.abc import Iterator
+
+from storage.errors import DamagedError
+from storage.plan import Slice
+from storage.run import Run
+from storage.verify import verify_part
+
+_ASIDE = ".run/damaged"
+
+
+def repair(run: Run) -> dict[str, str]:
+    """Move damaged parts and the sidecars of damaged or lost ones to `.run/damaged/`; return the parts with the reasons.
+
+    The part goes before its sidecar: a part without one would be described, and so declared sound, by the next collector.
+    Killed in between, the next call finds the part gone and goes on.
+    """
+    published = run.parts_with_sidecar()
+    moved = {}
+    for piece in run.slices:
+        if piece.part in published and (reason := next(_reasons(run, piece), None)) is not None:
+            name = run.part_name(piece.part)
+            _move_aside(run, name)
+            _move_aside(run, run.sidecar_key(piece.part))
+            moved[name] = reason
+    if any(not run.store.exists(run.sidecar_key(piece.part)) for piece in run.slices):
+        run.withdraw_summary()  # else no collector looks at the run again
+    return moved
+
+
+def repair_command(run: Run) -> str:
+    """Return the command that computes the damaged parts again. Other options must be those of the first call."""
+    settings = run.settings
+    call = ["producer", "enqueue", settings.dataset, "--images-dir", settings.images_dir]
+    return shlex.join([*call, "--output-dir", str(run.output_dir)]) + " … --repair"
+
+
+def _reasons(run: Run, piece: Slice) -> Iterator[str]:
+    try:
+        for finding in verify_part(run, piece):
+            if finding.part is not None:
+                yield str(finding)
+    except DamagedError as error:
+        yield str(error)  # what the sidecar said of the file is lost, and the file may be damaged too
+
+
+def _move_aside(run: Run, key: str) -> None:
+    source = run.store.path(key)
+    target = run.store.path(f"{_ASIDE}/{secrets.token_hex(4)}-{source.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.exists():
+        os.rename(source, target)
