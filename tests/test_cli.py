@@ -12,7 +12,7 @@ from processes import BIN, command, environment, write_csv
 
 COMMANDS = {
     "producer": ("enqueue", "run", "status", "demo"),
-    "workers": ("extract", "collect", "flower"),
+    "workers": ("extract", "collect", "flower", "selfcheck"),
     "storage": ("inspect", "verify"),
 }
 
@@ -131,5 +131,5 @@ def test_a_bad_variable_is_named() -> None:
 
 def test_workers_print_the_celery_command_that_they_become(tmp_path: Path) -> None:
     result = command("workers", "extract", "--name", "w", "--", "--version")
-    assert "celery -A workers worker --pool threads --concurrency 32 --hostname w@" in result.stderr
+    assert "celery -A workers worker --pool threads --concurrency 64 --hostname w@" in result.stderr
     assert "halp.qwen25vl_7b.bfloat16." in result.stderr

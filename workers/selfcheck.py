@@ -52,7 +52,16 @@ class Result:
 
 
 def check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Callable[[str], None]) -> Verdict:
-    """Check one dtype. Raises UserError: the model or an image cannot be read."""
+    """Check one dtype. Raises UserError: the model or an image cannot be read, or memory ran out."""
+    try:
+        return _check(spec, cases, max_new_tokens, log)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{spec.dtype}: the device ran out of memory: end what else uses it, or take another"
+        ) from error
+
+
+def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Callable[[str], None]) -> Verdict:
     local_directory(spec.model)
     source = {"cache_dir": spec.cache_dir, **({} if Path(spec.model).is_dir() else {"revision": spec.revision})}
     with _refused(spec.model):

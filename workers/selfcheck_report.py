@@ -73,17 +73,17 @@ class Verdict:
 
 def verdict_table(verdict: Verdict) -> Table:
     """Return a dtype's table: errors by field family, answers, and what passed."""
-    table = Table(title=_RULES[verdict.dtype])
-    for column in ("max|a-b| / max|b|", "batched median", "worst", "exact median", "worst", "noise median", "worst"):
-        table.add_column(column, justify="left" if "|" in column else "right")
-    table.add_column("verdict")
+    table = Table(title=f"median and worst of max|a-b| / max|b|; {_RULES[verdict.dtype]}")
+    for column in ("", "batched", "exact", "noise floor", "verdict"):
+        table.add_column(column, justify="right" if column and column != "verdict" else "left")
     columns = [c for c in (verdict.batched, verdict.exact, verdict.noise) if c is not None]
     for family in columns[0].worst if columns else ():
-        cells = [f"{value:.1e}" for c in columns for value in (c.median[family], c.worst[family])]
+        cells = [f"{c.median[family]:.0e} {c.worst[family]:.0e}" for c in columns]
         table.add_row(family, *cells, "pass" if verdict.family_passes(family) else "FAIL")
     if columns:
-        cells = [cell for c in columns for cell in (f"{c.same_answers}/{verdict.questions}", "")]
-        table.add_row("answers identical", *cells, _answers(verdict))
+        table.add_row(
+            "answers identical", *(f"{c.same_answers}/{verdict.questions}" for c in columns), _answers(verdict)
+        )
     return table
 
 

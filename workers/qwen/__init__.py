@@ -1,4 +1,4 @@
-"""The Qwen2.5-VL engine. The only modules that import torch and transformers; an engine process alone loads them."""
+"""The Qwen2.5-VL engine. An engine process alone loads it, and with it torch and transformers."""
 
 from workers.qwen.engine import QwenEngine
 
