@@ -190,6 +190,11 @@ def cpu_seconds(work: Callable[[], Any], *, before: Callable[[], Any] = lambda: 
     return min(times)
 
 
+def questions(number: int) -> str:
+    """Return a number of questions, in words."""
+    return f"{number} question" + "s" * (number > 1)
+
+
 def forget(path: Path) -> None:
     """Drop a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -209,7 +214,7 @@ def tables(options: argparse.Namespace) -> list[list[str]]:
         base = cell("packing", way="reference", per_image=per_image)
         for isal in (False, True):
             ours = cell("packing", way="ours", per_image=per_image, isal=isal)
-            name = f"pack, {per_image} questions per image, {'isal' if isal else 'zlib'}"
+            name = f"pack, {questions(per_image)} per image, {'isal' if isal else 'zlib'}"
             rows.append([f"{name}: CPU", f"{base['ms']:.2f} ms/sample", f"{ours['ms']:.2f} ms/sample",
                          f"{base['ms'] / ours['ms']:.1f}x less"])  # fmt: skip
             rows.append([f"{name}: size", f"{base['kb']:.1f} KB/sample", f"{ours['kb']:.1f} KB/sample",
@@ -228,12 +233,12 @@ def tables(options: argparse.Namespace) -> list[list[str]]:
     for per_image in (1, 3):
         for isal in (False, True):
             ours = cell("collector", isal=isal, parts=1, per_image=per_image)
-            rows.append([f"collector, {per_image} questions per image, {'isal' if isal else 'zlib'}", "",
+            rows.append([f"collector, {questions(per_image)} per image, {'isal' if isal else 'zlib'}", "",
                          f"{ours['cpu']:.0f} samples/s of CPU ({ours['wall']:.0f} of wall time)", ""])  # fmt: skip
     for parts in (1, 4, 8):
         ours = cell("collector", parts=parts, samples=options.samples * parts, per_image=1)
         rows.append(
-            [f"collector's peak memory, {parts} parts of {options.samples:,}", "", f"{ours['peak']:.0f} MB", ""]
+            [f"collector's peak memory, parts: {parts} of {options.samples:,}", "", f"{ours['peak']:.0f} MB", ""]
         )
     return rows
 
