@@ -125,8 +125,8 @@ def status(
     run = Run.open(directory)
     bookkeeper = Bookkeeper(run)
     account = bookkeeper.account()
-    if watch and not as_json:
-        console = Console(stderr=True)
+    if watch:
+        console = Console(stderr=True, quiet=as_json)
         looked = float("-inf")
         with LiveAccount(console) as live:
             while not account.finished:

@@ -37,6 +37,8 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         stack.enter_context(_only_one(run))
         if run.is_finished():
             return Bookkeeper(run).account()
+        for worker in run.refusals():  # of an earlier call; those of this one are written anew
+            run.withdraw_refusal(worker)
         server = stack.enter_context(EmbeddedServer())
         environment = {
             **os.environ,

@@ -13,8 +13,7 @@ import typer
 
 from storage.errors import UserError
 from storage.settings import QUESTION, Dtype, Order
-
-DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+from workers.settings import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,9 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         return Sidecar(**{**body, "question_ids": tuple(body["question_ids"]), "failures": failures})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         path = run.store.path(key)
-        raise DamagedError(f"{path} is damaged ({error}): remove it, the collector writes it again") from error
+        raise DamagedError(
+            f"{path} is damaged ({error}): the same `producer enqueue … --repair` computes its part again"
+        ) from error
 
 
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:

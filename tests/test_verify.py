@@ -319,7 +319,7 @@ def test_verify_of_what_is_no_run(tmp_path, storage, kind):
     ("key", "message"),
     [
         (".run/run.json", "another version"),
-        (".run/parts/001.json", "remove it, the collector writes it again"),
+        (".run/parts/001.json", "the same `producer enqueue … --repair` computes its part again"),
         ("the plan", "slice 1 was changed after it was written"),
     ],
 )

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.account import Account, Bookkeeper, sidecars
+from storage.account import Bookkeeper, sidecars
 from storage.errors import DamagedError, UserError
 from storage.pack import pack
 from storage.run import Run, is_run
@@ -43,7 +43,7 @@ class Collector:
             self._scan()
         for path, run in list(self._runs.items()):
             try:
-                if collect_run(run).finished:
+                if collect_run(run):
                     del self._runs[path]
             except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
                 logger.exception("cannot bring %s forward now", path)
@@ -77,8 +77,8 @@ def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
     return [run for path in below for run in find_runs(path, depth - 1)]
 
 
-def collect_run(run: Run) -> Account:
-    """Bring a run one sweep forward and return its account."""
+def collect_run(run: Run) -> bool:
+    """Bring a run one sweep forward. Return whether every part is published."""
     published = run.parts_with_sidecar()
     staging = set(run.staging_directories())
     for piece in run.slices:
@@ -91,15 +91,15 @@ def collect_run(run: Run) -> Account:
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
     run.store.delete_partials(_PARTIAL_AGE)
+    finished = bool(run.slices) and all(piece.part in published for piece in run.slices)
+    if finished:
+        _finish(run)
+    feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
+    return finished
+
+
+def _finish(run: Run) -> None:
     account = Bookkeeper(run).account()
-    if account.finished:
-        _finish(run, account)
-    else:
-        feed(run, published)
-    return account
-
-
-def _finish(run: Run, account: Account) -> None:
     failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
     if failures:
         text = io.StringIO()

@@ -180,6 +180,8 @@ def main() -> None:
     """Serve the parent until it closes its end or dies."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
+    # Batches differ in size, and the allocator's fixed segments would leave holes: a 24 GB card needs them.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _serve(Connection(descriptor))

@@ -11,9 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from kombu.exceptions import OperationalError
 
 from storage.plan import Slice
 from storage.run import Run
@@ -75,9 +77,9 @@ def hint_collector(run: Run, part: int) -> None:
             return
         _hinted[run.run_id, part] = now
     if len(run.staged(part)) >= run.slice(part).size:
-        app.send_task(
-            "workers.collect", kwargs={"run_dir": str(run.output_dir), "run_id": run.run_id}, queue=declaration(COLLECT)
-        )
+        message = {"run_dir": str(run.output_dir), "run_id": run.run_id}
+        with suppress(OperationalError):  # the question is staged; a broker that is away must not fail its task
+            app.send_task("workers.collect", kwargs=message, queue=declaration(COLLECT))
 
 
 class _Feeder:
@@ -124,8 +126,10 @@ class _Feeder:
             entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
             if entry is not last:
                 self._note(part, entry)
-            if self._stalled(part, entry):
-                logger.warning("%s: part %d made no progress; feeding it again", self._run.output_dir, part)
+            lost = staged < last.finished and not self._run.store.exists(self._run.sidecar_key(part))
+            if lost or self._stalled(part, entry):
+                why = "lost staged questions" if lost else "made no progress"
+                logger.warning("%s: part %d %s; feeding it again", self._run.output_dir, part, why)
                 self._client.hdel(_key(self._run), part)
                 continue
             fed[part] = entry

@@ -61,8 +61,7 @@ def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, 
 @app.task(name="workers.collect")  # type: ignore[untyped-decorator]
 def collect(*, run_dir: str, run_id: str) -> str:
     """Bring a run forward: pack its complete slices, feed what is missing, summarise it at its end."""
-    account = collect_run(open_run_in_roots(run_dir, run_id, settings().data_roots))
-    return f"{account.written} written, {account.failed} failed of {account.planned}"
+    return "finished" if collect_run(open_run_in_roots(run_dir, run_id, settings().data_roots)) else "not finished yet"
 
 
 def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:

@@ -34,9 +34,8 @@ from workers.qwen.hooks import ending_after, outputs
 from workers.qwen.loading import as_ids, environment, free_memory, kv_bytes_per_token, load_model, pixel_limits
 from workers.qwen.vision import Image, VisionTower
 
-_CPU_PREFILL_TOKENS = (
-    1  # one image at a time: a larger batch leaves the cache (2.5 samples/s against 3.4, benchmarks/engine.py)
-)
+# One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
+_CPU_PREFILL_TOKENS = 1
 _CPU_PREFIX_BYTES = 512 << 20
 _GPU_PREFILL_TOKENS = 16384
 # Of the memory that is free once the model is loaded; the rest is for activations.
