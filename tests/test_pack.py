@@ -698,7 +698,7 @@ def test_a_damaged_sidecar_is_named(run, content):
     pack(run, 1)
     path = run.output_dir / ".run/parts/001.json"
     path.write_bytes(content)
-    with pytest.raises(DamagedError, match=r"parts/001\.json is damaged .* remove it"):
+    with pytest.raises(DamagedError, match=r"parts/001\.json is damaged .* --repair"):
         read_sidecar(run, 1)
 
 
