@@ -15,8 +15,8 @@ from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
 from storage.errors import UserError
 from storage.naming import model_slug
-from storage.part import is_part_of
 from storage.plan import write_generation
+from storage.probe import is_part_of
 from storage.repair import repair
 from storage.run import Run, is_run
 from storage.settings import RunSettings
@@ -109,7 +109,12 @@ def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
     own = {run.part_name(piece.part): piece.part for piece in run.slices}
-    foreign = [path for path in parts if path.name not in own or not is_part_of(path, run.run_id, own[path.name])]
+    described = run.parts_with_sidecar()  # ours, sound or not: telling is for `storage verify`
+    foreign = [
+        path
+        for path in parts
+        if (part := own.get(path.name)) is None or (part not in described and not is_part_of(path, run.run_id, part))
+    ]
     if foreign:
         raise UserError(f"{output_dir} holds parts that are not this run's ({_names(foreign)}): move them elsewhere")
 

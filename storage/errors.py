@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What to do about a damaged part.
+ADVICE = "`storage verify` finds what is damaged, `producer enqueue … --repair` computes it again"
+
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and how to mend it. Exit code 2."""

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
-from storage.part import is_part_of, read_header, write_part
+from storage.part import read_header, write_part
 from storage.plan import Question
+from storage.probe import is_part_of
 from storage.run import Run
 from storage.sample import Failure, Sample
 from storage.store import sync
@@ -40,17 +41,21 @@ def pack(run: Run, part: int) -> bool:
     Raises DamagedError where a staged file does not hold what was written: it has been removed, to be computed again.
     """
     if not run.store.exists(run.sidecar_key(part)):
+        ours = False  # written by this call, and so known to be sound
         if not run.part_path(part).exists():
             staged = run.staged(part)
             if len(staged) < run.slice(part).size:
                 return False
             try:
-                _publish(run, part, staged)
+                ours = _publish(run, part, staged)
             except FileNotFoundError:
                 if not run.part_path(part).exists():  # else another collector published it and removed the staged files
                     if run.staged(part) == staged:
                         raise
                     return False  # another collector removed a damaged one
+        path = run.part_path(part)
+        if not ours and not is_part_of(path, run.run_id, part):
+            raise UserError(f"{path} is not part {part} of this run: move it elsewhere")
         _describe(run, part)
     run.delete_staging(part)
     return True
@@ -70,13 +75,13 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         ) from error
 
 
-def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:
+def _publish(run: Run, part: int, staged: dict[int, bool]) -> bool:
     questions = run.questions(part)
     failed = [run.read_failure(part, sequence) for sequence, result in sorted(staged.items()) if not result]
     with run.store.partial() as temporary:
         write_part(temporary, run.settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
         sync(temporary)
-        run.store.publish(temporary, run.part_name(part))
+        return run.store.publish(temporary, run.part_name(part))
 
 
 def _samples(
@@ -91,8 +96,6 @@ def _samples(
 
 def _describe(run: Run, part: int) -> None:
     path = run.part_path(part)
-    if not is_part_of(path, run.run_id, part):
-        raise UserError(f"{path} is not part {part} of this run: move it elsewhere")
     header = read_header(path)
     assert header is not None
     with open(path, "rb") as file:

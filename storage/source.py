@@ -39,7 +39,11 @@ class OpenPart:
 
     def column(self, field: str) -> Column:
         """Return one field. Raises UserError, naming the fields that there are, where this one is not."""
-        if self.keys and COLUMN + field not in self.file.attrs and field not in self.file[self.keys[0]]:
+        if (
+            self.keys
+            and COLUMN + field not in self.file.attrs
+            and not isinstance(self.file[self.keys[0]].get(field), h5py.Dataset)
+        ):
             raise UserError(f"{self.path} has no {field}; it has {', '.join(self.fields())}")
         return column_of(self.file, self.keys, self.ids, field)
 

@@ -21,7 +21,7 @@ from storage.naming import group_key
 from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar
 from storage.plan import Question, Slice
-from storage.rows import TEXTS
+from storage.rows import TEXTS, rows_problem
 from storage.run import Run
 from storage.settings import ModelFacts
 
@@ -112,6 +112,8 @@ def _content_problems(
             if deep and question_id in planned:
                 for problem in _text_problems(file[key], planned[question_id]):
                     yield question_id, problem
+        if deep and (difference := rows_problem(file, keys)) is not None:
+            yield None, difference
 
 
 def _damage(path: Path, sidecar: Sidecar) -> str | None:
