@@ -430,13 +430,12 @@ def test_a_torch_dataset_gives_vectors_ids_and_columns(run, dataset_and_truth):
         storage.torch_dataset(run.output_dir, QUERY, LAYER, columns=["nonsense"])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.parametrize("stripped", [False, True], ids=["ours", "without index"])
+@pytest.mark.parametrize(
+    ("start", "stripped"), [("fork", False), ("spawn", False), ("fork", True)], ids=["fork", "spawn", "without index"]
+)
 def test_several_workers_of_a_data_loader_read_it(run, start, stripped):
     from torch.utils.data import DataLoader
 
-    if stripped and start == "spawn":
-        pytest.skip("costs two more imports of torch and shows nothing new")
     truth = bare(*parts(run))
     for path in parts(run):
         strip(path, COLUMN, ROWS) if stripped else None
