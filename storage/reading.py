@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from rich.console import Console
+from rich.progress import track
 
 from storage.columns import Column, Vectors
 from storage.errors import UserError
@@ -52,7 +54,13 @@ class StoredSample:
 
 
 def load(
-    source: Paths, field: str, layer: int | None = None, *, order: Order = "plan", columns: Sequence[str] | None = None
+    source: Paths,
+    field: str,
+    layer: int | None = None,
+    *,
+    order: Order = "plan",
+    columns: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Loaded:
     """Return one field of a run's directory, of a directory of parts, of a file or of several.
 
@@ -60,6 +68,7 @@ def load(
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
         them. Without a plan, `plan` is `file`.
     columns: of the frame; all if None.
+    progress: show a bar on stderr.
 
     Raises UserError where the field is not there, or the files do not belong together; DamagedError. Warns with
     UnfinishedWarning where parts of the run are not published yet.
@@ -76,7 +85,7 @@ def load(
     frame = _joined(frames)
     rows = _ordered(opened, ids, frame, order)
     frame = frame.iloc[rows].reset_index(drop=True)
-    vectors = _read(name, found, rows)
+    vectors = _read(name, found, rows, progress)
     return Loaded(name, [ids[row] for row in rows], vectors, _selected(frame, columns), opened.missing())
 
 
@@ -136,7 +145,7 @@ def _chunks(source: Source, field: str) -> Iterator[Loaded]:
         yield Loaded(field, column.ids, column.read(), part_frame(part), 0)
 
 
-def _read(field: str, found: list[Column], rows: list[int]) -> Vectors:
+def _read(field: str, found: list[Column], rows: list[int], progress: bool) -> Vectors:
     """Return the vectors of several parts in an order, each decoded where it belongs."""
     widths = sorted({column.width for column in found})
     if len(widths) > 1:
@@ -146,7 +155,8 @@ def _read(field: str, found: list[Column], rows: list[int]) -> Vectors:
     places = place.tolist()
     vectors = np.empty((len(rows), widths[0] if widths else 0), np.float32)
     start = 0
-    for column in found:
+    console = Console(stderr=True)
+    for column in track(found, "reading", console=console, disable=not progress, transient=True):
         number = len(column.ids)
         column.read_into(vectors, places[start : start + number], range(number))
         start += number
