@@ -15,9 +15,10 @@ from storage.overview import Overview
 from storage.reading import part_frame
 from storage.source import Source
 
-_POINTS = 1000  # questions in a cloud: what a small picture shows, and a second's work for each
+_POINTS = 500  # questions in a cloud: as many as a small picture shows; the work grows with their cube
 _LAYERS = 5  # of a token representation
 _CATEGORIES = 9  # the rest are "other"
+_RANGES = 5  # of a column of many numbers
 _COLUMNS = 4  # panels in a row
 
 
@@ -92,12 +93,16 @@ def _chosen(fields: list[str]) -> list[str]:
 
 
 def _colours(frame: pd.DataFrame, column: str | None) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return the questions of each colour: the column's commonest values, and the rest."""
+    """Return the questions of each colour: the column's commonest values and the rest, or ranges of many numbers."""
     if column is None:
         return {"": np.ones(len(frame), bool)}
     if column not in frame:
         raise UserError(f"there is no column {column}; there are {', '.join(map(str, frame.columns))}")
-    texts = frame[column].astype(str)
+    values = frame[column]
+    if pd.api.types.is_numeric_dtype(values) and values.nunique() > _CATEGORIES:
+        ranges = pd.qcut(values, _RANGES, duplicates="drop")
+        return {str(interval): (ranges == interval).to_numpy() for interval in ranges.cat.categories}
+    texts = values.astype(str)
     common = texts.value_counts().index[:_CATEGORIES].tolist()
     groups = {value: (texts == value).to_numpy() for value in common}
     if (rest := ~texts.isin(common).to_numpy()).any():
