@@ -18,14 +18,12 @@ from storage.errors import UnfinishedWarning, UserError
 from storage.naming import field_order, question_id
 from storage.rows import Columns, read_rows
 from storage.run import Run, is_run
+from storage.settings import ModelFacts
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Root attributes that say what a vector is. Files that differ in one of them do not belong into one array.
-KIND = (
-    "model_name", "revision", "config_sha256", "dtype", "layers", "positions", "vision_only_definition", "prompt",
-    "template_sha256", "min_pixels", "max_pixels", "exact", "repetition_penalty", "max_new_tokens",
-)  # fmt: skip
+KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,11 @@ class OpenPart:
         """Return the texts and attributes of the questions."""
         return read_rows(self.file, self.keys, self.ids)
 
+    def run_id(self) -> str | None:
+        """Return the run that the part is of; None in files of the reference script."""
+        value = self.file.attrs.get("run_id")
+        return None if value is None else str(value)
+
     def kind(self) -> dict[str, Any]:
         """Return what says which kind of vectors these are."""
         return {name: _plain(self.file.attrs[name]) for name in KIND if name in self.file.attrs}
@@ -95,8 +98,7 @@ class Source:
     def warn_if_unfinished(self) -> None:
         """Warn where the run goes on: what is loaded is not all of it."""
         if self.run is not None and (missing := self.missing()):
-            planned = sum(piece.size for piece in self.run.slices)
-            text = f"{self.run.output_dir} is not finished: {missing:,} of {planned:,} questions are not published yet"
+            text = f"{self.run.output_dir} is not finished: {missing:,} questions are not published yet"
             warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
     def parts(self) -> Iterator[OpenPart]:
@@ -104,15 +106,18 @@ class Source:
 
         Raises UserError where two files are not of one kind, or hold the same question.
         """
-        first: tuple[Path, dict[str, Any]] | None = None
+        first: OpenPart | None = None
+        kind: dict[str, Any] = {}
+        run_id: str | None = None
         seen: dict[str, Path] = {}
         for path in self.files:
             with _open(path) as part:
                 if not part.keys:  # of failures alone
                     continue
-                kind = part.kind()
-                first = first or (path, kind)
-                _refuse_mixture(first, (path, kind))
+                if first is None:
+                    first, kind, run_id = part, part.kind(), part.run_id()
+                elif run_id is None or part.run_id() != run_id:  # a run is of one kind, whichever versions wrote it
+                    _refuse_mixture(first.path, kind, path, part.kind())
                 for question in part.ids:
                     if (other := seen.setdefault(question, path)) is not path:
                         raise UserError(f"question {question} is in {other} and in {path}: give the files of one run")
@@ -136,12 +141,11 @@ def _open(path: Path) -> Iterator[OpenPart]:
         yield OpenPart(path, file, keys, [question_id(key) for key in keys])
 
 
-def _refuse_mixture(first: tuple[Path, dict[str, Any]], second: tuple[Path, dict[str, Any]]) -> None:
+def _refuse_mixture(first: Path, ours: dict[str, Any], second: Path, theirs: dict[str, Any]) -> None:
     for name in KIND:
-        ours, theirs = first[1].get(name), second[1].get(name)
-        if ours != theirs:
-            lines = "; ".join(f"{path} has {_show(value)}" for path, value in [(first[0], ours), (second[0], theirs)])
-            raise UserError(f"these files hold different things and must not be mixed: for {name}, {lines}")
+        if ours.get(name) != theirs.get(name):
+            values = f"{first} has {_show(ours.get(name))}; {second} has {_show(theirs.get(name))}"
+            raise UserError(f"these files hold different things and must not be mixed: for {name}, {values}")
 
 
 def _show(value: Any) -> str:

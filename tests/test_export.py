@@ -109,7 +109,7 @@ def test_an_unfinished_run_is_exported_with_a_warning(tmp_path, export):
     pack(run, 2)
     code, out, err = export(run.output_dir, "--to", "csv")
     assert (code, out) == (0, "answers.csv\n")
-    assert err == f"warning: {run.output_dir} is not finished: 3 of 6 questions are not published yet\n"
+    assert err == f"warning: {run.output_dir} is not finished: 3 questions are not published yet\n"
 
 
 def test_a_file_that_exists_is_left_as_it_is(run, export, tmp_path, monkeypatch):

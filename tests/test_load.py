@@ -191,7 +191,7 @@ def test_a_retried_question_stands_where_it_was_planned(run):
     failed = run.questions(2)[0]
     assert write_generation(run.store, [[failed]], generation=1, first_part=4)
     again = Run.open(run.output_dir)
-    with pytest.warns(UnfinishedWarning, match=r"1 of 1\d questions are not published yet"):
+    with pytest.warns(UnfinishedWarning, match=r"not finished: 1 questions are not published yet"):
         assert storage.load(run.output_dir, QUERY, LAYER).missing == 1
     stage(again, 4)
     pack(again, 4)
@@ -262,7 +262,7 @@ def test_an_unfinished_run_is_loaded_with_a_warning(tmp_path):
     stage(run, 2)
     pack(run, 2)
     with pytest.warns(
-        UnfinishedWarning, match=r"out is not finished: 5 of 8 questions are not published yet"
+        UnfinishedWarning, match=r"out is not finished: 5 questions are not published yet"
     ) as caught:
         loaded = storage.load(run.output_dir, QUERY, LAYER)
     assert caught[0].filename == __file__
@@ -314,7 +314,7 @@ def test_files_of_different_kinds_are_refused_with_both_names(tmp_path, settings
         paths.append(tmp_path / f"x_embeddings_part_00{number}.h5")
         model = make_facts(**of_model)
         write_part(
-            paths[-1], make_settings(**changes), model, number, [(question, make_sample(question, model=model))], []
+            paths[-1], make_settings(run_id=str(number), **changes), model, number, [(question, make_sample(question, model=model))], []
         )
     with pytest.raises(UserError, match=rf"must not be mixed: for {name}, {paths[0]} has .*; {paths[1]} has"):
         storage.load(tmp_path, QUERY, LAYER)
