@@ -44,7 +44,7 @@ class Extractor:
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             self.engine.extract,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
