@@ -261,9 +261,7 @@ def test_an_unfinished_run_is_loaded_with_a_warning(tmp_path):
         storage.load(run.output_dir, QUERY, LAYER)
     stage(run, 2)
     pack(run, 2)
-    with pytest.warns(
-        UnfinishedWarning, match=r"out is not finished: 5 questions are not published yet"
-    ) as caught:
+    with pytest.warns(UnfinishedWarning, match=r"out is not finished: 5 questions are not published yet") as caught:
         loaded = storage.load(run.output_dir, QUERY, LAYER)
     assert caught[0].filename == __file__
     assert (loaded.ids, loaded.missing) == (["q4", "q5", "q6"], 5)
@@ -313,9 +311,8 @@ def test_files_of_different_kinds_are_refused_with_both_names(tmp_path, settings
         question = replace(make_questions(1)[0], question_id=f"q{number}")
         paths.append(tmp_path / f"x_embeddings_part_00{number}.h5")
         model = make_facts(**of_model)
-        write_part(
-            paths[-1], make_settings(run_id=str(number), **changes), model, number, [(question, make_sample(question, model=model))], []
-        )
+        run_settings = make_settings(run_id=str(number), **changes)
+        write_part(paths[-1], run_settings, model, number, [(question, make_sample(question, model=model))], [])
     with pytest.raises(UserError, match=rf"must not be mixed: for {name}, {paths[0]} has .*; {paths[1]} has"):
         storage.load(tmp_path, QUERY, LAYER)
 
