@@ -98,7 +98,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
         return 3
     if not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        print(f"{questions} written into {account.parts_published:,} parts: {run.output_dir}")
+        print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
         return 1
@@ -107,7 +107,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The run's output directory or URL.")],
     watch: Annotated[
         bool, typer.Option("--watch", help="Stay, with a bar and the time left, until the run ends.")
     ] = False,
@@ -172,7 +172,7 @@ def _print_failures(run: Run, account: Account) -> None:
     from storage.account import sidecars
 
     failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
-    print(f"{account.failed:,} failed; all of them are in {run.output_dir / 'failures.csv'}:", file=sys.stderr)
+    print(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", file=sys.stderr)
     for failure in failures[:10]:
         print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
     if len(failures) > 10:
@@ -191,7 +191,7 @@ def _unreachable(run: Run, error: Exception) -> str:
     return (
         f"cannot reach the broker {broker}: {error}\n"
         "Start it (`redis-server`) or set HALP_BROKER_URL. The run is planned in "
-        f"{run.output_dir}; the same command feeds it, and so does a collector that sees it."
+        f"{run.location}; the same command feeds it, and so does a collector that sees it."
     )
 
 

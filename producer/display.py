@@ -75,7 +75,7 @@ class LiveAccount:
 
 def account_table(run: Run, account: Account) -> Table:
     """Return the account as a table: N planned = N written + N failed + N staged + N outstanding."""
-    table = Table(title=str(run.output_dir), title_justify="left", show_header=False)
+    table = Table(title=run.location, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("planned", "written", "failed", "staged", "outstanding"):
@@ -89,7 +89,7 @@ def account_table(run: Run, account: Account) -> Table:
 def account_json(run: Run, account: Account) -> dict[str, Any]:
     """Return the account as a script reads it."""
     return {
-        "output_dir": str(run.output_dir),
+        "output_dir": run.location,
         "run_id": run.run_id,
         **asdict(account),
         "finished": account.finished,

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from storage.errors import UserError
+from storage.errors import ObjectStoreError
 from storage.location import join, split_url
 
 T = TypeVar("T")
@@ -34,17 +34,6 @@ _CONCURRENCY = 16
 _FEW = 100  # so many objects are asked for one by one rather than listed
 _PUT_ID = "put-id"  # metadata of a created object: which PUT made it
 _PARTIAL, _COPY = "halp-partial-", "halp-copy-"
-
-
-class ObjectStoreError(UserError, OSError):
-    """An object store refused a request or did not answer: for a person to mend, or a worker to try again."""
-
-    def __init__(self, message: str, *, denied: bool = False) -> None:
-        super().__init__(message)
-        self.denied = denied
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class ObjectStore:
@@ -247,14 +236,12 @@ def _translate(error: Exception, url: str, bucket: str) -> OSError:
     if "169.254." in text:  # where obstore looks when the environment has no credentials
         return ObjectStoreError(
             f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a"
-            " public bucket",
-            denied=True,
+            " public bucket"
         )
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search("40[13] (Forb|Unau)", text):
         reason = f"access denied{f' ({code})' if code else ''}"
         return ObjectStoreError(
-            f"{url}: {reason}: check the AWS_* credentials and that they may read, list, write and delete there",
-            denied=True,
+            f"{url}: {reason}: check the AWS_* credentials, and that they may read, list, write and delete there"
         )
     if "error sending request" in text:
         return ObjectStoreError(f"{url}: no answer: check the network and AWS_ENDPOINT_URL ({_first_line(error)})")

@@ -54,7 +54,7 @@ def pack(run: Run, part: int) -> bool:
                     if run.staged(part) == staged:
                         raise
                     return False  # another collector removed a damaged one
-        _describe(run, sidecar or _read_back(run, part))
+        _describe(run, part, sidecar)
     run.delete_staging(part)
     return True
 
@@ -110,5 +110,7 @@ def _sidecar(run: Run, part: int, path: Path) -> Sidecar:
     return Sidecar(part, run.run_id, run.part_name(part), size, digest, header.question_ids, header.failures)
 
 
-def _describe(run: Run, sidecar: Sidecar) -> None:
-    run.store.put_new(run.sidecar_key(sidecar.part), json.dumps(asdict(sidecar), ensure_ascii=False, indent=1).encode())
+def _describe(run: Run, part: int, sidecar: Sidecar | None = None) -> None:
+    """Write a part's sidecar: what this process has published, or else what it reads back."""
+    sidecar = sidecar or _read_back(run, part)
+    run.store.put_new(run.sidecar_key(part), json.dumps(asdict(sidecar), ensure_ascii=False, indent=1).encode())

@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -98,6 +98,25 @@ def local_file(location: str) -> Iterator[Path]:
         except FileNotFoundError as error:
             raise UserError(str(error)) from None
         yield path
+
+
+def read_bounded(location: str, limit: int) -> bytes | None:
+    """Return the bytes of the file or object at a location; None, unread, where they are more than `limit`. Raises OSError."""
+    if is_url(location):
+        from storage.object_store import ObjectStore
+
+        bucket, key = split_url(location)
+        return ObjectStore(bucket).get_bounded(key, limit)
+    with open(location, "rb") as file:
+        return file.read() if os.fstat(file.fileno()).st_size <= limit else None
+
+
+def missing_objects(root: str, urls: Collection[str]) -> set[str]:
+    """Return those of some URLs below the URL `root` that no object has."""
+    from storage.object_store import ObjectStore
+
+    keys = {url[len(root) + 1 :]: url for url in urls}
+    return {keys[key] for key in ObjectStore(root).missing(keys)}
 
 
 class DirectoryStore:

@@ -8,17 +8,16 @@ is refused) and tells how many requests of each kind there were.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
+from xml.etree import ElementTree
 
 from processes import wait_for
 
@@ -41,6 +40,7 @@ class S3Server:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen([sys.executable, __file__, str(self.port)], stdout=log, stderr=log)
         wait_for(self._answers, 60, "the S3 server answers")
+        self.request("PUT", "/bucket")
 
     def stop(self) -> None:
         if self._process is not None:
@@ -52,12 +52,32 @@ class S3Server:
         assert self._process is not None
         self._process.send_signal(19 if frozen else 18)  # SIGSTOP, SIGCONT
 
-    def create_bucket(self, name: str) -> None:
-        self.request("PUT", f"/{name}")
+    def write(self, url: str, data: bytes) -> None:
+        """Create or replace an object."""
+        self.request("PUT", "/" + quote(url.removeprefix("s3://")), data)
+
+    def read(self, url: str) -> bytes:
+        """Return an object's bytes."""
+        return self.request("GET", "/" + quote(url.removeprefix("s3://")))
+
+    def objects(self, url: str) -> dict[str, bytes]:
+        """Return all objects below a URL."""
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        keys, token = [], ""
+        while True:
+            query = urlencode(
+                {"list-type": 2, "prefix": f"{prefix}/"} | ({"continuation-token": token} if token else {})
+            )
+            page = ElementTree.fromstring(self.request("GET", f"/{bucket}?{query}"))
+            keys += [entry.text or "" for entry in page.iterfind("{*}Contents/{*}Key")]
+            token = page.findtext("{*}NextContinuationToken") or ""
+            if not token:
+                return {key.removeprefix(f"{prefix}/"): self.read(f"{bucket}/{key}") for key in keys}
 
     def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Ask the server past every client library."""
-        request = urllib.request.Request(self.url + path, data=body, method=method)
+        headers = {"Authorization": "not anonymous", "Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(self.url + path, data=body, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return bytes(answer.read())
 
@@ -72,21 +92,6 @@ class S3Server:
         except OSError:
             return False
         return True
-
-
-@contextmanager
-def serving(log: Path) -> Iterator[S3Server]:
-    """A server with a bucket `bucket`, for the length of a `with` block; this process's environment names it."""
-    server, before = S3Server(log), dict(os.environ)
-    try:
-        server.start()
-        server.create_bucket("bucket")
-        os.environ |= server.variables
-        yield server
-    finally:
-        os.environ.clear()
-        os.environ |= before
-        server.stop()
 
 
 class _Faulty:

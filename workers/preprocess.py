@@ -21,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
+from storage.store import read_bounded
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.prompt import QuestionTokenizer
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 _CACHED_IMAGES = 64
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
@@ -69,18 +72,18 @@ class Preprocessor:
     def image(
         self,
         image_id: str,
-        images_dir: Path,
-        roots: tuple[Path, ...],
+        images_dir: str | Path,
+        roots: tuple[str | Path, ...],
         limits: tuple[int, int],
         *,
         halp_compat: bool = False,
     ) -> PreparedImage:
         """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
         try:
-            path = resolve_image(image_id, images_dir, roots)
+            location = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
-        key = (path, *limits, halp_compat)
+        key = (location, *limits, halp_compat)
         with self._lock:
             future = self._images.get(key)
             mine = future is None
@@ -91,7 +94,7 @@ class Preprocessor:
                 self._images.popitem(last=False)
         if mine:
             try:
-                future.set_result(load_image(path, self._factor, limits, halp_compat=halp_compat))
+                future.set_result(load_image(location, self._factor, limits, halp_compat=halp_compat))
             except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._lock:
                     self._images.pop(key, None)
@@ -113,8 +116,8 @@ class Preprocessor:
         return Request(image.key, image.pixels, suffix, total, recipe)
 
 
-def load_image(path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False) -> PreparedImage:
-    """Read, check, decode and resize an image file. Raises PermanentError, TransientError.
+def load_image(path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False) -> PreparedImage:
+    """Read, check, decode and resize an image, from a file or an object's URL. Raises PermanentError, TransientError.
 
     `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
     """
@@ -162,21 +165,25 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rounded_height, rounded_width
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_bounded(str(path), MAX_IMAGE_BYTES)
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
+    except ObjectStoreError as error:  # access denied too: credentials expire in the middle of a run
+        raise TransientError(str(error)) from error
     except OSError as error:
         raise TransientError(f"{path}: {error.strerror}") from error
+    if data is None:
+        raise PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
     if not data:
         raise PermanentError("image_empty", f"{path} has no bytes: replace it")
     return data
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: str | Path, width: int, height: int) -> None:
     if width * height > MAX_IMAGE_PIXELS:
         raise PermanentError(
             "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"
