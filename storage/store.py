@@ -107,8 +107,8 @@ def read_bounded(location: str, limit: int) -> bytes | None:
 
         bucket, key = split_url(location)
         return ObjectStore(bucket).get_bounded(key, limit)
-    with open(location, "rb") as file:
-        return file.read() if os.fstat(file.fileno()).st_size <= limit else None
+    path = Path(location)
+    return path.read_bytes() if path.stat().st_size <= limit else None
 
 
 def missing_objects(root: str, urls: Collection[str]) -> set[str]:

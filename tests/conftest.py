@@ -82,5 +82,5 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.variables.items():
         monkeypatch.setenv(name, value)
     connect.cache_clear()
-    s3_server.control(lose=0, deny="")
+    s3_server.control(lose=0, deny="", away=False)
     return f"s3://bucket/{secrets.token_hex(4)}"

@@ -2,7 +2,7 @@
 
 `python s3_server.py PORT` serves. Create-only PUTs are serialised: S3 decides them atomically, moto checks and then writes in
 threads. `/_control` sets faults (`lose`: so many answers to PUTs are lost after the object is written; `deny`: a method that
-is refused) and tells how many requests of each kind there were.
+is refused; `away`: every connection is cut) and tells how many requests of each kind there were.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "hid
 
 
 class S3Server:
-    """A server on a port of its own, which it keeps when it is stopped and started again. What it held is then gone."""
+    """A server on a port of its own, with a bucket `bucket`."""
 
     def __init__(self, log: Path) -> None:
         with socket.socket() as free:
@@ -47,11 +47,6 @@ class S3Server:
             self._process.kill()
             self._process.wait(10)
 
-    def freeze(self, frozen: bool) -> None:
-        """Have the server fall silent, or go on: a network that is away for a while. What it holds stays."""
-        assert self._process is not None
-        self._process.send_signal(19 if frozen else 18)  # SIGSTOP, SIGCONT
-
     def write(self, url: str, data: bytes) -> None:
         """Create or replace an object."""
         self.request("PUT", "/" + quote(url.removeprefix("s3://")), data)
@@ -62,6 +57,10 @@ class S3Server:
 
     def objects(self, url: str) -> dict[str, bytes]:
         """Return all objects below a URL."""
+        return {key: self.read(f"{url}/{key}") for key in self.keys(url)}
+
+    def keys(self, url: str) -> list[str]:
+        """Return the keys of all objects below a URL."""
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         keys, token = [], ""
         while True:
@@ -72,7 +71,7 @@ class S3Server:
             keys += [entry.text or "" for entry in page.iterfind("{*}Contents/{*}Key")]
             token = page.findtext("{*}NextContinuationToken") or ""
             if not token:
-                return {key.removeprefix(f"{prefix}/"): self.read(f"{bucket}/{key}") for key in keys}
+                return [key.removeprefix(f"{prefix}/") for key in keys]
 
     def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """Ask the server past every client library."""
@@ -101,14 +100,14 @@ class _Faulty:
         self._application = application
         self._creating = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._faults: dict[str, Any] = {}
+        self.faults: dict[str, Any] = {}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
         if environ["PATH_INFO"] == "/_control":
             return self._control(environ, start_response)
         self._counts["LIST" if "list-type" in query else "DELETE" if query.startswith("delete") else method] += 1
-        if self._faults.get("deny") == method:
+        if self.faults.get("deny") == method:
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             key = CREDENTIALS["AWS_ACCESS_KEY_ID"]
             return [f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{key}</AWSAccessKeyId></Error>".encode()]
@@ -116,14 +115,14 @@ class _Faulty:
             return self._application(environ, start_response)
         with self._creating:
             answer = list(self._application(environ, start_response))
-        if self._faults.get("lose", 0) > 0:
-            self._faults["lose"] -= 1
+        if self.faults.get("lose", 0) > 0:
+            self.faults["lose"] -= 1
             start_response("500 Internal Server Error", [("Content-Length", "0")], (None, None, None))
             return [b""]
         return answer
 
     def _control(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
-        self._faults |= json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+        self.faults |= json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
         counted, self._counts = self._counts, Counter()
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps(counted).encode()]
@@ -133,13 +132,20 @@ def _serve(port: int) -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, run_simple
 
+    application = _Faulty(DomainDispatcherApplication(create_backend_app))
+
     class Handler(WSGIRequestHandler):
         protocol_version = "HTTP/1.1"  # connections are kept
+
+        def run_wsgi(self) -> None:
+            if application.faults.get("away") and self.path != "/_control":
+                self.close_connection = True
+            else:
+                super().run_wsgi()
 
         def log_request(self, *_: object) -> None:
             """Keep the log for errors."""
 
-    application = _Faulty(DomainDispatcherApplication(create_backend_app))
     run_simple("127.0.0.1", port, application, threaded=True, request_handler=Handler)
 
 

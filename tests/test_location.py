@@ -28,7 +28,7 @@ def test_a_url_has_one_spelling():
     "url", ["s3://", "s3:///x", "http://b/x", "S3://b", "s3://b/../c", "s3://b/a//c", "s3://b/./c"]
 )
 def test_other_urls_are_refused(url):
-    with pytest.raises(UserError, match="s3://|spell the prefix out"):
+    with pytest.raises(UserError, match=r"s3://|spell the prefix out"):
         resolve_location(url)
 
 
