@@ -6,7 +6,6 @@ It is by question id: of a question that was planned again after a failure its l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from storage.pack import Sidecar, read_sidecar
@@ -108,9 +107,3 @@ class Bookkeeper:
             if retried[question_id] != piece.part or question_id in self._healed
         }
         return len(staged.keys() - elsewhere)
-
-
-def sidecars(run: Run) -> Iterator[Sidecar]:
-    """Yield the sidecars of the published parts, in the order of the plan."""
-    for part in sorted(run.parts_with_sidecar()):
-        yield read_sidecar(run, part)

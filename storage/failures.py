@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from storage.account import sidecars
+from storage.pack import sidecars
 from storage.plan import Question
 from storage.run import Run
 from storage.sample import Failure

@@ -71,6 +71,12 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         ) from error
 
 
+def sidecars(run: Run) -> Iterator[Sidecar]:
+    """Yield the sidecars of the published parts, in the order of the plan."""
+    for part in sorted(run.parts_with_sidecar()):
+        yield read_sidecar(run, part)
+
+
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:
     questions = run.questions(part)
     again = _planned_again(run, part, questions)

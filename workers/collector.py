@@ -102,5 +102,6 @@ def _finish(run: Run) -> bool:
         run.store.put(FAILURES_FILE, failures_csv(failures))
     else:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
+    run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     return True

@@ -59,12 +59,12 @@ def _extract(self: Task, run_dir: str, run_id: str, part: int, sequence: int) ->
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
-        error = _harmless(caught)
+        failure = _harmless(caught)
         if self.request.retries >= settings().max_retries:
-            reason = _REASONS.get(type(error), "internal_error")
+            reason = _REASONS.get(type(failure), "internal_error")
             _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
-            raise error from caught
-        raise _retry(self, error) from caught
+            raise failure from failure.__cause__
+        raise _retry(self, failure) from caught
     run.stage_sample(part, sequence, sample)
     hint_collector(run, part)
     return "written"
@@ -94,7 +94,9 @@ def _harmless(error: BaseException) -> Exception:
     """Return an error that Celery handles as one: itself, or a transient one in place of what would escape."""
     if isinstance(error, Exception) and not isinstance(error, MemoryError):
         return error
-    return TransientError(f"{type(error).__name__}: {error}")
+    harmless = TransientError(f"{type(error).__name__}: {error}")
+    harmless.__cause__ = error
+    return harmless
 
 
 def _retry(task: Task, error: Exception) -> Exception:
