@@ -58,7 +58,8 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
             run.withdraw_cancellation()
         number = 0 if account.finished else feed(run)
     except (OperationalError, RedisError) as error:
-        raise UserError(_unreachable(run, error)) from None
+        again = "the same command feeds it, and so does a collector that sees it"
+        raise UserError(f"{_unreachable(error)} The run is planned in {run.output_dir}; {again}.") from None
     if not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound = settings().queue_limit
@@ -193,7 +194,7 @@ def retry(
     try:
         number, problem = feed(run), None
     except (OperationalError, RedisError) as error:
-        number, problem = 0, _unreachable(run, error)
+        number, problem = 0, f"{_unreachable(error)} Or start a collector that sees the run: it feeds it."
     if as_json:
         print(json.dumps({**asdict(planned), "queued": number, "problem": problem}))
     elif not quiet:
@@ -203,7 +204,7 @@ def retry(
         if planned.staged:
             print(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
         print(f"Watch: producer status {directory} --watch")
-        print("On one machine, the `producer run` command that the run was begun with computes them.")
+        print("On one machine, the `producer run` command that the run was begun with computes them.", flush=True)
     if problem and not as_json:
         print(problem, file=sys.stderr)
 
@@ -271,15 +272,11 @@ def _print_hint(console: Console, problem: str | None) -> None:
         console.print(problem, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _unreachable(run: Run, error: Exception) -> str:
+def _unreachable(error: Exception) -> str:
     from workers.celery import app as celery_app
 
     broker = celery_app.connection_for_write().as_uri()
-    return (
-        f"cannot reach the broker {broker}: {error}\n"
-        "Start it (`redis-server`) or set HALP_BROKER_URL. The run is planned in "
-        f"{run.output_dir}; the same command feeds it, and so does a collector that sees it."
-    )
+    return f"cannot reach the broker {broker}: {error}\nStart it (`redis-server`) or set HALP_BROKER_URL."
 
 
 def _interrupt(*_: object) -> None:
