@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from storage.errors import DamagedError, UserError
@@ -72,15 +73,41 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         ) from error
 
 
+def sidecars(run: Run) -> Iterator[Sidecar]:
+    """Yield the sidecars of the published parts, in the order of the plan."""
+    for part in sorted(run.parts_with_sidecar()):
+        yield read_sidecar(run, part)
+
+
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> Sidecar | None:
     """Write a part and publish it; return what describes it, or None where another collector's is there."""
     questions = run.questions(part)
-    failed = list(run.read_failures(part, sorted(sequence for sequence, result in staged.items() if not result)))
+    failures = _planned_again(run, part, questions)
+    staged = {sequence: result and sequence not in failures for sequence, result in staged.items()}
+    unread = sorted(sequence for sequence, result in staged.items() if not result and sequence not in failures)
+    failures |= zip(unread, run.read_failures(part, unread))
+    failed = [failures[sequence] for sequence in sorted(failures)]
     with run.store.partial() as temporary:
         write_part(temporary, run.settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
         sync(temporary)
         sidecar = _sidecar(run, part, temporary)
         return sidecar if run.store.publish(temporary, run.part_name(part)) else None
+
+
+def _planned_again(run: Run, part: int, questions: tuple[Question, ...]) -> dict[int, Failure]:
+    """Return the questions that a later part has, as its failures: sequence to failure.
+
+    There are some only where a damaged part is packed again after its failures were retried. A question that succeeds at
+    both would be written twice.
+    """
+    run.refresh()
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    found = {}
+    for sequence, question in enumerate(questions):
+        if (later := run.retried.get(question.question_id, part)) > part:
+            message = f"retried: see {run.part_name(later)}"
+            found[sequence] = Failure(question.question_id, "retried", message, "", 0, "", time)
+    return found
 
 
 def _samples(
