@@ -19,7 +19,7 @@ from storage.location import is_url
 from storage.run import Run
 from workers.parent import PARENT_VARIABLE
 
-_POLL = 0.3
+_POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
@@ -162,7 +162,7 @@ def _supervise(run: Run, processes: list[_Child], show: Callable[[Account], None
                 )
             process.start()
             wipe(run)  # what the dead worker had taken would come back only after the visibility timeout
-        time.sleep(_POLL)
+        time.sleep(_REMOTE_POLL if is_url(run.location) else _POLL)
 
 
 def _done(account: Account) -> int:

@@ -233,7 +233,7 @@ def _translate(error: Exception, url: str, bucket: str) -> OSError:
         return ObjectStoreError(f"there is no bucket {bucket}: create it, or see AWS_ENDPOINT_URL and AWS_REGION")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} does not exist")
-    if "169.254." in text:  # where obstore looks when the environment has no credentials
+    if "/latest/api/token" in text:  # of a cloud machine's own role: obstore asks for it where the environment has none
         return ObjectStoreError(
             f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a"
             " public bucket"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from s3_server import CREDENTIALS
 
 from storage import object_store
 from storage import store as store_module
@@ -310,6 +311,17 @@ def test_a_server_that_is_away_is_tried_for_a_while(s3_url, monkeypatch):
     monkeypatch.setattr(object_store, "_RETRY_SECONDS", 1)
     connect.cache_clear()
     with pytest.raises(OSError, match=f"{s3_url}/key: no answer: check the network and AWS_ENDPOINT_URL"):
+        open_store(s3_url).get("key")
+    connect.cache_clear()
+
+
+def test_a_lack_of_credentials_is_named(s3_url, monkeypatch):
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 1)
+    connect.cache_clear()
+    with pytest.raises(ObjectStoreError, match=f"{s3_url}/key: no credentials: set AWS_ACCESS_KEY_ID"):
         open_store(s3_url).get("key")
     connect.cache_clear()
 
