@@ -78,6 +78,10 @@ MISTAKES = [
         "--min-pixels 9 is above --max-pixels 5",
     ),
     (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--halp-compat", "--exif-rotation"],
+        "--halp-compat takes images as the published scripts do: leave out --exif-rotation",
+    ),
+    (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--output-dir", "/proc/none"],
         "--output-dir /proc/none cannot be written",
     ),

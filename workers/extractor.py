@@ -64,7 +64,7 @@ class Extractor:
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             self.engine.extract,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
@@ -96,6 +96,7 @@ class Extractor:
             tuple(Path(root) for root in settings.image_roots),
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
+            exif_rotation=settings.exif_rotation,
         )
         text = settings.prompt.replace(QUESTION, question.question)
         recipe = Recipe(
@@ -155,6 +156,7 @@ class Extractor:
             prompt=settings.prompt,
             exact=settings.exact,
             vision_encoder=settings.vision_encoder,
+            exif_rotation=settings.exif_rotation,
             positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
             vision_only_definition="encoder" if settings.halp_compat else "merged",
             min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
