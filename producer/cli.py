@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from producer.options import RunOptions, with_run_options
-from storage.errors import UserError
+from storage.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from storage.account import Account
@@ -287,7 +287,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, DamagedError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
+from storage.errors import DamagedError
 from storage.pack import sidecars
 from storage.plan import Question
 from storage.run import Run
@@ -60,15 +60,15 @@ def staged_failures(run: Run) -> Iterator[Failed]:
     for piece in run.slices:
         if piece.part in published or run.label(piece.part) not in directories:
             continue
-        questions = run.questions(piece.part)
-        failed = [
-            sequence
-            for sequence, result in sorted(run.staged(piece.part).items())
-            if not result and run.retried.get(questions[sequence].question_id, piece.part) == piece.part
-        ]
-        with suppress(FileNotFoundError):  # its slice was packed at this moment
-            for sequence, failure in zip(failed, run.read_failures(piece.part, failed)):
-                yield Failed(questions[sequence], piece.part, failure, published=False)
+        for sequence, result in sorted(run.staged(piece.part).items()):
+            question = run.questions(piece.part)[sequence]
+            if result or run.retried.get(question.question_id, piece.part) != piece.part:
+                continue
+            try:
+                failure = run.read_failure(piece.part, sequence)
+            except (FileNotFoundError, DamagedError):  # packed at this moment; or removed, to be computed again
+                continue
+            yield Failed(question, piece.part, failure, published=False)
 
 
 def failures_csv(failures: Iterable[Failed]) -> bytes:

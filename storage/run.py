@@ -204,6 +204,10 @@ class Run:
         """Yield staged results in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
         return self._read_staged([self._staged_key(part, s, _RESULT) for s in sequences], decode_sample)
 
+    def read_failure(self, part: int, sequence: int) -> Failure:
+        """Return one staged failure, as `read_failures` does."""
+        return next(self.read_failures(part, [sequence]))
+
     def read_failures(self, part: int, sequences: Iterable[int]) -> Iterator[Failure]:
         """Yield staged failures in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
         return self._read_staged([self._staged_key(part, s, _FAILURE) for s in sequences], decode_failure)

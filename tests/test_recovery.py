@@ -72,13 +72,13 @@ def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images
     assert all(word in text for word in ("q3 ", "killed_worker", "30.png does not exist"))
     # What Flower shows: one FAILURE for each, at once for a permanent one; RETRY with its reason for what may pass.
     dump = tmp_path / "-A-0.log"
-    wait_for(lambda: dump.read_text().count("task-failed") >= 3, 30, "the events of the failures")
+    wait_for(lambda: dump.read_text().count("task failed: ") >= 3, 30, "the events of the failures")
     log = dump.read_text()
     events.terminate()
     assert "PermanentError('image_missing'" in log
     assert "PermanentError('killed_worker'" in log
-    assert "task-retried" in log
-    assert "the question is marked [error]" in log
+    assert "task retried: " in log
+    assert "BatchFailedError('RuntimeError: the question is marked [error]')" in log
 
     (images / "30.png").write_bytes(gone)
     retried = command("producer", "retry", output, "--reason", "image_missing", **cluster.variables)

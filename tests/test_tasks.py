@@ -79,7 +79,7 @@ def test_after_the_last_retry_it_is_a_failure_with_its_reason(tmp_path: Path, mo
     monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=2))
     trace(run, retried=2)
     assert retries() == []
-    [failure] = run.read_failures(1, [0])
+    failure = run.read_failure(1, 0)
     assert (failure.attempts, failure.worker) == (3, "worker@host")
     assert failure.message.startswith(type(error).__name__)
     assert type(error).__name__ in failure.traceback
