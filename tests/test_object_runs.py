@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def test_a_run_in_an_object_store_survives_kills_and_a_network_that_is_away(
     cluster: Cluster, s3_server: S3Server, s3_url: str, images: str, tmp_path: Path
 ) -> None:
     table, rows = table_of(tmp_path / "vqa.csv", QUESTIONS)
+    rows[7]["image_id"] = "late.png"
+    write_csv(table, rows)
     output = f"{s3_url}/runs/first"
     enqueued = cluster.enqueue(table, images, output, "--checkpoint-interval", 25)
     assert enqueued.returncode == 0, enqueued.stderr
@@ -95,13 +98,21 @@ def test_a_run_in_an_object_store_survives_kills_and_a_network_that_is_away(
     time.sleep(3)
     s3_server.control(away=False)
     wait_for(lambda: ".run/summary.json" in s3_server.keys(output), 120, "the run is finished")
+    assert cluster.status(output)["reasons"] == {"image_missing": 1}
+    shutil.copy(tmp_path / "images" / "3.png", tmp_path / "images" / "late.png")
+    s3_server.write(f"{images}/late.png", (tmp_path / "images" / "late.png").read_bytes())
+    retried = command("producer", "retry", output, **cluster.variables)
+    assert retried.returncode == 0, retried.stderr
+    wait_for(lambda: ".run/summary.json" in s3_server.keys(output), 120, "the retry is finished")
     assert_whole(s3_server, output, rows, tmp_path / "images")
+    cancelled = command("producer", "cancel", output, **cluster.variables)
+    assert (cancelled.returncode, cancelled.stderr) == (2, f"error: {output} is finished: there is nothing to cancel\n")
 
     status = cluster.status(output)
     assert (status["written"], status["failed"], status["finished"]) == (QUESTIONS, 0, True)
     assert status["output_dir"] == output
     assert command("storage", "verify", output, "--deep").returncode == 0
-    name = "qwen25vl_test_embeddings_part_002.h5"
+    name = "qwen25vl_test_embeddings_part_003.h5"  # without the question that failed
     inspected = json.loads(command("storage", "inspect", f"{output}/{name}", "--json").stdout)
     assert (inspected["file"], inspected["attributes"]["num_samples"]) == (f"{output}/{name}", 25)
 
