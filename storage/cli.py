@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A part, or a run's output directory.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|DIR",
+            help="A part (a file, or a URL such as s3://bucket/run/part.h5), or a run's output directory.",
+        ),
+    ],
     question: Annotated[
         str | None,
         typer.Option(
@@ -47,21 +53,23 @@ def inspect(
     """
     if colour_by is not None and plot is None:
         raise UserError("--colour-by needs --plot, as in: --plot run.png")
-    if question is not None and file.is_dir():
-        raise UserError("--question needs a part, not a directory")
     from storage.inspect import describe_part, part_json, part_tables
     from storage.overview import overview, overview_tables
+    from storage.plot import plot as draw
+    from storage.store import local_file
 
-    if file.is_dir():
-        whole = overview(file, progress=sys.stderr.isatty())
-        body, tables = asdict(whole), overview_tables(whole)
-    else:
-        summary = describe_part(file, question)
-        body, tables = part_json(summary), part_tables(summary, rows)
-    if plot is not None:
-        from storage.plot import plot as draw
-
-        draw(file, whole if file.is_dir() else overview(file), colour_by, plot)
+    is_directory = Path(file).is_dir()
+    if question is not None and is_directory:
+        raise UserError("--question needs a part, not a directory")
+    with local_file(file) as path:
+        if is_directory:
+            whole = overview(path, progress=sys.stderr.isatty())
+            body, tables = asdict(whole), overview_tables(whole)
+        else:
+            summary = replace(describe_part(path, question), file=file)
+            body, tables = part_json(summary), part_tables(summary, rows)
+        if plot is not None:
+            draw(path, whole if is_directory else overview(path), colour_by, plot)
     if as_json:
         print(json.dumps(body))
         return
@@ -72,7 +80,7 @@ def inspect(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also check every stored vector's checksum, and the texts against the plan.")
     ] = False,
@@ -105,7 +113,7 @@ def verify(
 
 @app.command("export")
 def export_command(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="npz, parquet, safetensors or csv.")],
     field: Annotated[
         str | None,
@@ -136,8 +144,8 @@ def export_command(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A run's output directory, or a part.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="A run's output directory, or a part.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     rows: Annotated[int, typer.Option(min=1, help="Questions in each table.")] = 10,
     as_json: AsJson = False,
 ) -> None:

@@ -89,7 +89,7 @@ class _Side:
     columns: dict[str, list[Column | None]]  # a part may lack a field
 
 
-def compare(first: Path, second: Path, *, progress: bool = False) -> RunDifference:
+def compare(first: str | Path, second: str | Path, *, progress: bool = False) -> RunDifference:
     """Return what two runs, directories or files of parts, differ in. Raises UserError, DamagedError."""
     a, b = _side(first), _side(second)
     common = [question for question in a.rows if question in b.rows]
@@ -162,7 +162,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _side(path: Path) -> _Side:
+def _side(path: str | Path) -> _Side:
     source = Source(path)
     source.warn_if_unfinished()
     side = _Side({}, {}, {}, {})

@@ -22,7 +22,7 @@ _CSV = {"question_id": "question_id", "image_id": "image_id", "question": "quest
 
 
 def export(
-    source: Path, to: str, field: str | None, layer: int | None, output: Path | None, *, progress: bool = False
+    source: str | Path, to: str, field: str | None, layer: int | None, output: Path | None, *, progress: bool = False
 ) -> Path:
     """Write a run or file in another format; return where. Raises UserError where the target exists.
 
@@ -51,7 +51,7 @@ def export(
     return output
 
 
-def _writer(source: Path, to: str, name: str | None, progress: bool) -> Callable[[Path], None]:
+def _writer(source: str | Path, to: str, name: str | None, progress: bool) -> Callable[[Path], None]:
     """Read what is exported; return what writes it."""
     if to == "csv":
         return lambda path: _write_csv(source, path)
@@ -62,7 +62,7 @@ def _writer(source: Path, to: str, name: str | None, progress: bool) -> Callable
     return lambda path: (_write_npz if to == "npz" else _write_safetensors)(loaded, path)
 
 
-def _write_csv(source: Path, path: Path) -> None:
+def _write_csv(source: str | Path, path: Path) -> None:
     frame = load_frame(source, order="file")
     if "csv_row" in frame:
         frame = frame.sort_values("csv_row", kind="stable")
@@ -88,7 +88,7 @@ def _texts(loaded: Loaded) -> list[str]:
     return [name for name in _TEXTS if name in loaded.frame]
 
 
-def _parquet(source: Path, name: str | None, progress: bool) -> Callable[[Path], None]:
+def _parquet(source: str | Path, name: str | None, progress: bool) -> Callable[[Path], None]:
     try:
         import pyarrow as pa
         from pyarrow import parquet

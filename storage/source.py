@@ -15,6 +15,7 @@ import numpy as np
 
 from storage.columns import COLUMN, Column, column_of, open_part
 from storage.errors import UnfinishedWarning, UserError
+from storage.location import is_url, resolve_location
 from storage.naming import field_order, question_id
 from storage.rows import Columns, read_rows
 from storage.run import Run, is_run
@@ -78,12 +79,14 @@ class Source:
         self.run: Run | None = None
         if isinstance(source, (str, os.PathLike)) and (directory := Path(source)).is_dir():
             self.files = sorted(directory.glob("*.h5"))
-            self.run = Run.open(directory) if is_run(directory) else None
+            self.run = Run.open(directory) if is_run(resolve_location(directory)) else None
             if not self.files:
                 what = "no part of this run is published yet" if self.run else "there is no *.h5 in it"
                 raise UserError(f"{directory}: {what}")
         else:
-            paths = [source] if isinstance(source, (str, os.PathLike)) else source
+            paths = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+            if urls := [path for path in paths if isinstance(path, str) and is_url(path)]:
+                raise UserError(f"{urls[0]}: copy the parts of an object store to this machine to read them as arrays")
             self.files = [Path(path) for path in paths]
             if not self.files:
                 raise UserError("there is no file to read")
@@ -98,7 +101,7 @@ class Source:
     def warn_if_unfinished(self) -> None:
         """Warn where the run goes on: what is loaded is not all of it."""
         if self.run is not None and (missing := self.missing()):
-            text = f"{self.run.output_dir} is not finished: {missing:,} questions are not published yet"
+            text = f"{self.run.location} is not finished: {missing:,} questions are not published yet"
             warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
     def parts(self) -> Iterator[OpenPart]:

@@ -347,12 +347,17 @@ def test_widths_that_differ_within_a_file_are_refused(tmp_path):
         storage.load(tmp_path, QUERY, LAYER)
 
 
-@pytest.mark.parametrize("kind", ["no directory", "empty", "no files"])
-def test_nothing_to_read_is_refused(tmp_path, kind):
-    source = {"no directory": tmp_path / "no", "empty": tmp_path, "no files": []}[kind]
-    message = {"no directory": "no such file", "empty": r"there is no \*\.h5 in it", "no files": "no file to read"}[
-        kind
-    ]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no", "no such file"),
+        ("", r"there is no \*\.h5 in it"),
+        (None, "no file to read"),
+        ("s3://bucket/run", "copy the parts of an object store to this machine"),
+    ],
+)
+def test_nothing_to_read_is_refused(tmp_path, name, message):
+    source = [] if name is None else name if "://" in name else tmp_path / name
     with pytest.raises(UserError, match=message):
         storage.load(source, QUERY, LAYER)
 

@@ -48,7 +48,13 @@ def queues_of(run: Run) -> ModelQueues:
 
 
 def feed(run: Run, published: set[int] | None = None) -> int:
-    """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time."""
+    """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time.
+
+    Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
+    """
+    if run.is_cancelled():
+        forget(run)
+        return 0
     published = run.parts_with_sidecar() if published is None else published
     pieces = [piece for piece in run.slices if piece.part not in published]
     with _redis() as client:
@@ -62,8 +68,15 @@ def feed(run: Run, published: set[int] | None = None) -> int:
                 lock.release()
 
 
+def forget(run: Run) -> None:
+    """Forget what of a run was fed, so that its unfinished questions are fed again."""
+    with _redis() as client:
+        client.delete(_key(run))
+
+
 def wipe(run: Run) -> None:
     """Empty a Redis that serves this run alone, and feed it again: nothing waits for a dead worker's messages to return."""
+    run.refresh()
     with _redis() as client:
         client.flushdb()
     feed(run)
@@ -77,7 +90,7 @@ def hint_collector(run: Run, part: int) -> None:
             return
         _hinted[run.run_id, part] = now
     if len(run.staged(part)) >= run.slice(part).size:
-        message = {"run_dir": str(run.output_dir), "run_id": run.run_id}
+        message = {"run_dir": run.location, "run_id": run.run_id}
         with suppress(OperationalError):  # the question is staged; a broker that is away must not fail its task
             app.send_task("workers.collect", kwargs=message, queue=declaration(COLLECT))
 
@@ -129,7 +142,7 @@ class _Feeder:
             lost = staged < last.finished and not self._run.store.exists(self._run.sidecar_key(part))
             if lost or self._stalled(part, entry):
                 why = "lost staged questions" if lost else "made no progress"
-                logger.warning("%s: part %d %s; feeding it again", self._run.output_dir, part, why)
+                logger.warning("%s: part %d %s; feeding it again", self._run.location, part, why)
                 self._client.hdel(_key(self._run), part)
                 continue
             fed[part] = entry
@@ -146,7 +159,7 @@ class _Feeder:
 
     def _publish(self, piece: Slice, sequences: list[int]) -> None:
         questions = self._run.questions(piece.part)
-        common = {"run_dir": str(self._run.output_dir), "run_id": self._run.run_id, "part": piece.part}
+        common = {"run_dir": self._run.location, "run_id": self._run.run_id, "part": piece.part}
         with app.producer_pool.acquire(block=True) as producer, producer.batch():
             for sequence in sequences:
                 question = questions[sequence]
