@@ -69,9 +69,9 @@ class Run:
 
     def slice(self, part: int) -> Slice:
         """Return one slice. Raises KeyError."""
-        for piece in self.slices:
-            if piece.part == part:
-                return piece
+        pieces = self.slices
+        if 1 <= part <= len(pieces) and pieces[part - 1].part == part:  # they are numbered from 1, without gaps
+            return pieces[part - 1]
         raise KeyError(part)
 
     def questions(self, part: int) -> tuple[Question, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kombu import Exchange, Queue
 
@@ -19,6 +20,7 @@ LANES = 128
 COLLECT = "halp.collect"
 
 
+@lru_cache(maxsize=4096)  # a feeder names one for each message
 def declaration(name: str) -> Queue:
     """Return a queue as Celery declares it: bound to an exchange of its own, or it would share the default queue's."""
     return Queue(name, exchange=Exchange(name, type="direct"), routing_key=name)
@@ -44,7 +46,8 @@ class ModelQueues:
 
     def lane(self, run_id: str, image_id: str) -> str:
         """Return the lane of an image's questions in a run."""
-        return self.lanes[int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES]
+        number = int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES
+        return f"{self._prefix}.{number:03d}"
 
     def in_order_of(self, worker: str) -> tuple[str, ...]:
         """Return the queues as a worker serves them: retries, then the lanes, in a random order of its own."""
