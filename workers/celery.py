@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
+from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
 from workers.bootsteps import CollectorStep, EngineStep
@@ -58,6 +59,8 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
     }
 
 
+# `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
+TRANSPORT_ALIASES.update(redis="workers.transport:Transport", rediss="workers.transport:Transport")
 app = Celery("workers")
 app.conf.update(_configuration(settings()))
 app.steps["worker"].update({EngineStep, CollectorStep})

@@ -17,7 +17,7 @@ from workers.batcher import DynamicBatcher
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import RunRefusedError, TransientError
+from workers.errors import MessageRefusedError, RunRefusedError, TransientError
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
 
@@ -151,7 +151,10 @@ class Extractor:
 
 
 def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run:
-    """Open the run that a message names if it lies under a data root. Raises RunRefusedError, TransientError."""
+    """Open the run that a message names if it lies under a data root, links followed.
+
+    Raises RunRefusedError, MessageRefusedError, TransientError.
+    """
     path = Path(run_dir).resolve()
     if not any(path.is_relative_to(root) for root in roots):
         places = ", ".join(map(str, roots))
@@ -161,5 +164,5 @@ def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run
     except UserError as error:
         raise TransientError(str(error)) from error
     if run.run_id != run_id:
-        raise RunRefusedError(f"{path} holds run {run.run_id}, not {run_id}: the message is of a run that was deleted")
+        raise MessageRefusedError(f"{path} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
     return run

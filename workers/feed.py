@@ -20,6 +20,7 @@ from kombu.exceptions import OperationalError
 from storage.plan import Slice
 from storage.run import Run
 from workers.celery import app
+from workers.message import MAX_NAME
 from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import settings
 
@@ -151,7 +152,7 @@ class _Feeder:
         with app.producer_pool.acquire(block=True) as producer, producer.batch():
             for sequence in sequences:
                 question = questions[sequence]
-                names = {"question_id": question.question_id, "image_id": question.image_id}
+                names = {"question_id": question.question_id, "image_id": question.image_id[:MAX_NAME]}
                 arguments = {**common, "sequence": sequence, **names}
                 app.send_task(
                     "workers.extract",
