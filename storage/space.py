@@ -20,7 +20,9 @@ _REASONS = {
 
 def describe(error: OSError, directory: Path) -> str:
     """Return an error of writing to a directory as a sentence: what is wrong there, and how much is free."""
-    code = error.errno or next((c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None)  # HDF5's
+    code = error.errno or next(
+        (c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None
+    )  # HDF5's
     reason = _REASONS.get(code or 0, str(error))
     try:
         free = os.statvfs(directory)

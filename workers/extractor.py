@@ -39,7 +39,7 @@ class Extractor:
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
-        self.engine = EngineProcess(spec, config.engine_timeout)
+        self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from storage.plan import Slice
 from storage.run import Run
+from workers.broker import trouble
 from workers.celery import app
 from workers.message import MAX_NAME
-from workers.queues import COLLECT, ModelQueues, declaration
+from workers.queues import COLLECT, EXTRACT, ModelQueues, declaration
 from workers.settings import settings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,10 @@ def feed(run: Run, published: set[int] | None = None) -> int:
     """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time."""
     published = run.parts_with_sidecar() if published is None else published
     pieces = [piece for piece in run.slices if piece.part not in published]
-    with _redis() as client:
+    pieces = pieces[
+        : settings().staging_limit or None
+    ]  # else a collector that lags would leave staging to fill the disk
+    with redis_client() as client:
         lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
         if not lock.acquire():
             return 0
@@ -66,7 +71,7 @@ def feed(run: Run, published: set[int] | None = None) -> int:
 
 def wipe(run: Run) -> None:
     """Empty a Redis that serves this run alone, and feed it again: nothing waits for a dead worker's messages to return."""
-    with _redis() as client:
+    with redis_client() as client:
         client.flushdb()
     feed(run)
 
@@ -118,7 +123,7 @@ class _Feeder:
     def _progress(self) -> dict[int, _Fed]:
         """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
         noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
-        open_parts = {piece.part: piece for piece in self._pieces}
+        open_parts = {piece.part for piece in self._pieces}
         fed: dict[int, _Fed] = {}
         for part, last in noted.items():
             if part not in open_parts:
@@ -155,7 +160,7 @@ class _Feeder:
                 names = {"question_id": question.question_id, "image_id": question.image_id[:MAX_NAME]}
                 arguments = {**common, "sequence": sequence, **names}
                 app.send_task(
-                    "workers.extract",
+                    EXTRACT,
                     kwargs=arguments,
                     argsrepr="()",
                     kwargsrepr=str(arguments)[:_MAX_REPR],  # Celery's own takes a third of the time of feeding
@@ -180,9 +185,22 @@ def _clock(client: Any) -> float:
 
 
 @contextmanager
-def _redis() -> Iterator[Any]:
+def redis_client() -> Iterator[Any]:
     """Yield a Redis client with the broker connection's own address, credentials and TLS settings."""
     with app.pool.acquire(block=True) as connection:
         # Else the first use tries for ever: whoever feeds has a person or another sweep behind it.
         connection.ensure_connection(max_retries=2, interval_start=0.2, interval_step=0.5)
         yield connection.default_channel.client
+
+
+def broker_trouble() -> str | None:
+    """Return what is wrong with the broker, in words; None where it answers and has room."""
+    address = app.connection_for_write().as_uri()
+    try:
+        with redis_client() as client:
+            memory = client.info("memory")
+    except (OperationalError, RedisError, OSError) as error:
+        return f"{address} {trouble(error)}"
+    if 0 < memory["maxmemory"] <= memory["used_memory"]:
+        return f"{address} {trouble(OperationalError('OOM'))}"
+    return None

@@ -35,7 +35,7 @@ from workers.errors import (
 from workers.extractor import open_run_in_roots
 from workers.feed import hint_collector
 from workers.message import QuestionMessage, RunMessage
-from workers.queues import declaration
+from workers.queues import EXTRACT, declaration
 from workers.settings import settings
 from workers.staging import keep
 
@@ -46,7 +46,7 @@ _EXPECTED = (MessageRefusedError,)  # Celery logs these in a line, without a tra
 _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", BatchFailedError: "engine_error"}
 
 
-@app.task(bind=True, name="workers.extract", max_retries=None, throws=_EXPECTED)  # type: ignore[untyped-decorator]
+@app.task(bind=True, name=EXTRACT, max_retries=None, throws=_EXPECTED)  # type: ignore[untyped-decorator]
 def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
@@ -118,11 +118,12 @@ def _pass_on(task: Task, error: RunRefusedError) -> Exception:
     passed = passed if type(passed) is int else 0
     if passed < MAX_PASSES:
         app.send_task(
-            "workers.extract", kwargs=task.request.kwargs, task_id=task.request.id, retries=task.request.retries,
+            EXTRACT, kwargs=task.request.kwargs, task_id=task.request.id, retries=task.request.retries,
             countdown=min(30.0, settings().visibility_timeout / 2) * random.uniform(0.5, 1.0),
             queue=declaration(model_queues(settings()).retry), headers={"halp_passed": passed + 1},
         )  # fmt: skip
-    return Reject(error, requeue=False)
+    rejected: Exception = Reject(error, requeue=False)
+    return rejected
 
 
 def _retry(task: Task, error: Exception) -> Exception:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import logging
 from base64 import b64decode
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 from kombu.transport import redis
 
+from workers.queues import EXTRACT
+
 logger = logging.getLogger(__name__)
 _MAX_BODY = 1 << 17  # characters; the largest message of ours has a third of it
 _OURS = "halp."
-_TASKS = ("workers.extract", "workers.collect")
+_TASKS = (EXTRACT, "workers.collect")
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
@@ -45,27 +48,37 @@ class Transport(redis.Transport):  # type: ignore[misc]
 
 
 def fault_of(message: Any) -> str | None:
-    """Return why something decoded from JSON is not a message that Celery can take; None where it is one."""
+    """Return why something decoded from JSON is not a message of ours; None where it is one."""
+    return next(_faults(message), None)
+
+
+def _faults(message: Any) -> Iterator[str]:
     if not isinstance(message, dict):
-        return f"it is a {type(message).__name__}"
-    properties, headers, body = (message.get(name) for name in ("properties", "headers", "body"))
+        yield f"it is a {type(message).__name__}"
+        return
+    properties, headers = (message.get(name) or None for name in ("properties", "headers"))
     if not isinstance(properties, dict) or not isinstance(properties.get("delivery_info"), dict):
-        return "it has no properties"
+        yield "it has no properties"
+        return
     if not isinstance(properties.get("delivery_tag"), str):
-        return "it has no delivery tag"
+        yield "it has no delivery tag"
     if not isinstance(headers, dict):
-        return "it has no headers"
+        yield "it has no headers"
+        return
     if headers.get("task") not in _TASKS or not isinstance(headers.get("id"), str):
-        return f"its task is {str(headers.get('task'))[:40]!r}, which we have not"
+        yield f"its task is {str(headers.get('task'))[:40]!r}, which we have not"
     if not _are_ours(headers):
-        return "its headers have values that we do not use"
+        yield "its headers have values that we do not use"
     if message.get("content-type") != "application/json":
-        return f"its content type is {str(message.get('content-type'))[:40]!r}; only JSON is taken"
-    return _fault_of_body(body, properties)
+        yield f"its content type is {str(message.get('content-type'))[:40]!r}; only JSON is taken"
+    if fault := _fault_of_body(message.get("body"), properties):
+        yield fault
 
 
 def _are_ours(headers: dict[str, Any]) -> bool:
     if type(headers.get("retries")) is not int or any(headers.get(name) is not None for name in ("expires", "group")):
+        return False
+    if headers.get("timelimit") not in (None, [None, None]):
         return False
     try:
         return headers.get("eta") is None or datetime.fromisoformat(headers["eta"]).tzinfo is not None
