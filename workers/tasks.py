@@ -1,7 +1,8 @@
 """The way of a question, on one page: extract it, stage it, collect its slice.
 
 A task may run twice, or on two workers at once: it begins by looking whether its question is finished, staging keeps the
-first result, and a published part is never touched again.
+first result, and a published part is never touched again. Whatever goes wrong with a question ends in a staged failure or in
+a retry.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Reject
 
-from storage.plan import Question
 from storage.run import Run
 from storage.sample import Failure
 from workers.bootsteps import current_extractor
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
 MAX_PASSES = 20  # of a question from a worker that refuses its run to whoever serves the retry queue
 _EXPECTED = (MessageRefusedError,)  # Celery logs these in a line, without a traceback
+# What leaves a task in Celery's threads pool without an acknowledgement, and costs the worker a thread for good.
+_ESCAPING = (MemoryError, SystemExit, KeyboardInterrupt)
 _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", BatchFailedError: "engine_error"}
 
 
@@ -50,26 +52,38 @@ _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", Batch
 def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
+    try:
+        return _extract(self, message)
+    except (OSError, *_ESCAPING) as error:  # a full disk, no memory: not the question's fault, however long it lasts
+        raise _retry(self, _harmless(error)) from error
+
+
+def _extract(self: Task, message: QuestionMessage) -> str:
     part, sequence = message.part, message.sequence
     extractor = current_extractor()
     opened = _open_run(self, extractor, message)
     run = opened.run
     if run.has_finished(part, sequence):
         return "finished before"
-    question = _question(run, message)
+    if run.is_cancelled():
+        return "cancelled"
+    _check_planned(run, part, sequence)
     try:
-        sample = extractor.extract(opened, question, certify=sequence == 0)
+        sample = extractor.extract(opened, part, sequence)
     except PermanentError as error:
         _fail(self, run, part, sequence, error.reason, error.message)
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except Exception as error:  # the task boundary: whatever else happened is tried again, then recorded
+    except OSError:  # of marks in the run directory: what concerns an image is a TransientError
+        raise
+    except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
+        failure = _harmless(caught)
         if self.request.retries >= settings().max_retries:
-            reason = _REASONS.get(type(error), "internal_error")
-            _fail(self, run, part, sequence, reason, f"{type(error).__name__}: {error}")
-            raise
-        raise _retry(self, error) from error
+            reason = _REASONS.get(type(failure), "internal_error")
+            _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
+            raise failure from failure.__cause__
+        raise _retry(self, failure) from caught
     _keep(run, lambda: run.stage_sample(part, sequence, sample))
     hint_collector(run, part)
     return "written"
@@ -79,8 +93,11 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
 def collect(*_: Any, **arguments: Any) -> str:
     """Bring a run forward: pack its complete slices, feed what is missing, summarise it at its end."""
     message = RunMessage.decode(arguments)
-    run = open_run_in_roots(message.run_dir, message.run_id, settings().data_roots)
-    return "finished" if collect_run(run) else "not finished yet"
+    try:
+        run = open_run_in_roots(message.run_dir, message.run_id, settings().data_roots)
+        return "finished" if collect_run(run) else "not finished yet"
+    except _ESCAPING as error:
+        raise _harmless(error) from error
 
 
 def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
@@ -95,13 +112,13 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
         raise _retry(task, error) from error
 
 
-def _question(run: Run, message: QuestionMessage) -> Question:
+def _check_planned(run: Run, part: int, sequence: int) -> None:
     try:
-        return run.questions(message.part)[message.sequence]
-    except LookupError:
-        raise MessageRefusedError(
-            f"{run.output_dir} has no question {message.sequence} in part {message.part}"
-        ) from None
+        planned = sequence < run.slice(part).size
+    except KeyError:
+        planned = False
+    if not planned:
+        raise MessageRefusedError(f"{run.output_dir} has no question {sequence} in part {part}")
 
 
 def _keep(run: Run, write: Callable[[], None]) -> None:
@@ -124,6 +141,15 @@ def _pass_on(task: Task, error: RunRefusedError) -> Exception:
         )  # fmt: skip
     rejected: Exception = Reject(error, requeue=False)
     return rejected
+
+
+def _harmless(error: BaseException) -> Exception:
+    """Return an error that Celery handles as one: itself, or a transient one in place of what would escape."""
+    if isinstance(error, Exception) and not isinstance(error, MemoryError):
+        return error
+    harmless = TransientError(f"{type(error).__name__}: {error}")
+    harmless.__cause__ = error
+    return harmless
 
 
 def _retry(task: Task, error: Exception) -> Exception:
