@@ -131,7 +131,7 @@ def present_here(directory: Path, *, clean: bool = False) -> list[Presence]:
             found.append(presence)
         elif clean:
             path.unlink(missing_ok=True)
-    return found
+    return sorted(found, key=lambda presence: presence.name)
 
 
 def present(client: Any) -> list[Presence]:
