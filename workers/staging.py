@@ -43,7 +43,7 @@ def keep(write: Callable[[], T], directory: Path) -> T:
             return result
         ends = time.monotonic() + wait
         while time.monotonic() < ends:
-            if state.should_stop not in {None, False}:
+            if state.should_stop is not None and state.should_stop is not False:  # the exit code, 0 too
                 raise WorkerEndsError(f"the worker ended while {directory} could not be written")
             time.sleep(min(0.5, wait))
         wait = min(2 * wait, _LONGEST_WAIT)
