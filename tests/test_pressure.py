@@ -80,7 +80,7 @@ def test_a_worker_that_waits_for_the_disk_can_be_stopped(
         cluster.collector()
         collector_log = tmp_path / "collect-1.log"
         wait_for(lambda: "waits: cannot write" in collector_log.read_text(), 60, "the collector says why it waits")
-        assert "read-only" in (obstacle(output) or "")
+        assert "read-only" in (obstacle(str(output)) or "")
         worker.terminate()
         assert worker.wait(60) == 0
         assert "Traceback" not in collector_log.read_text()
