@@ -11,18 +11,24 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.location import is_within
 from storage.pack import pack
 from storage.run import Run, find_runs, part_names
+from storage.space import describe
+from workers.broker import trouble
 from workers.feed import feed
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
+_REPEAT = 300.0  # seconds between two equal lines in the log
 
 
 class Collector:
@@ -32,6 +38,8 @@ class Collector:
         self._roots = roots
         self._runs: dict[str, Run] = {}
         self._next_scan = float("-inf")
+        self._complaints: dict[str, tuple[str, float]] = {}
+        self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
@@ -41,8 +49,23 @@ class Collector:
             try:
                 if collect_run(run):
                     del self._runs[location]
-            except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
+            except OSError as error:  # the next sweep tries again
+                self._complain(location, f"waits: cannot write {describe(error, location)}")
+            except (OperationalError, RedisError) as error:
+                self._complain(location, f"waits: the broker {trouble(error)}")
+            except Exception:
                 logger.exception("cannot bring %s forward now", location)
+            else:
+                self._complaints.pop(location, None)
+            self.swept = time.time()
+        self.swept = time.time()
+
+    def _complain(self, location: str, line: str) -> None:
+        """Log why a run waits: once, and again when it changes or lasts."""
+        said, when = self._complaints.get(location, ("", float("-inf")))
+        if said != line or time.monotonic() - when > _REPEAT:
+            logger.error("%s %s", location, line)
+            self._complaints[location] = line, time.monotonic()
 
     def _scan(self) -> None:
         begun = time.monotonic()
