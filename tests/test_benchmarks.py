@@ -87,3 +87,12 @@ def test_memory() -> None:
         assert float(row["run, s"]) > 0.5
         for role in ("producer", "collector", "worker", "engine", "queue"):
             assert 1 < float(row[f"{role}, MB"]) < 5000
+
+
+def test_object_store() -> None:
+    [rows] = tables_of("object_store.py", "--samples", "20")
+    table = {row["what"]: row for row in rows}
+    assert table["requests of a question: worker"]["object store"] == "6 HEAD, 1 PUT"
+    assert "1 GET" in table["requests of a question: packing"]["object store"]
+    for place in ("object store", "directory"):
+        assert 1 < float(table["packing"][place].split()[0]) < 100_000
