@@ -93,6 +93,6 @@ def test_object_store() -> None:
     [rows] = tables_of("object_store.py", "--samples", "20")
     table = {row["what"]: row for row in rows}
     assert table["requests of a question: worker"]["object store"] == "6 HEAD, 1 PUT"
-    assert "1 GET" in table["requests of a question: packing"]["object store"]
+    assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
