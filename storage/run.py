@@ -19,6 +19,7 @@ from storage.settings import ModelFacts, RunSettings
 from storage.store import DirectoryStore
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
+_SCRATCH = ".run/tmp"
 _RESULT, _FAILURE = ".safetensors", ".json"
 T = TypeVar("T")
 
@@ -179,6 +180,10 @@ class Run:
     def _staged_key(self, part: int, sequence: int, suffix: str) -> str:
         return f"{self._staging_directory(part)}/{sequence:06d}{suffix}"
 
+    def has_leftovers(self) -> bool:
+        """Tell whether a staged or unfinished file is there: of a run that is finished, what a killed process left."""
+        return bool(self.staging_directories() or self.store.list(_SCRATCH))
+
     # The parts
 
     def part_name(self, part: int) -> str:
@@ -218,4 +223,4 @@ def is_run(directory: Path) -> bool:
 
 
 def _store(output_dir: Path) -> DirectoryStore:
-    return DirectoryStore(output_dir, ".run/tmp")
+    return DirectoryStore(output_dir, _SCRATCH)

@@ -21,11 +21,11 @@ from storage.errors import DamagedError, UserError
 from storage.pack import pack
 from storage.run import Run, is_run
 from workers.feed import feed
+from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
-_PARTIAL_AGE = 600.0
 FAILURES_FILE = "failures.csv"
 
 
@@ -55,7 +55,7 @@ class Collector:
         for path in found - self._runs.keys():
             try:
                 run = Run.open(path)
-                if not run.is_finished():
+                if not run.is_finished() or run.has_leftovers():
                     self._runs[path] = run
             except UserError as error:
                 logger.warning("%s", error)
@@ -90,7 +90,7 @@ def collect_run(run: Run) -> bool:
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
-    run.store.delete_partials(_PARTIAL_AGE)
+    run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices)
     if finished:
         _finish(run)
