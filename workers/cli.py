@@ -39,6 +39,9 @@ def extract(
     max_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")
     ] = None,
+    max_retries: Annotated[
+        int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
     ] = None,
@@ -55,7 +58,10 @@ def extract(
 
     Example: CUDA_VISIBLE_DEVICES=0 workers extract --model Qwen/Qwen2.5-VL-7B-Instruct
     """
-    _set_environment(MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size)
+    _set_environment(
+        MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size,
+        MAX_RETRIES=max_retries,
+    )  # fmt: skip
     _set_roots(data_root)
     from workers.celery import model_queues
     from workers.settings import settings
