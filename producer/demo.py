@@ -49,6 +49,7 @@ def plan_demo(output_dir: Path, number: int) -> Run:
             repetition_penalty=None,
             exact=False,
             halp_compat=False,
+            exif_rotation=False,
             max_new_tokens=16,
             min_pixels=None,
             max_pixels=None,

@@ -33,6 +33,7 @@ class RunOptions:
     repetition_penalty: float | None
     exact: bool
     halp_compat: bool
+    exif_rotation: bool
     max_new_tokens: int
     min_pixels: int | None
     max_pixels: int | None
@@ -77,6 +78,10 @@ def _run_options(
     halp_compat: Annotated[
         bool, typer.Option("--halp-compat", help="The published features and positions: see docs/format.md.")
     ] = False,
+    exif_rotation: Annotated[
+        bool,
+        typer.Option("--exif-rotation", help="Turn images as their EXIF data say; the reference recipe does not."),
+    ] = False,
     min_pixels: Annotated[
         int | None,
         typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
@@ -107,6 +112,8 @@ def _run_options(
     """Collect the options that `enqueue` and `run` share."""
     if halp_compat and (min_pixels is not None or max_pixels is not None):
         raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
+    if halp_compat and exif_rotation:
+        raise UserError("--halp-compat takes images as the published scripts do: leave out --exif-rotation")
     if (csv is None) == (vqa_dataset is None):
         raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
     return RunOptions(
@@ -123,6 +130,7 @@ def _run_options(
         repetition_penalty=repetition_penalty,
         exact=exact,
         halp_compat=halp_compat,
+        exif_rotation=exif_rotation,
         max_new_tokens=max_new_tokens,
         min_pixels=min_pixels,
         max_pixels=max_pixels,

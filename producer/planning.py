@@ -73,6 +73,7 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         repetition_penalty=options.repetition_penalty,
         exact=options.exact,
         halp_compat=options.halp_compat,
+        exif_rotation=options.exif_rotation,
         max_new_tokens=options.max_new_tokens,
         min_pixels=options.min_pixels,
         max_pixels=options.max_pixels,

@@ -69,7 +69,7 @@ def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], id
         raise UserError(
             f"--reason {', '.join(unknown)}: no question has failed so; the reasons are {there}. {waiting}".rstrip()
         )
-    failed_ids = {failed.failure.question_id for failed in failures}
+    failed_ids = dict.fromkeys(failed.failure.question_id for failed in failures)
     if unknown := [question_id for question_id in ids if question_id not in failed_ids]:
         listed = ", ".join(map(short, list(failed_ids)[:_MAX_NAMED]))
         more = f" and {len(failed_ids) - _MAX_NAMED:,} more" if len(failed_ids) > _MAX_NAMED else ""

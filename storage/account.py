@@ -51,6 +51,7 @@ class Bookkeeper:
         self._forget()
 
     def _forget(self) -> None:
+        self._slices = self._run.slices
         self._published: dict[int, _Published] = {}
         self._healed: set[str] = set()  # retried questions that a published part has with vectors
         self._retried_reasons: dict[str, str] = {}  # retried questions that failed in their last part
@@ -58,7 +59,8 @@ class Bookkeeper:
 
     def account(self) -> Account:
         """Return the account as the files show it now."""
-        if self._run.refresh():
+        self._run.refresh()
+        if self._run.slices is not self._slices:
             self._forget()
         for part in self._run.parts_with_sidecar() - self._published.keys():
             self._published[part] = self._take(read_sidecar(self._run, part))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from storage.errors import DamagedError
 from storage.pack import sidecars
 from storage.plan import Question
 from storage.run import Run
@@ -65,7 +66,7 @@ def staged_failures(run: Run) -> Iterator[Failed]:
                 continue
             try:
                 failure = run.read_failure(piece.part, sequence)
-            except FileNotFoundError:  # its slice was packed at this moment
+            except (FileNotFoundError, DamagedError):  # packed at this moment; or removed, to be computed again
                 continue
             yield Failed(question, piece.part, failure, published=False)
 

@@ -42,6 +42,7 @@ class RunSettings(BaseModel):
     repetition_penalty: float | None = None  # None: the checkpoint's own
     exact: bool = False
     halp_compat: bool = False
+    exif_rotation: bool = False
     min_pixels: int | None  # None: the checkpoint's own
     max_pixels: int | None
 
@@ -80,6 +81,7 @@ class ModelFacts(BaseModel):
     prompt: str = QUESTION
     exact: bool = False
     vision_encoder: bool = True
+    exif_rotation: bool = False
     positions: str = LAST_POSITIONS
     vision_only_definition: str = "merged"  # or `encoder`: the published features' mean before the merger
 

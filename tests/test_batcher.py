@@ -249,7 +249,7 @@ def test_halves_until_exactly_the_bad_fail(rig, bad):
     batches = r.finish()
     for i, future in enumerate(futures):
         if i in bad:
-            with pytest.raises(BatchFailedError, match=f"^ValueError: {i}$") as caught:
+            with pytest.raises(BatchFailedError, match=f"^ValueError: {i}\n") as caught:
                 future.result(0)
             assert caught.value.child_traceback == "child's traceback"
         else:

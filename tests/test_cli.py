@@ -11,7 +11,7 @@ import pytest
 from processes import BIN, command, environment, write_csv
 
 COMMANDS = {
-    "producer": ("enqueue", "run", "status", "demo"),
+    "producer": ("enqueue", "run", "status", "retry", "cancel", "demo"),
     "workers": ("extract", "collect", "flower", "selfcheck"),
     "storage": ("inspect", "verify"),
 }
@@ -76,6 +76,10 @@ MISTAKES = [
     (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--min-pixels", "9", "--max-pixels", "5"],
         "--min-pixels 9 is above --max-pixels 5",
+    ),
+    (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--halp-compat", "--exif-rotation"],
+        "--halp-compat takes images as the published scripts do: leave out --exif-rotation",
     ),
     (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--output-dir", "/proc/none"],

@@ -279,6 +279,7 @@ def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, photographs: Pa
             {"vision_only_definition": "encoder", "positions": "min(patches,seq_len//2),last_prompt_token"},
         ),
         (["--layers", "all", "--no-vision-encoder"], {"vision_encoder": False, "layers": list(range(7))}),
+        (["--exif-rotation"], {"exif_rotation": True}),
         (["--prompt", "{question} Answer in one word."], {"prompt": "{question} Answer in one word."}),
         (["--repetition-penalty", "1.3", "--max-pixels", "20000"], {"repetition_penalty": 1.3, "max_pixels": 20000}),
     ],

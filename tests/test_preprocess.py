@@ -338,6 +338,32 @@ def test_rotation_in_exif_is_ignored_as_in_the_recipe(tmp_path, orientation):
     np.testing.assert_array_equal(prepared.pixels, np.asarray(theirs))
 
 
+# What a viewer does with the eight orientations (EXIF 2.3, tag 0x0112), as operations on [H, W, 3].
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize(("orientation", "turn"), UPRIGHT.items())
+def test_rotation_in_exif_is_applied_where_it_is_asked_for(tmp_path, orientation, turn):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph().save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(turn(np.asarray(photograph()))).save(tmp_path / "upright.png")
+    prepared = load_image(tmp_path / "a.png", FACTOR, LIMITS, exif_rotation=True)
+    expected = load(tmp_path / "upright.png")
+    np.testing.assert_array_equal(prepared.pixels, expected.pixels)
+    assert prepared.original_size == expected.original_size
+    assert prepared.key != load(tmp_path / "a.png").key  # the two share nothing in the engine
+
+
 # Refused
 
 

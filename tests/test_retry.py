@@ -166,6 +166,15 @@ def test_failures_that_are_not_packed_yet_are_mentioned(tmp_path):
     assert (account.written, account.failed, account.staged, account.outstanding) == (2, 0, 2, 2)
 
 
+def test_a_damaged_staged_failure_is_not_listed(tmp_path):
+    run = make_run(tmp_path, 3)
+    stage(run, 1, failed=[0, 1], skipped=[2])
+    path = tmp_path / ".run/staging/001/000000.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [failed.question.question_id for failed in staged_failures(run)] == ["q2"]
+    assert not path.exists()  # so that it is computed again
+
+
 def test_of_retries_at_once_exactly_one_plans(run):
     barrier, outcomes = threading.Barrier(4), []
 

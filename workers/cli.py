@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -37,7 +38,8 @@ def extract(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [HALP_DTYPE]")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where a hub model is kept. [HALP_CACHE_DIR]")] = None,
     max_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")
+        int | None,
+        typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE, default: 128 on a GPU, 32 on a CPU]"),
     ] = None,
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
@@ -68,7 +70,7 @@ def extract(
 
     node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
     queues = model_queues(settings()).in_order_of(node)
-    threads = concurrency or 2 * settings().max_batch_size
+    threads = concurrency or 2 * settings().batch_size
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", str(threads), "--hostname", node, "--queues", ",".join(queues),
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
@@ -117,6 +119,31 @@ def flower(
     _become_celery(
         "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
     )
+
+
+@app.command()
+def health(
+    name: Annotated[str | None, typer.Option(help="Look at this worker only, as it was named with --name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether the workers and collectors of this user on this machine live and work. Exit code 1 if one does not.
+
+    Example: workers health
+    """
+    from workers.feed import broker_trouble
+    from workers.health import checks
+    from workers.presence import present_here
+    from workers.settings import settings
+
+    here = present_here(settings().runtime_dir)
+    found = checks([p for p in here if name in (None, p.name.partition("@")[0])], broker_trouble(), settings())
+    healthy = all(check.healthy for check in found)
+    if as_json:
+        typer.echo(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in found]}))
+    else:
+        for check in found:
+            typer.echo(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}")
+    raise SystemExit(0 if healthy else 1)
 
 
 @app.command()

@@ -13,17 +13,23 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.pack import pack
 from storage.run import Run, is_run
+from storage.space import describe
+from workers.broker import trouble
 from workers.feed import feed
 from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
+_REPEAT = 300.0  # seconds between two equal lines in the log
 
 
 class Collector:
@@ -33,6 +39,8 @@ class Collector:
         self._roots = roots
         self._runs: dict[Path, Run] = {}
         self._next_scan = float("-inf")
+        self._complaints: dict[Path, tuple[str, float]] = {}
+        self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
@@ -42,8 +50,23 @@ class Collector:
             try:
                 if collect_run(run):
                     del self._runs[path]
-            except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
+            except OSError as error:  # the next sweep tries again
+                self._complain(path, f"waits: cannot write {describe(error, path)}")
+            except (OperationalError, RedisError) as error:
+                self._complain(path, f"waits: the broker {trouble(error)}")
+            except Exception:
                 logger.exception("cannot bring %s forward now", path)
+            else:
+                self._complaints.pop(path, None)
+            self.swept = time.time()
+        self.swept = time.time()
+
+    def _complain(self, path: Path, line: str) -> None:
+        """Log why a run waits: once, and again when it changes or lasts."""
+        said, when = self._complaints.get(path, ("", float("-inf")))
+        if said != line or time.monotonic() - when > _REPEAT:
+            logger.error("%s %s", path, line)
+            self._complaints[path] = line, time.monotonic()
 
     def _scan(self) -> None:
         begun = time.monotonic()

@@ -17,7 +17,7 @@ from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_wor
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import EngineDiedError, RunRefusedError, TransientError
+from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
 
@@ -59,12 +59,12 @@ class Extractor:
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
-        self.engine = EngineProcess(spec, config.engine_timeout)
+        self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             self.engine.extract,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
@@ -96,6 +96,7 @@ class Extractor:
             tuple(Path(root) for root in settings.image_roots),
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
+            exif_rotation=settings.exif_rotation,
         )
         text = settings.prompt.replace(QUESTION, question.question)
         recipe = Recipe(
@@ -155,6 +156,7 @@ class Extractor:
             prompt=settings.prompt,
             exact=settings.exact,
             vision_encoder=settings.vision_encoder,
+            exif_rotation=settings.exif_rotation,
             positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
             vision_only_definition="encoder" if settings.halp_compat else "merged",
             min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
@@ -176,7 +178,10 @@ class Extractor:
 
 
 def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run:
-    """Open the run that a message names if it lies under a data root. Raises RunRefusedError, TransientError."""
+    """Open the run that a message names if it lies under a data root, links followed.
+
+    Raises RunRefusedError, MessageRefusedError, TransientError.
+    """
     path = Path(run_dir).resolve()
     if not any(path.is_relative_to(root) for root in roots):
         places = ", ".join(map(str, roots))
@@ -186,5 +191,5 @@ def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run
     except UserError as error:
         raise TransientError(str(error)) from error
     if run.run_id != run_id:
-        raise RunRefusedError(f"{path} holds run {run.run_id}, not {run_id}: the message is of a run that was deleted")
+        raise MessageRefusedError(f"{path} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
     return run

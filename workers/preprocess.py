@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from storage.images import OutsideRootError, resolve_image
 from workers.engine import ModelCard, Recipe, Request
@@ -74,13 +74,14 @@ class Preprocessor:
         limits: tuple[int, int],
         *,
         halp_compat: bool = False,
+        exif_rotation: bool = False,
     ) -> PreparedImage:
         """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
         try:
             path = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
-        key = (path, *limits, halp_compat)
+        key = (path, *limits, halp_compat, exif_rotation)
         with self._lock:
             future = self._images.get(key)
             mine = future is None
@@ -91,7 +92,9 @@ class Preprocessor:
                 self._images.popitem(last=False)
         if mine:
             try:
-                future.set_result(load_image(path, self._factor, limits, halp_compat=halp_compat))
+                future.set_result(
+                    load_image(path, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
+                )
             except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._lock:
                     self._images.pop(key, None)
@@ -113,10 +116,13 @@ class Preprocessor:
         return Request(image.key, image.pixels, suffix, total, recipe)
 
 
-def load_image(path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False) -> PreparedImage:
+def load_image(
+    path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
+) -> PreparedImage:
     """Read, check, decode and resize an image file. Raises PermanentError, TransientError.
 
     `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
+    `exif_rotation` turns the image upright first, which the recipe does not.
     """
     data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
@@ -125,7 +131,8 @@ def load_image(path: Path, factor: int, limits: tuple[int, int], *, halp_compat:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(path, *image.size)
-                rgb = image.convert("RGB") if halp_compat else _to_rgb(image)
+                upright = ImageOps.exif_transpose(image) if exif_rotation else image
+                rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
                 width, height = rgb.size
                 resized_height, resized_width = smart_resize(height, width, factor, *limits)
                 pixels = np.array(rgb.resize((resized_width, resized_height)))
@@ -141,7 +148,7 @@ def load_image(path: Path, factor: int, limits: tuple[int, int], *, halp_compat:
         # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. The bytes are in
         # memory, so no I/O error is among them.
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
-    key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}"
+    key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}{':upright' * exif_rotation}"
     return PreparedImage(key, pixels, digest, (width, height))
 
 
@@ -189,7 +196,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the first frame in RGB: transparency on white, 16 bits scaled to 8. EXIF rotation is ignored, as in the recipe."""
+    """Return the first frame in RGB: transparency on white, 16 bits scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_to_8_bits(image).convert("RGB")
     if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +16,17 @@ from storage.settings import Dtype
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
+# On paper, not measured: a decoding step waits for launches and weights, 128 rows or 32, and answers of mixed
+# lengths leave few rows at the end of a batch. max_batch_tokens bounds what a batch takes of the memory.
+_GPU_BATCH_SIZE = 128
+_CPU_BATCH_SIZE = 32
+_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux's driver; Windows' for Linux
+
+
+def _runtime_dir() -> Path:
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given) / "halp" if given else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
+
 
 class WorkerSettings(BaseSettings):
     """What a process on this machine needs to know besides the run."""
@@ -21,12 +34,20 @@ class WorkerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True)
 
     broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
+    broker_ca: Path | None = Field(None, description="Certificates (PEM) that a `rediss://` server must be signed by.")
+    runtime_dir: Path = Field(
+        default_factory=_runtime_dir,
+        description="Private directory where processes here note that they live.",
+    )
     visibility_timeout: int = Field(
         600,
         ge=1,
         description="Seconds after which an unacknowledged question is given to another worker; one value per Redis.",
     )
     queue_limit: int = Field(2000, ge=0, description="Questions of one run in the queue at once; 0 is no bound.")
+    staging_limit: int = Field(
+        20, ge=0, description="Parts of one run that are computed ahead of the first unpublished one; 0 is no bound."
+    )
     data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
         (Path(),), description="Directories, separated by `:`, that runs may lie in; the collector scans them."
     )
@@ -44,7 +65,8 @@ class WorkerSettings(BaseSettings):
     engine_timeout: float = Field(
         300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted."
     )
-    max_batch_size: int = Field(32, ge=1, description="Questions in one batch.")
+    load_timeout: float = Field(3600.0, gt=0, description="Seconds that loading a model may take.")
+    max_batch_size: int = Field(0, ge=0, description="Questions in one batch; 0 is 128 on a GPU and 32 on a CPU.")
     max_batch_tokens: int = Field(
         0, ge=0, description="Prompt tokens in one batch; 0 follows the memory that the loaded model leaves free."
     )
@@ -52,6 +74,11 @@ class WorkerSettings(BaseSettings):
         0.05, ge=0, description="Seconds that a question waits for others to fill its batch."
     )
     max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")
+
+    @property
+    def batch_size(self) -> int:
+        """Questions in one batch at most."""
+        return self.max_batch_size or (_GPU_BATCH_SIZE if sees_gpu() else _CPU_BATCH_SIZE)
 
     @field_validator("data_roots", mode="before")
     @classmethod
@@ -62,6 +89,12 @@ class WorkerSettings(BaseSettings):
     @classmethod
     def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
         return tuple(p.resolve() for p in value)
+
+
+def sees_gpu() -> bool:
+    """Tell whether this machine shows a GPU to this process, without loading CUDA."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
+    return not hidden and any(device.exists() for device in _GPU_DEVICES)
 
 
 @lru_cache(maxsize=1)
