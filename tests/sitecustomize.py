@@ -34,8 +34,8 @@ POINTS = {
     "clean.middle": ("unlink", r"\.run/staging/\d+/0*7\.\w+$", "after"),
     "clean.last": ("rmdir", r"\.run/staging/\d+$", "before"),
     "failures.before": ("replace", r"failures\.csv$", "before"),
-    "finish.before": ("link", r"\.run/summary\.json$", "before"),
-    "finish.after": ("link", r"\.run/summary\.json$", "after"),
+    "finish.before": ("replace", r"\.run/summary\.json$", "before"),
+    "finish.after": ("replace", r"\.run/summary\.json$", "after"),
 }
 
 

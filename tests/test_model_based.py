@@ -272,7 +272,7 @@ class Life(RuleBasedStateMachine):
             at = int(where * len(data))
             if cut:
                 del data[at:]
-            else:
+            elif data:
                 data[at] ^= 0x10
             path.write_bytes(data)
             self.damaged[path] = _digest(path)
