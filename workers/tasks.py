@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Task
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from storage.run import Run
 from storage.sample import Failure
@@ -139,8 +139,8 @@ def _pass_on(task: Task, error: RunRefusedError) -> Exception:
             countdown=min(30.0, settings().visibility_timeout / 2) * random.uniform(0.5, 1.0),
             queue=declaration(model_queues(settings()).retry), headers={"halp_passed": passed + 1},
         )  # fmt: skip
-    rejected: Exception = Reject(error, requeue=False)
-    return rejected
+    ignored: Exception = Ignore(str(error))  # acknowledged, and said in one line: the reason stands above it
+    return ignored
 
 
 def _harmless(error: BaseException) -> Exception:
