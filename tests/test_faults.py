@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from builders import make_run, stage
+from clusters import Cluster, assert_whole, finished, table_of
 from processes import command, wait_for, write_csv
-from test_distributed import Cluster, assert_whole, cluster, finished, images, table_of
 
 from storage.run import Run
 from workers import collector as collecting
 from workers.collector import Collector
 
-__all__ = ["cluster", "images"]
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte. Mounting one needs root: without it the test is left out, but not in CI."""
-    if os.geteuid() != 0 and not os.environ.get("CI"):
-        pytest.skip("mounting a file system needs root")
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], check=True)
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def remount(directory: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", directory], check=True)
 
 
 def log(cluster: Cluster, name: str) -> str:
@@ -43,34 +23,6 @@ def log(cluster: Cluster, name: str) -> str:
 
 def staged(output: Path) -> int:
     return len(list((output / ".run" / "staging").glob("*/*.safetensors")))
-
-
-def test_a_disk_that_is_full_and_then_read_only_slows_a_run(
-    cluster: Cluster, images: Path, small_disk: Path, tmp_path: Path
-) -> None:
-    """With no retries to spend: were a full disk the question's fault, it would fail at once."""
-    table, rows = table_of(tmp_path / "vqa.csv", 300)
-    output = small_disk / "output"
-    enqueued = cluster.enqueue(table, images, output, "--checkpoint-interval", 150)
-    assert enqueued.returncode == 0, enqueued.stderr
-    cluster.variables["HALP_MAX_RETRIES"] = "0"
-    cluster.worker("fake:0.02")
-    cluster.collector()
-    wait_for(lambda: "its disk is full" in log(cluster, "extract-0"), 60, "the worker says that the disk is full")
-    assert not finished(output)
-    assert not list((output / ".run" / "staging").glob("*/*.json"))
-
-    remount(small_disk, "ro,size=64m")
-    before = staged(output)
-    time.sleep(2)
-    assert staged(output) == before
-    refused = cluster.enqueue(table, images, small_disk / "another", "--checkpoint-interval", 150)
-    assert refused.returncode == 2
-    assert f"--output-dir {small_disk / 'another'} cannot be written" in refused.stderr
-
-    remount(small_disk, "rw,size=64m")
-    wait_for(lambda: finished(output), 120, "the run is finished")
-    assert_whole(output, rows, images)
 
 
 def test_a_hung_engine_costs_the_question_that_hangs_it_alone(cluster: Cluster, images: Path, tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from chaos import VALKEY
+from clusters import VISIBILITY_TIMEOUT, assert_whole, finished, table_of
 from processes import BIN, command, start, wait_for
-from test_distributed import VISIBILITY_TIMEOUT, assert_whole, finished, images, table_of
 
-__all__ = ["images"]
 ADDRESSES = {"redis": "10.77.0.1", "one": "10.77.0.2", "two": "10.77.0.3", "collector": "10.77.0.4"}
 PORT = 6379
 
