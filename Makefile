@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check soak bench lock clean h5dump
+.PHONY: help install demo test check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -34,7 +34,7 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
 
-test: install h5dump check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
@@ -59,9 +59,10 @@ define debian
 	fi
 endef
 
-# The tests read parts with h5dump too: a reader that shares no code with h5py.
-h5dump:
+# The tests read parts with h5dump too, a reader that shares no code with h5py; and make network namespaces where they may.
+tools:
 	$(call debian,h5dump,hdf5-tools)
+	$(call debian,ip,iproute2)
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)

@@ -22,7 +22,7 @@ class Hosts:
     """A switch and the hosts around it, each a network namespace of this machine."""
 
     def __init__(self, directory: Path, model: Path) -> None:
-        self._ip = shutil.which("ip") or "/usr/sbin/ip"
+        self._ip = shutil.which("ip") or "ip"
         self._prefix = f"halp{os.getpid()}-"
         self._switch = f"{self._prefix}switch"
         self._directory = directory
@@ -88,9 +88,9 @@ class Hosts:
 
 @pytest.fixture
 def hosts(tmp_path: Path, small_model: Path) -> Iterator[Hosts]:
-    """Making a network needs root and iproute2: without root the test is left out, but not in CI."""
-    if os.geteuid() != 0 and not os.environ.get("CI"):
-        pytest.skip("making network namespaces needs root")
+    """Making a network needs root and iproute2: without them the test is left out, but not in CI."""
+    if (os.geteuid() != 0 or shutil.which("ip") is None) and not os.environ.get("CI"):
+        pytest.skip("making network namespaces needs root and iproute2")
     hosts = Hosts(tmp_path, small_model)
     try:
         hosts.build()
