@@ -125,16 +125,27 @@ def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, mon
     assert run.is_finished()
 
 
-def test_a_channel_whose_connection_is_gone_can_be_closed(
-    broker: ValkeyServer, client: Any, configure: Configure
-) -> None:  # noqa: F811
-    """After a disconnect a worker closes what it held; kombu raised where its messages could not be given back any more."""
+@pytest.mark.parametrize("use", ["close", "acknowledge", "acknowledge after it"])
+def test_a_channel_whose_connection_is_gone_raises_what_celery_takes_for_that(
+    broker: ValkeyServer,
+    client: Any,
+    configure: Configure,
+    use: str,  # noqa: F811
+) -> None:
+    """After a disconnect a worker closes what it held, and acknowledges tasks that went on; other errors end it."""
     queue = declaration("halp.collect")
     with app.connection_for_write() as connection:
         app.send_task("workers.collect", kwargs={"run_dir": "", "run_id": ""}, queue=queue, connection=connection)
     connection = app.connection_for_read()
     channel = connection.default_channel
-    assert queue(channel).get() is not None  # and not acknowledged
+    message = queue(channel).get()
     connection._do_close_transport()
-    channel.close()
+    if use == "acknowledge after it":
+        channel.connection = None
+        channel._disconnect_pools()
+    elif use == "acknowledge":
+        channel._disconnect_pools()
+    with pytest.raises(connection.connection_errors):
+        message.ack() if use.startswith("acknowledge") else channel.close()
     assert client.hlen("unacked") == 1
+    channel.qos._delivered.clear()  # else it is tried again when this process ends

@@ -440,6 +440,8 @@ def _watched(change: Callable[..., Any]) -> Callable[..., Any]:
     def watched(*arguments: Any, **options: Any) -> Any:
         if step := getattr(_here, "step", None):
             step()
+        if change.__name__ in {"replace", "rename"}:
+            assert not (str(arguments[1]).endswith(".h5") and os.path.exists(arguments[1])), "a part is overwritten"
         return change(*arguments, **options)
 
     return watched

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from kombu.transport import redis
+from redis import exceptions
 
 from workers.queues import EXTRACT
 
@@ -27,15 +28,15 @@ _TASKS = (EXTRACT, "workers.collect")
 class Channel(redis.Channel):  # type: ignore[misc]
     """A channel that outlives an element that is no JSON, and a connection that was lost before it is closed."""
 
-    def close(self) -> None:
-        """Close it. What is not acknowledged goes back to its queue, by the visibility timeout where the connection is gone.
+    def _connparams(self, *arguments: Any, **options: Any) -> Any:
+        """Raise what Celery takes for a lost connection where this channel's own was closed before it.
 
-        There kombu would raise an AttributeError, which is no error of a connection to Celery: the worker ended.
-        The same of another caller: https://github.com/celery/kombu/issues/582
+        Else, after a disconnect, the acknowledgement of a task that had gone on, or the closing of the channel, is an
+        AttributeError, which ends the worker. Of another caller: https://github.com/celery/kombu/issues/582
         """
-        if not self.closed and self.connection.client is None:
-            self.do_restore = False
-        super().close()
+        if self.connection is None or self.connection.client is None:
+            raise exceptions.ConnectionError("the channel's connection is closed")
+        return super()._connparams(*arguments, **options)
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
