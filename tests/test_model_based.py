@@ -210,18 +210,30 @@ class Life(RuleBasedStateMachine):
         with dying(killed):
             self._collect()
 
-    @rule(which=st.integers(0), killed=st.none() | st.integers(0, 25))
+    def _complete(self, which: int) -> int | None:
+        """Finish all questions of a slice that is not published; return its part."""
+        parts = [piece.part for piece in self.run.slices if piece.part not in self.run.parts_with_sidecar()]
+        if not parts:
+            return None
+        part = parts[which % len(parts)]
+        for sequence in range(self.run.slice(part).size):
+            self._finish((part, sequence), failed=(which + sequence) % 4 == 0)
+        self.nothing_is_lost()
+        return part
+
+    @rule(which=st.integers(0), killed=st.none() | st.integers(0, 18))
     def pack_a_slice(self, which: int, killed: int | None) -> None:
-        parts = [piece.part for piece in self.run.slices]
-        with dying(killed):
-            self._pack(parts[which % len(parts)])
+        if part := self._complete(which):
+            with dying(killed):
+                self._pack(part)
 
     def _pack(self, part: int) -> None:
         with suppress(DamagedError):
             pack(self.run, part)
 
-    @rule(order=st.lists(st.booleans(), min_size=10, max_size=80))
-    def two_collectors_at_once(self, order: list[bool]) -> None:
+    @rule(which=st.integers(0), order=st.lists(st.booleans(), min_size=10, max_size=80))
+    def two_collectors_at_once(self, which: int, order: list[bool]) -> None:
+        self._complete(which)
         take_turns(self._collect, self._collect, order)
 
     @rule(which=st.integers(0), failed=st.booleans(), order=st.lists(st.booleans(), min_size=5, max_size=40))
@@ -466,8 +478,8 @@ def test_any_order_of_events_keeps_the_invariants(tmp_path: Path, client: redis.
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=int(os.environ.get("MODEL_EXAMPLES", "55")),
-            stateful_step_count=30,
+            max_examples=int(os.environ.get("MODEL_EXAMPLES", "60")),
+            stateful_step_count=25,
             deadline=None,
             derandomize=fixed,
             print_blob=True,
