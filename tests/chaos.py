@@ -157,7 +157,7 @@ def assert_whole(output: Path, data: Dataset) -> None:
     with (output / "failures.csv").open(newline="", encoding="utf-8") as file:
         assert {row["question_id"]: row["reason"] for row in csv.DictReader(file)} == data.reasons
     assert leftovers(output) == []
-    verified = command("storage", "verify", output, "--deep")
+    verified = command("storage", "verify", output, "--deep", timeout=1800)
     assert verified.returncode == 0, verified.stderr
 
 

@@ -88,8 +88,9 @@ def watch_memory(model: Path, questions: int, workers: int) -> bool:
                     member.process.kill()
                     member.process.wait()
             server.kill()
+        flat = show_memory(memory, questions)
         assert_whole(output, data)
-    return show_memory(memory, questions)
+    return flat
 
 
 Memory = dict[int, tuple[float, dict[str, dict[int, float]]]]  # tenth: seconds, role to process to MB
@@ -148,7 +149,7 @@ def show_memory(memory: Memory, questions: int) -> bool:
                 flat = False
     workers = len(memory[last][1]["worker"])
     print(f"\nThe largest process of each kind. {questions:,} questions, 5 % of them failing for good and 5 % at first, "
-          f"{workers} workers, 1 collector, the default queue; every value and reason checked. "
+          f"{workers} workers, 1 collector, the default queue; every value and reason is checked afterwards. "
           f"{'Flat' if flat else 'NOT flat'}: nothing grew by over a tenth and 8 MB after tenth {early}.")  # fmt: skip
     return flat
 
