@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench lock clean h5dump
+.PHONY: help install demo test check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -34,7 +34,7 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
 
-test: install h5dump check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
@@ -43,19 +43,30 @@ check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests read parts with h5dump too: a reader that shares no code with h5py.
-h5dump:
-	@if command -v h5dump >/dev/null; then exit 0; fi; \
+# $(call debian,COMMAND,PACKAGE): install a command that only root can, unless it is there. Without root a message; an error in CI.
+# RUNLEVEL: a server that comes with a package is not started.
+define debian
+	@if command -v $(1) >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=(env); elif sudo -n true 2>/dev/null; then root=(sudo -n); else root=(); fi; \
 	if [ $${#root[@]} -gt 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing h5dump (Debian package hdf5-tools)"; \
-	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" </dev/null >/dev/null; }; \
-	  get install -y --no-install-recommends hdf5-tools 2>/dev/null || \
-	    { get update && get install -y --no-install-recommends hdf5-tools; }; \
+	  echo "installing $(1) (Debian package $(2))"; \
+	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq "$$@" </dev/null >/dev/null; }; \
+	  get install -y --no-install-recommends $(2) 2>/dev/null || \
+	    { get update && get install -y --no-install-recommends $(2); }; \
 	else \
-	  echo "h5dump is missing, and only root can install it. On Debian: apt-get install hdf5-tools" >&2; \
+	  echo "$(1) is missing, and only root can install it. On Debian: apt-get install $(2)" >&2; \
 	  [ -z "$${CI:-}" ]; \
 	fi
+endef
+
+# The tests read parts with h5dump too, a reader that shares no code with h5py; and make network namespaces where they may.
+tools:
+	$(call debian,h5dump,hdf5-tools)
+	$(call debian,ip,iproute2)
+
+soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
+	$(call debian,redis-server,redis-server)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
 	cd benchmarks && for name in engine worker memory storage_parts queueing object_store; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done

@@ -23,11 +23,11 @@ from storage.run import Run, find_runs, part_names
 from storage.space import describe
 from workers.broker import trouble
 from workers.feed import feed
+from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
-_PARTIAL_AGE = 600.0
 _REPEAT = 300.0  # seconds between two equal lines in the log
 
 
@@ -83,7 +83,7 @@ class Collector:
         for location in found - self._runs.keys():
             try:
                 run = Run.open(location)
-                if not run.is_finished():
+                if not run.is_finished() or run.has_leftovers():
                     self._runs[location] = run
             except UserError as error:
                 logger.warning("%s", error)
@@ -103,7 +103,7 @@ def collect_run(run: Run) -> bool:
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
-    run.store.delete_partials(_PARTIAL_AGE)
+    run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
     feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
     return finished
