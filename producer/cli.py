@@ -6,6 +6,8 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +105,48 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
         _print_failures(run, account)
         return 1
     return 0
+
+
+@app.command()
+@partial(with_run_options, leave_out=("repair",))
+def check(
+    options: RunOptions,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image whole, not its header alone.")] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Questions to run through the model, for speed and memory. 0 loads no model.")
+    ] = 0,
+    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look at a dataset before a run, with the options of that run; write nothing.
+
+    Exit code 0: nothing found. 1: questions would fail, or the data may not be what is meant. 2: `run` would refuse it.
+
+    Example: producer check vqa.csv --images-dir images/ --sample 64
+    """
+    from rich.progress import Progress
+
+    from producer.check import check as look
+    from producer.check_report import check_json, print_check
+    from workers.trial import TRIAL_ERRORS
+
+    console = Console(stderr=True, quiet=quiet or as_json)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def progress(total: int) -> Callable[[], object]:
+            task = bar.add_task("images", total=total)
+            return lambda: bar.advance(task)
+
+        try:
+            checked = look(options, decode=decode, sample=sample, cache_dir=cache_dir, progress=progress)
+        except TRIAL_ERRORS as error:
+            raise UserError(f"--sample {sample}: {error}") from None
+    if as_json:
+        print(json.dumps(check_json(checked)))
+    elif not quiet:
+        print_check(checked, Console())
+    raise SystemExit(checked.exit_code)
 
 
 @app.command()

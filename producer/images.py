@@ -11,7 +11,7 @@ from storage.errors import UserError
 from storage.images import OutsideRootError, resolve_image
 from storage.plan import Question
 
-_MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
+MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
 
 
 def check_images(
@@ -41,7 +41,7 @@ def check_images(
                 missing.append(image_id)
     if outside:
         raise UserError(_outside_message(questions, outside, images_dir))
-    if len(missing) > _MAX_MISSING * len(images) and not allow_missing:
+    if len(missing) > MAX_MISSING * len(images) and not allow_missing:
         raise UserError(
             f"{len(missing):,} of {len(images):,} images are missing in {images_dir}, such as "
             f"{', '.join(map(short, missing[:3]))}: is --images-dir right? --allow-missing runs anyway"

@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from storage.images import OutsideRootError, resolve_image
 from workers.engine import ModelCard, Recipe, Request
@@ -126,30 +128,31 @@ def load_image(
     """
     data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_size(path, *image.size)
-                upright = ImageOps.exif_transpose(image) if exif_rotation else image
-                rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
-                width, height = rgb.size
-                resized_height, resized_width = smart_resize(height, width, factor, *limits)
-                pixels = np.array(rgb.resize((resized_width, resized_height)))
-    except PermanentError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
-    except UnidentifiedImageError as error:
-        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
-    except MemoryError as error:
-        raise TransientError(f"{path}: not enough memory to decode it") from error
-    except Exception as error:
-        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. The bytes are in
-        # memory, so no I/O error is among them.
-        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+    with _decoding(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(path, *image.size)
+        upright = ImageOps.exif_transpose(image) if exif_rotation else image
+        rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
+        width, height = rgb.size
+        resized_height, resized_width = smart_resize(height, width, factor, *limits)
+        pixels = np.array(rgb.resize((resized_width, resized_height)))
     key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}{':upright' * exif_rotation}"
     return PreparedImage(key, pixels, digest, (width, height))
+
+
+def image_size(path: Path, *, exif_rotation: bool = False) -> tuple[int, int]:
+    """Return the width and height that an image's header says, checked as `load_image` checks them; decodes no pixels.
+
+    Raises PermanentError, TransientError.
+    """
+    with _reading(path):
+        file = path.open("rb")
+    with file, _decoding(path):
+        if os.fstat(file.fileno()).st_size == 0:
+            raise _empty(path)
+        with Image.open(file, formats=_FORMATS) as image:
+            _check_size(path, *image.size)
+            turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -170,17 +173,49 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with _reading(path):
         data = path.read_bytes()
+    if not data:
+        raise _empty(path)
+    return data
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise what the file system raises as our errors."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
     except OSError as error:
         raise TransientError(f"{path}: {error.strerror}") from error
-    if not data:
-        raise PermanentError("image_empty", f"{path} has no bytes: replace it")
-    return data
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Raise what decoders raise as our errors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except PermanentError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
+    except UnidentifiedImageError as error:
+        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
+    except MemoryError as error:
+        raise TransientError(f"{path}: not enough memory to decode it") from error
+    except Exception as error:
+        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. What `load_image`
+        # decodes is in memory, so no I/O error is among them.
+        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+
+
+def _empty(path: Path) -> PermanentError:
+    return PermanentError("image_empty", f"{path} has no bytes: replace it")
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
