@@ -17,7 +17,9 @@ from rich.console import Console
 from storage.errors import UserError
 from workers.checkpoint import local_directory
 from workers.engine import EngineSpec
+from workers.gpus import chosen_gpus
 from workers.parent import die_with_named_parent
+from workers.per_gpu import run_workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,22 +51,34 @@ def extract(
     name: Annotated[
         str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Run one worker on each of these GPUs: `all`, or numbers as in 0,2. [default: one worker]"),
+    ] = None,
     loglevel: LogLevel = "INFO",
 ) -> None:
-    """Serve one model: load it, then consume questions. Start one per GPU, on any machine that sees the data.
+    """Serve one model: load it, then consume questions. One worker uses one GPU; --gpus runs one on each of several.
 
-    Example: CUDA_VISIBLE_DEVICES=0 workers extract --model Qwen/Qwen2.5-VL-7B-Instruct
+    Example: workers extract --gpus all --model Qwen/Qwen2.5-VL-7B-Instruct
     """
     _set_environment(MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size)
     _set_roots(data_root)
     from workers.celery import model_queues
     from workers.settings import settings
 
+    if gpus is not None:
+        if name is not None:
+            raise UserError("--gpus names the workers by their GPU: leave out --name")
+        model_queues(settings())  # a mistake is said once, and not by each worker
+        threads = () if concurrency is None else ("--concurrency", str(concurrency))
+        arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
+        raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
+
     node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
     queues = model_queues(settings()).in_order_of(node)
-    threads = concurrency or 2 * settings().max_batch_size
+    number = concurrency or 2 * settings().max_batch_size
     _become_celery(
-        "worker", "--pool", "threads", "--concurrency", str(threads), "--hostname", node, "--queues", ",".join(queues),
+        "worker", "--pool", "threads", "--concurrency", str(number), "--hostname", node, "--queues", ",".join(queues),
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
     )  # fmt: skip
 
