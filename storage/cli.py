@@ -80,6 +80,22 @@ def verify(
     raise SystemExit(1 if findings else 0)
 
 
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html into a run's directory: counts, failures, charts and samples in one page. The collector does, too.
+
+    Example: storage report output/
+    """
+    from storage.report import write_report
+    from storage.run import Run
+
+    path = write_report(Run.open(directory))
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     try:

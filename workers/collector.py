@@ -11,6 +11,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,11 +23,18 @@ from storage.errors import DamagedError, UserError
 from storage.pack import pack
 from storage.run import Run, is_run
 from workers.feed import feed
+from workers.parent import PARENT_VARIABLE
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
+_REPORT = (
+    "import sys; from workers.parent import die_with_named_parent; die_with_named_parent(); "
+    "from pathlib import Path; from storage.report import write_report; from storage.run import Run; "
+    "write_report(Run.open(Path(sys.argv[1])))"
+)
+_REPORT_SECONDS = 120
 FAILURES_FILE = "failures.csv"
 
 
@@ -109,5 +118,25 @@ def _finish(run: Run) -> None:
         writer.writeheader()
         writer.writerows(asdict(failure) for failure in failures)
         run.store.put(FAILURES_FILE, text.getvalue().encode())
+    if not run.is_finished():
+        _write_report(run)
     summary = {**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
     run.write_summary(json.dumps(summary, indent=1).encode())
+
+
+def _write_report(run: Run) -> None:
+    """Have the report written by a process of its own: a run's end needs it in no way, and a stranger's images are decoded."""
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _REPORT, str(run.output_dir)],
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_REPORT_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        logger.warning("%s: no report.html:\n%s", run.output_dir, error.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("%s: no report.html: %s", run.output_dir, error)
