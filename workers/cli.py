@@ -27,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="GPU workers, the collector, and Flower. Arguments after `--` go to Celery as they are.",
 )
+_THIS_MACHINE = {"127.0.0.1", "::1", "localhost"}
+_SAVE_INTERVAL = 300_000  # milliseconds; Flower shows nothing new while it saves
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
 LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
 
@@ -116,15 +118,33 @@ def collect(
 def flower(
     context: typer.Context,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5555,
-    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    address: Annotated[str, typer.Option(help="Address to listen on; others than this machine need a password.")] = (
+        "127.0.0.1"
+    ),
+    basic_auth: Annotated[
+        str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for these. [FLOWER_BASIC_AUTH, which `ps` hides]")
+    ] = None,
+    db: Annotated[
+        Path | None, typer.Option(help="File to keep the tasks in over restarts. [default: memory only]")
+    ] = None,
+    max_tasks: Annotated[int, typer.Option(min=1, help="Tasks to remember; 4 to 5 KB each.")] = 20_000,
 ) -> None:
     """Show tasks, retries and workers in a browser. Read-only, and on this machine alone unless told otherwise.
 
     Example: workers flower --port 5555
     """
+    if basic_auth is not None:
+        os.environ["FLOWER_BASIC_AUTH"] = basic_auth  # not as an argument, which every user of the machine can see
+    protected = bool(os.environ.get("FLOWER_BASIC_AUTH")) or any("auth" in argument for argument in context.args)
+    if address not in _THIS_MACHINE and not protected:
+        raise UserError(
+            f"--address {address} would show questions and file names to the network: set FLOWER_BASIC_AUTH=user:password"
+        )
+    kept = [] if db is None else ["--persistent=True", f"--db={db}", f"--state_save_interval={_SAVE_INTERVAL}"]
     _become_celery(
-        "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
-    )
+        "flower", f"--conf={Path(__file__).with_name('flowerconfig.py')}", f"--address={address}", f"--port={port}",
+        f"--max_tasks={max_tasks}", *kept, *context.args,
+    )  # fmt: skip
 
 
 @app.command()
