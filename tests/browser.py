@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,6 @@ class Watched:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Start a browser with a fresh profile; a machine without one skips, unless it is CI."""
-    import os
-
     if shutil.which(_CHROMIUM) is None:
         if os.environ.get("CI"):
             pytest.fail("there is no chromium: apt-get install chromium")
