@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from storage.account import Account, Bookkeeper, sidecars
+from storage.account import Account, Bookkeeper
+from storage.failures import published_failures
 from storage.images import OutsideRootError, resolve_image
 from storage.naming import question_id
-from storage.pack import Sidecar
+from storage.pack import Sidecar, sidecars
 from storage.run import Run
 from storage.sample import Failure
 
@@ -73,9 +74,9 @@ class ReportData:
 
 def gather(run: Run) -> ReportData:
     """Read what the report shows. A part that cannot be read is left out."""
-    parts = sidecars(run)
+    parts = list(sidecars(run))
     data = ReportData(run, Bookkeeper(run).account())
-    data.failures = [failure for part in parts for failure in part.failures][:_FAILURES]
+    data.failures = [failed.failure for failed in published_failures(run)[:_FAILURES]]
     _read_attributes(run, data, parts)
     written = [part for part in parts if part.question_ids]
     chosen = spread(written, _QUESTION_PARTS)

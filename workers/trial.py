@@ -67,7 +67,7 @@ def run_trial(
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
         times = []
-        for batch in _batches(requests, 1 if recipe.exact else settings().max_batch_size, card.max_batch_tokens):
+        for batch in _batches(requests, 1 if recipe.exact else settings().batch_size, card.max_batch_tokens):
             started = time.monotonic()
             engine.extract(batch)
             times.append((len(batch), time.monotonic() - started))
