@@ -16,6 +16,7 @@ from producer.planning import refuse_faults
 from producer.selection import order_by_image, select
 from producer.survey import Gallery, Survey, spread, survey
 from producer.table import read_questions
+from storage.location import is_url, resolve_location
 from storage.plan import Question
 from storage.settings import QUESTION
 from workers.checkpoint import resolve_layers
@@ -41,11 +42,11 @@ class WhatIf:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes that a run would leave, at its peak in the staging area, and what is free where it would write."""
+    """Bytes that a run would leave, at its peak in the staging area, and what is free there; an object store has no end."""
 
     parts: int
     staging: int
-    free: int
+    free: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def check(
     tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
     disk = _disk(options, shape, len(questions), len(asked)) if shape else None
     findings = [*table_findings(questions), *image_findings(options, seen, asked), *long_prompts(questions, tokens)]
-    if disk and disk.parts + disk.staging > disk.free:
+    if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
         findings.append(
             Finding(
                 "look",
@@ -144,8 +145,8 @@ def _default_shape() -> Shape:
 
 def _gallery(options: RunOptions, shape: Shape) -> Gallery:
     return Gallery(
-        images_dir=options.images_dir.resolve(),
-        roots=tuple(root.resolve() for root in options.image_roots),
+        images_dir=resolve_location(options.images_dir),
+        roots=tuple(map(resolve_location, options.image_roots)),
         limits=(options.min_pixels or shape.min_pixels, options.max_pixels or shape.max_pixels),
         factor=shape.factor,
         halp_compat=options.halp_compat,
@@ -177,12 +178,18 @@ def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Dis
     numbers = shared * of_image + questions * of_question
     width = 2 if options.dtype == "bfloat16" else 4
     staged = min(questions, options.checkpoint_interval + settings().queue_limit)
-    where = next(p for p in (options.output_dir.resolve(), *options.output_dir.resolve().parents) if p.is_dir())
     return Disk(
         parts=round(numbers * _BYTES_PER_NUMBER[options.dtype]) + questions * _BYTES_PER_QUESTION,
         staging=staged * (of_image + of_question) * width,
-        free=shutil.disk_usage(where).free,
+        free=_free(options.output_dir),
     )
+
+
+def _free(output_dir: str) -> int | None:
+    if is_url(output_dir):
+        return None
+    path = Path(output_dir).resolve()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
 
 
 def _trial(

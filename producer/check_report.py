@@ -90,10 +90,8 @@ def _disk(checked: Checked) -> str:
     if checked.disk is None:
         return f"not known: the dimensions of {checked.options.model} are not known here"
     disk = checked.disk
-    return (
-        f"about {in_bytes(disk.parts)} of parts, up to {in_bytes(disk.staging)} of staging;"
-        f" {in_bytes(disk.free)} are free"
-    )
+    free = "" if disk.free is None else f"; {in_bytes(disk.free)} are free"
+    return f"about {in_bytes(disk.parts)} of parts, up to {in_bytes(disk.staging)} of staging{free}"
 
 
 def _decoding(checked: Checked) -> str:

@@ -44,7 +44,5 @@ def listening_workers(run: Run) -> Listeners:
             command += f" --revision {settings.revision}"
         return Listeners([], f"No worker at {address} serves this run's model. Start one: {command}")
     if not any(COLLECT in queues for queues in served.values()):
-        return Listeners(
-            names, f"No collector at {address} packs this run. Start one: workers collect {run.output_dir}"
-        )
+        return Listeners(names, f"No collector at {address} packs this run. Start one: workers collect {run.location}")
     return Listeners(names, None)

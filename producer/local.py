@@ -12,11 +12,12 @@ from pathlib import Path
 from producer.server import EmbeddedServer
 from storage.account import Account, Bookkeeper
 from storage.errors import UserError
+from storage.location import is_url
 from storage.run import Run
 from workers.children import Child
 from workers.gpus import visible_gpus
 
-_POLL = 0.3
+_POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
@@ -43,7 +44,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         environment = {
             **os.environ,
             "HALP_BROKER_URL": server.url,
-            "HALP_DATA_ROOTS": str(run.output_dir),
+            "HALP_DATA_ROOTS": run.location,
             "HALP_SWEEP_INTERVAL": "1",
             "HALP_MODEL": run.settings.model,
             "HALP_REVISION": run.settings.revision,
@@ -51,7 +52,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
             "HALP_CACHE_DIR": str(cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
-        logs = run.output_dir / ".run" / "logs"
+        logs = _local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]
         workers = {f"worker-gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
@@ -115,7 +116,7 @@ def _supervise(run: Run, processes: list[_Logged], show: Callable[[Account], Non
                 )
             process.start_logged()
             wipe(run)  # what the dead worker had taken would come back only after the visibility timeout
-        time.sleep(_POLL)
+        time.sleep(_REMOTE_POLL if is_url(run.location) else _POLL)
 
 
 def _done(account: Account) -> int:
@@ -132,10 +133,20 @@ def _end(processes: list[_Logged]) -> None:
 
 @contextmanager
 def _only_one(run: Run) -> Iterator[None]:
-    """Hold the directory's lock, which the kernel releases with this process."""
-    with (run.output_dir / ".run" / "lock").open("w") as file:
+    """Hold the run's lock on this machine, which the kernel releases with this process."""
+    with (_local_state(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another `producer run` is at work on {run.output_dir}: wait for it, or stop it") from None
+            raise UserError(f"another `producer run` is at work on {run.location}: wait for it, or stop it") from None
         yield
+
+
+def _local_state(run: Run) -> Path:
+    """Return the directory for what only this machine needs of a run: its lock and its logs."""
+    if not is_url(run.location):
+        return run.output_dir / ".run"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    directory = state / "halp-extractor" / run.run_id
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory

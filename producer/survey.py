@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from storage.images import OutsideRootError, resolve_image
+from storage.location import is_url
 from workers.errors import PermanentError, TransientError
 from workers.preprocess import image_size, load_image, smart_resize
 
@@ -34,7 +34,7 @@ class Survey:
 
     sizes: dict[str, tuple[int, int]]
     problems: tuple[ImageProblem, ...]
-    file_bytes: int
+    file_bytes: int  # of the files on this machine
     decode_seconds: float | None  # of one core for one image: read, decoded and resized; None where none could be
 
     def pixels(self) -> list[int]:
@@ -46,21 +46,21 @@ class Survey:
 class Gallery:
     """Where a run's images are and how they are read."""
 
-    images_dir: Path
-    roots: tuple[Path, ...]
+    images_dir: str  # a resolved location, as are the roots
+    roots: tuple[str, ...]
     limits: tuple[int, int]
     factor: int
     halp_compat: bool
     exif_rotation: bool
 
-    def path(self, image_id: str) -> Path:
-        """Return an image's path. Raises OutsideRootError."""
+    def place(self, image_id: str) -> str:
+        """Return an image's location. Raises OutsideRootError."""
         return resolve_image(image_id, self.images_dir, self.roots)
 
     def decode(self, image_id: str) -> tuple[int, int]:
         """Decode and resize an image as a worker does; return its size. Raises PermanentError, TransientError."""
         image = load_image(
-            self.path(image_id),
+            self.place(image_id),
             self.factor,
             self.limits,
             halp_compat=self.halp_compat,
@@ -82,9 +82,9 @@ def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, advance:
 
     def look(image_id: str) -> tuple[tuple[int, int], int] | ImageProblem:
         try:
-            path = gallery.path(image_id)
-            size = gallery.decode(image_id) if decode else image_size(path, exif_rotation=gallery.exif_rotation)
-            return size, path.stat().st_size
+            place = gallery.place(image_id)
+            size = gallery.decode(image_id) if decode else image_size(place, exif_rotation=gallery.exif_rotation)
+            return size, 0 if is_url(place) else os.path.getsize(place)
         except OutsideRootError as error:
             return ImageProblem(image_id, "image_outside_root", str(error))
         except PermanentError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -24,7 +23,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A part.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A part: a file, or a URL such as s3://bucket/run/part.h5.")
+    ],
     question: Annotated[
         str | None,
         typer.Option(metavar="ID", help="The question to show whole. [default: the first]", show_default=False),
@@ -37,8 +38,10 @@ def inspect(
     Example: storage inspect output/qwen25vl_7b_embeddings_part_001.h5 --question 17
     """
     from storage.inspect import describe_part, part_json, part_tables
+    from storage.store import local_file
 
-    summary = describe_part(file, question)
+    with local_file(file) as path:
+        summary = replace(describe_part(path, question), file=file)
     if as_json:
         print(json.dumps(part_json(summary)))
         return
@@ -49,7 +52,7 @@ def inspect(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also check every stored vector's checksum, and the texts against the plan.")
     ] = False,
@@ -82,7 +85,7 @@ def verify(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
     as_json: AsJson = False,
 ) -> None:
     """Write report.html into a run's directory: counts, failures, charts and samples in one page. The collector does, too.
@@ -92,8 +95,8 @@ def report(
     from storage.report import write_report
     from storage.run import Run
 
-    path = write_report(Run.open(directory))
-    print(json.dumps({"report": str(path)}) if as_json else path)
+    address = write_report(Run.open(directory))
+    print(json.dumps({"report": address}) if as_json else address)
 
 
 def main() -> None:

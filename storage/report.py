@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ _PCA_LAYERS = 5
 _HIDDEN_SETTINGS = {"format_version", "model_slug", "part_digits"}
 
 
-def write_report(run: Run) -> Path:
-    """Write the report of a run as far as it is, in place of an older one. Return its path."""
+def write_report(run: Run) -> str:
+    """Write the report of a run as far as it is, in place of an older one. Return its path or URL."""
     page = render(gather(run))
     run.store.put(REPORT, page.encode(errors="replace"))  # a lone surrogate, of a path that is not UTF-8, becomes `?`
-    return run.store.path(REPORT)
+    return run.store.address(REPORT)
 
 
 def render(data: ReportData) -> str:
@@ -38,7 +37,7 @@ def render(data: ReportData) -> str:
     )
     run, account = data.run, data.account
     return environment.get_template("report.html.jinja").render(
-        title=run.output_dir.name or str(run.output_dir),
+        title=run.location.rpartition("/")[2] or run.location,
         now=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=_settings(data),
         account=account,

@@ -6,10 +6,10 @@ import base64
 import io
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import h5py
@@ -19,22 +19,27 @@ from PIL import Image
 
 from storage.account import Account, Bookkeeper
 from storage.failures import published_failures
-from storage.images import OutsideRootError, resolve_image
+from storage.images import resolve_image
+from storage.location import is_url
 from storage.naming import question_id
-from storage.pack import Sidecar, sidecars
+from storage.pack import sidecars
 from storage.run import Run
 from storage.sample import Failure
+from storage.store import read_bounded
 
 T = TypeVar("T")
 _PARTS = 200  # looked into for their times and certificates
 _QUESTIONS = 5_000  # whose attributes are read, from at most
 _QUESTION_PARTS = 40
+_FETCHED = 10
+_VECTOR_PARTS = 10
 _VECTORS = 400  # questions whose vectors are read: 0.3 ms each
 _SAMPLES = 12
 _FAILURES = 20
 _TEXT = 300  # characters shown of a text
 _THUMBNAIL = (160, 120)
 _LARGEST = 50_000_000  # pixels of an image that a thumbnail is made of
+_LARGEST_FILE = 64 << 20  # bytes of it
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
 
 
@@ -73,26 +78,30 @@ class ReportData:
 
 
 def gather(run: Run) -> ReportData:
-    """Read what the report shows. A part that cannot be read is left out."""
+    """Read what the report shows, each part once. A part that cannot be read is left out."""
     parts = list(sidecars(run))
     data = ReportData(run, Bookkeeper(run).account())
     data.failures = [failed.failure for failed in published_failures(run)[:_FAILURES]]
-    _read_attributes(run, data, parts)
     written = [part for part in parts if part.question_ids]
-    chosen = spread(written, _QUESTION_PARTS)
-    for part in chosen:
-        for group in _groups(run, part, -(-_QUESTIONS // len(chosen))):
-            _count_question(data, group)
-    chosen = spread(written, 10)
+    bound = _FETCHED if is_url(run.location) else _PARTS  # an object store's parts are fetched whole
+    counted, shown = spread(written, min(bound, _QUESTION_PARTS)), spread(written, _VECTOR_PARTS)
+    looked = {part.part for part in (*spread(parts, bound), *counted, *shown)}
     fields = _fields(run)
     rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in fields}
-    for part in chosen:
-        for group in _groups(run, part, -(-_VECTORS // len(chosen))):
-            if all(name in group for name in fields):
-                for name in fields:
-                    rows[name].append(group[name][:])
-                data.groups.append(compare(_text(group, "answer"), _text(group, "ground_truth_answer")))
-        _show(run, data, part, -(-_SAMPLES // len(chosen)))
+    published: list[tuple[float | None, int]] = []
+    for part in parts:
+        hours = None
+        if part.part in looked:
+            with suppress(OSError), run.local_part(part.part) as path, h5py.File(path, "r") as file:
+                hours = _read_attributes(data, file)
+                if part in counted:
+                    for key in spread(list(file), -(-_QUESTIONS // len(counted))):
+                        _count_question(data, file[key])
+                if part in shown:
+                    _read_vectors(data, file, rows, -(-_VECTORS // len(shown)))
+                    _show(data, file, -(-_SAMPLES // len(shown)))
+        published.append((hours, len(part.question_ids)))
+    data.progress = _cumulative(published)
     data.vectors = {name: np.stack(vectors) for name, vectors in rows.items() if vectors}
     return data
 
@@ -111,27 +120,27 @@ def spread(items: Sequence[T], number: int) -> list[T]:
     return [items[i * len(items) // number] for i in range(number)]
 
 
-def _read_attributes(run: Run, data: ReportData, parts: Sequence[Sidecar]) -> None:
-    begun = datetime.fromisoformat(run.settings.created_at)
-    looked = {part.part for part in spread(parts, _PARTS)}
-    published: list[tuple[float | None, int]] = []
-    for part in parts:
-        if part.part not in looked:
-            published.append((None, len(part.question_ids)))
-            continue
-        try:
-            with h5py.File(run.part_path(part.part), "r") as file:
-                attributes = dict(file.attrs)
-        except OSError:
-            continue
-        created = datetime.fromisoformat(attributes["created_at"])
-        published.append(((created - begun).total_seconds() / 3600, len(part.question_ids)))
-        if "drift" in attributes:
-            data.certificates.append(json.loads(attributes["drift"]))
-        for name in ("device", "gpu", "attention_implementation", "library_versions"):
-            if attributes.get(name):
-                data.environments.setdefault(name, set()).add(str(attributes[name]))
-    data.progress = _cumulative(published)
+def _read_attributes(data: ReportData, file: h5py.File) -> float:
+    """Note what a part says of itself; return the hours from the plan to its publication."""
+    attributes = file.attrs
+    if "drift" in attributes:
+        data.certificates.append(json.loads(attributes["drift"]))
+    for name in ("device", "gpu", "attention_implementation", "library_versions"):
+        if attributes.get(name):
+            data.environments.setdefault(name, set()).add(str(attributes[name]))
+    created, begun = (datetime.fromisoformat(t) for t in (attributes["created_at"], data.run.settings.created_at))
+    return (created - begun).total_seconds() / 3600
+
+
+def _read_vectors(
+    data: ReportData, file: h5py.File, rows: dict[str, list[npt.NDArray[np.float32]]], number: int
+) -> None:
+    for key in spread(list(file), number):
+        group = file[key]
+        if all(name in group for name in rows):
+            for name, vectors in rows.items():
+                vectors.append(group[name][:])
+            data.groups.append(compare(_text(group, "answer"), _text(group, "ground_truth_answer")))
 
 
 def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[float, float]]:
@@ -143,17 +152,6 @@ def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[flo
         total += number
         points.append((max(0.0, hours), total + unknown * index / len(known)))
     return points
-
-
-def _groups(run: Run, part: Sidecar, number: int) -> Iterator[h5py.Group]:
-    """Yield some questions of a part; none of a part that cannot be read."""
-    try:
-        file = h5py.File(run.part_path(part.part), "r")
-    except OSError:
-        return
-    with file:
-        for key in spread(list(file), number):
-            yield file[key]
 
 
 def _count_question(data: ReportData, group: h5py.Group) -> None:
@@ -175,17 +173,18 @@ def _fields(run: Run) -> list[str]:
     return [] if facts is None else list(facts.field_widths())
 
 
-def _show(run: Run, data: ReportData, part: Sidecar, number: int) -> None:
-    for group in _groups(run, part, min(number, _SAMPLES - len(data.shown))):
+def _show(data: ReportData, file: h5py.File, number: int) -> None:
+    for key in spread(list(file), min(number, _SAMPLES - len(data.shown))):
+        group = file[key]
         image_id = _text(group, "image_id")
         data.shown.append(
             Shown(
-                question_id=clipped(question_id(group.name.lstrip("/"))),
+                question_id=clipped(question_id(key)),
                 image_id=clipped(image_id),
                 question=clipped(_text(group, "question")),
                 answer=clipped(_text(group, "answer")),
                 ground_truth=clipped(_text(group, "ground_truth_answer")),
-                thumbnail=_thumbnail(run, image_id),
+                thumbnail=_thumbnail(data.run, image_id),
             )
         )
 
@@ -200,18 +199,19 @@ def _text(group: h5py.Group, name: str) -> str:
 
 
 def _thumbnail(run: Run, image_id: str) -> str:
-    roots = tuple(Path(root) for root in run.settings.image_roots)
     try:
-        path = resolve_image(image_id, Path(run.settings.images_dir), roots)
-        with warnings.catch_warnings(), Image.open(path, formats=_FORMATS) as image:
+        data = read_bounded(resolve_image(image_id, run.settings.images_dir, run.settings.image_roots), _LARGEST_FILE)
+        if data is None:
+            return ""
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             warnings.simplefilter("ignore")
             if image.width * image.height > _LARGEST:
                 return ""
             image.draft("RGB", _THUMBNAIL)
             small = image.convert("RGB")
             small.thumbnail(_THUMBNAIL)
-    except (OutsideRootError, Exception):  # noqa: BLE001  (decoders raise anything; the images may not even be on this machine)
+    except Exception:  # noqa: BLE001  (decoders raise anything; the images may not even be on this machine)
         return ""
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()

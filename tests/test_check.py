@@ -168,7 +168,7 @@ def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs:
 
 def options(images: Path, **changes: Any) -> RunOptions:
     fields: dict[str, Any] = {
-        "csv": images.parent / "vqa.csv", "images_dir": images, "output_dir": images.parent / "o", "image_roots": (),
+        "csv": images.parent / "vqa.csv", "images_dir": str(images), "output_dir": str(images.parent / "o"), "image_roots": (),
         "model": "Qwen/Qwen2.5-VL-7B-Instruct", "revision": "main", "dtype": "bfloat16", "layers": None,
         "vision_encoder": True, "prompt": "{question}", "repetition_penalty": None, "exact": False,
         "halp_compat": False, "exif_rotation": False, "max_new_tokens": 200, "min_pixels": None, "max_pixels": None,
@@ -211,7 +211,7 @@ def test_ids_read_as_numbers() -> None:
 
 def gallery(images: Path, **changes: Any) -> Gallery:
     fields: dict[str, Any] = {
-        "images_dir": images.resolve(), "roots": (), "limits": (3136, 12845056), "factor": 28, "halp_compat": False,
+        "images_dir": str(images.resolve()), "roots": (), "limits": (3136, 12845056), "factor": 28, "halp_compat": False,
         "exif_rotation": False,
     }  # fmt: skip
     return Gallery(**(fields | changes))

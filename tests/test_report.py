@@ -143,7 +143,7 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(report_data, "_PARTS", 3)
     run.part_path(5).unlink()  # one that cannot be read is left out
     data = gather(run)
-    assert len(data.prompt_tokens) in {6, 8}
+    assert 3 <= len(data.prompt_tokens) <= 9
     assert len(data.groups) <= 10
     assert {len(vectors) for vectors in data.vectors.values()} == {len(data.groups)}
     assert data.progress[-1][1] == 40  # every published question counts

@@ -13,13 +13,13 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
+from storage.location import is_within
 from storage.pack import pack
-from storage.run import Run, is_run
+from storage.run import Run, find_runs, part_names
 from workers.feed import feed
 from workers.parent import PARENT_VARIABLE
 
@@ -29,8 +29,8 @@ _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
 _REPORT = (
     "import sys; from workers.parent import die_with_named_parent; die_with_named_parent(); "
-    "from pathlib import Path; from storage.report import write_report; from storage.run import Run; "
-    "write_report(Run.open(Path(sys.argv[1])))"
+    "from storage.report import write_report; from storage.run import Run; "
+    "write_report(Run.open(sys.argv[1]))"
 )
 _REPORT_SECONDS = 120
 
@@ -38,62 +38,55 @@ _REPORT_SECONDS = 120
 class Collector:
     """Sweeps the runs below some directories."""
 
-    def __init__(self, roots: tuple[Path, ...]) -> None:
+    def __init__(self, roots: tuple[str, ...]) -> None:
         self._roots = roots
-        self._runs: dict[Path, Run] = {}
+        self._runs: dict[str, Run] = {}
         self._next_scan = float("-inf")
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
         if time.monotonic() >= self._next_scan:
             self._scan()
-        for path, run in list(self._runs.items()):
+        for location, run in list(self._runs.items()):
             try:
                 if collect_run(run):
-                    del self._runs[path]
+                    del self._runs[location]
             except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
-                logger.exception("cannot bring %s forward now", path)
+                logger.exception("cannot bring %s forward now", location)
 
     def _scan(self) -> None:
         begun = time.monotonic()
-        found = {path for root in self._roots for path in find_runs(root)}
-        self._runs = {path: run for path, run in self._runs.items() if path in found}
-        for path in found - self._runs.keys():
+        for root in self._roots:
             try:
-                run = Run.open(path)
-                if not run.is_finished():
-                    self._runs[path] = run
-            except UserError as error:
-                logger.warning("%s", error)
+                self._scan_root(root)
+            except OSError as error:  # an object store that is away: its runs stay those that are known
+                logger.warning("cannot look for runs now: %s", error)
         ended = time.monotonic()
         self._next_scan = ended + (ended - begun) / _SCAN_SHARE
 
-
-def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
-    """Return the run directories at or below a directory, a few levels deep."""
-    if is_run(root):
-        return [root]
-    if depth == 0:
-        return []
-    try:
-        with os.scandir(root) as entries:
-            below = [Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [run for path in below for run in find_runs(path, depth - 1)]
+    def _scan_root(self, root: str) -> None:
+        found = set(find_runs(root, _SCAN_DEPTH))
+        self._runs = {place: run for place, run in self._runs.items() if place in found or not is_within(place, root)}
+        for location in found - self._runs.keys():
+            try:
+                run = Run.open(location)
+                if not run.is_finished():
+                    self._runs[location] = run
+            except UserError as error:
+                logger.warning("%s", error)
 
 
 def collect_run(run: Run) -> bool:
     """Bring a run one sweep forward. Return whether every part is published."""
     run.refresh()
     published = run.parts_with_sidecar()
-    staging = set(run.staging_directories())
+    staging, present = set(run.staging_directories()), set(part_names(run.location))
     for piece in run.slices:
-        label = run.label(piece.part)
-        if label in staging or (piece.part not in published and run.part_path(piece.part).exists()):
+        name = run.part_name(piece.part)
+        if run.label(piece.part) in staging or (piece.part not in published and name in present):
             try:
                 if pack(run, piece.part) and piece.part not in published:
-                    logger.info("published %s", run.part_path(piece.part))
+                    logger.info("published %s", run.store.address(name))
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
@@ -122,7 +115,7 @@ def _write_report(run: Run) -> None:
     """Have the report written by a process of its own: a run's end needs it in no way, and a stranger's images are decoded."""
     try:
         subprocess.run(
-            [sys.executable, "-c", _REPORT, str(run.output_dir)],
+            [sys.executable, "-c", _REPORT, run.location],
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -131,6 +124,6 @@ def _write_report(run: Run) -> None:
             check=True,
         )
     except subprocess.CalledProcessError as error:
-        logger.warning("%s: no report.html:\n%s", run.output_dir, error.stderr)
+        logger.warning("%s: no report.html:\n%s", run.location, error.stderr)
     except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("%s: no report.html: %s", run.output_dir, error)
+        logger.warning("%s: no report.html: %s", run.location, error)

@@ -18,18 +18,23 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
+from storage.location import is_url
+from storage.store import read_bounded
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.prompt import QuestionTokenizer
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 _CACHED_IMAGES = 64
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
@@ -71,8 +76,8 @@ class Preprocessor:
     def image(
         self,
         image_id: str,
-        images_dir: Path,
-        roots: tuple[Path, ...],
+        images_dir: str | Path,
+        roots: tuple[str | Path, ...],
         limits: tuple[int, int],
         *,
         halp_compat: bool = False,
@@ -80,10 +85,10 @@ class Preprocessor:
     ) -> PreparedImage:
         """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
         try:
-            path = resolve_image(image_id, images_dir, roots)
+            location = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
-        key = (path, *limits, halp_compat, exif_rotation)
+        key = (location, *limits, halp_compat, exif_rotation)
         with self._lock:
             future = self._images.get(key)
             mine = future is None
@@ -95,7 +100,7 @@ class Preprocessor:
         if mine:
             try:
                 future.set_result(
-                    load_image(path, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
+                    load_image(location, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
                 )
             except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._lock:
@@ -119,9 +124,9 @@ class Preprocessor:
 
 
 def load_image(
-    path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
+    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
 ) -> PreparedImage:
-    """Read, check, decode and resize an image file. Raises PermanentError, TransientError.
+    """Read, check, decode and resize an image, from a file or an object's URL. Raises PermanentError, TransientError.
 
     `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
     `exif_rotation` turns the image upright first, which the recipe does not.
@@ -139,20 +144,15 @@ def load_image(
     return PreparedImage(key, pixels, digest, (width, height))
 
 
-def image_size(path: Path, *, exif_rotation: bool = False) -> tuple[int, int]:
+def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, int]:
     """Return the width and height that an image's header says, checked as `load_image` checks them; decodes no pixels.
 
-    Raises PermanentError, TransientError.
+    An object is fetched whole. Raises PermanentError, TransientError.
     """
-    with _reading(path):
-        file = path.open("rb")
-    with file, _decoding(path):
-        if os.fstat(file.fileno()).st_size == 0:
-            raise _empty(path)
-        with Image.open(file, formats=_FORMATS) as image:
-            _check_size(path, *image.size)
-            turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.height, image.width) if turned else (image.width, image.height)
+    with _opened(path) as file, _decoding(path), Image.open(file, formats=_FORMATS) as image:
+        _check_size(path, *image.size)
+        turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -172,29 +172,44 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rounded_height, rounded_width
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     with _reading(path):
-        data = path.read_bytes()
+        data = read_bounded(str(path), MAX_IMAGE_BYTES)
+    if data is None:
+        raise _too_many_bytes(path)
     if not data:
         raise _empty(path)
     return data
 
 
+def _opened(path: str | Path) -> BinaryIO:
+    """Return an image's file, or an object's bytes."""
+    if is_url(path):
+        return io.BytesIO(_read(path))
+    with _reading(path):
+        size = os.stat(path).st_size
+        if 0 < size <= MAX_IMAGE_BYTES:
+            return Path(path).open("rb")
+    raise _too_many_bytes(path) if size else _empty(path)
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Raise what the file system raises as our errors."""
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise what the file system or an object store raises as our errors."""
     try:
         yield
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
+    except ObjectStoreError as error:  # access denied too: credentials expire in the middle of a run
+        raise TransientError(str(error)) from error
     except OSError as error:
         raise TransientError(f"{path}: {error.strerror}") from error
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def _decoding(path: str | Path) -> Iterator[None]:
     """Raise what decoders raise as our errors."""
     try:
         with warnings.catch_warnings():
@@ -214,11 +229,15 @@ def _decoding(path: Path) -> Iterator[None]:
         raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
 
 
-def _empty(path: Path) -> PermanentError:
+def _empty(path: str | Path) -> PermanentError:
     return PermanentError("image_empty", f"{path} has no bytes: replace it")
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _too_many_bytes(path: str | Path) -> PermanentError:
+    return PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
+
+
+def _check_size(path: str | Path, width: int, height: int) -> None:
     if width * height > MAX_IMAGE_PIXELS:
         raise PermanentError(
             "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"

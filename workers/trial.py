@@ -44,7 +44,7 @@ TRIAL_ERRORS = (EngineStartError, BatchFailedError, EngineDiedError, PermanentEr
 def run_trial(
     spec: EngineSpec,
     cases: Sequence[TrialCase],
-    places: tuple[Path, tuple[Path, ...]],
+    places: tuple[str, tuple[str, ...]],
     recipe: Recipe,
     layers: tuple[int, ...] | Literal["all"] | None,
     limits: tuple[int | None, int | None],
@@ -88,7 +88,7 @@ def run_trial(
 def _request(
     prepare: Preprocessor,
     case: TrialCase,
-    places: tuple[Path, tuple[Path, ...]],
+    places: tuple[str, tuple[str, ...]],
     limits: tuple[int, int],
     recipe: Recipe,
 ) -> Request | None:
