@@ -13,6 +13,7 @@ from celery.signals import celeryd_init
 from storage.naming import model_slug
 from workers.bootsteps import CollectorStep, EngineStep
 from workers.checkpoint import checkpoint_digest
+from workers.metrics import MetricsStep
 from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import WorkerSettings, settings
 
@@ -60,7 +61,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
 
 app = Celery("workers")
 app.conf.update(_configuration(settings()))
-app.steps["worker"].update({EngineStep, CollectorStep})
+app.steps["worker"].update({EngineStep, CollectorStep, MetricsStep})
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

@@ -14,14 +14,19 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.location import is_within
 from storage.pack import pack
 from storage.run import Run, find_runs, part_names
-from workers.feed import feed
+from workers.feed import feed, queue_lengths
+from workers.metrics import after_sweep
 from workers.parent import PARENT_VARIABLE
+from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
@@ -41,11 +46,13 @@ class Collector:
     def __init__(self, roots: tuple[str, ...]) -> None:
         self._roots = roots
         self._runs: dict[str, Run] = {}
+        self._books: dict[str, Bookkeeper] = {}  # of the same runs, for the metrics
         self._next_scan = float("-inf")
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
-        if time.monotonic() >= self._next_scan:
+        begun = time.monotonic()
+        if begun >= self._next_scan:
             self._scan()
         for location, run in list(self._runs.items()):
             try:
@@ -53,6 +60,16 @@ class Collector:
                     del self._runs[location]
             except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
                 logger.exception("cannot bring %s forward now", location)
+        if settings().metrics_port:
+            self._show_metrics(time.monotonic() - begun)
+
+    def _show_metrics(self, seconds: float) -> None:
+        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in self._runs.items()}
+        try:
+            accounts = [(run, self._books[location].account()) for location, run in self._runs.items()]
+            after_sweep(seconds, accounts, queue_lengths)
+        except (OSError, DamagedError, OperationalError, RedisError) as error:
+            logger.warning("metrics are not up to date: %s", error)
 
     def _scan(self) -> None:
         begun = time.monotonic()

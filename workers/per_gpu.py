@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from workers.children import Child
+from workers.settings import settings
 
 _POLL = 0.2
 _SETTLED = 60.0  # seconds of life after which a death is the first in a row again
@@ -21,9 +22,12 @@ _MAX_DEATHS = 5  # in a row: then that GPU is given up
 def run_workers(gpus: Sequence[str], arguments: Sequence[str]) -> int:
     """Run `workers extract` with these arguments on each GPU until SIGTERM or Ctrl-C; a second signal kills them.
 
+    Metrics are served on a port each, from HALP_METRICS_PORT on.
     Return 0 after a drain, and 1 once every GPU has been given up. Their lines go to stderr behind `gpu0 |`.
     """
-    workers = [_Worker(gpu, arguments) for gpu in gpus]
+    port = settings().metrics_port
+    ports = [{"HALP_METRICS_PORT": str(port + i)} if port else {} for i in range(len(gpus))]
+    workers = [_Worker(gpu, arguments, own) for gpu, own in zip(gpus, ports)]
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _frame: signals.append(received))
@@ -50,9 +54,9 @@ def run_workers(gpus: Sequence[str], arguments: Sequence[str]) -> int:
 class _Worker:
     """The worker of one GPU, and when it is started next."""
 
-    def __init__(self, gpu: str, arguments: Sequence[str]) -> None:
+    def __init__(self, gpu: str, arguments: Sequence[str], metrics: dict[str, str]) -> None:
         name = f"extract-{os.getpid()}-gpu{gpu}"
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, **metrics}
         self.child = Child(f"gpu{gpu}", ["extract", "--name", name, *arguments], environment)
         self.given_up = False
         self._begun = 0.0
