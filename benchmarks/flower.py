@@ -77,7 +77,7 @@ def flower(directory: Path, bound: int) -> Iterator[tuple[str, subprocess.Popen[
 
 
 def send(url: str, tasks: int) -> float:
-    """Send a received, a started and a last event of each task, every tenth a failure. Return the seconds until Flower has all."""
+    """Send a received, a started and a last event of each task, every tenth a failure. Return the seconds it took Flower."""
     from celery import Celery
 
     app = Celery(broker=os.environ["HALP_BROKER_URL"])
