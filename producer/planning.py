@@ -17,8 +17,8 @@ from producer.table import file_sha256, read_questions
 from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
-from storage.part import is_part_of
 from storage.plan import Question, write_generation
+from storage.probe import is_part_of
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What to do about a damaged part.
+ADVICE = "`storage verify` finds what is damaged, `producer enqueue … --repair` computes it again"
+
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and how to mend it. Exit code 2."""
@@ -16,3 +19,7 @@ class ObjectStoreError(UserError, OSError):
 
 class DamagedError(Exception):
     """A stored file does not hold what was written to it."""
+
+
+class UnfinishedWarning(UserWarning):
+    """A run is read of which parts are not published yet."""

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
-from storage.part import is_part_of, read_header, write_part
+from storage.part import read_header, write_part
 from storage.plan import Question
+from storage.probe import is_part_of
 from storage.run import Run
 from storage.sample import Failure, Sample
 from storage.store import sync

@@ -22,10 +22,10 @@ from storage.naming import group_key
 from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar, sidecars
 from storage.plan import Question, Slice
+from storage.rows import TEXTS, rows_problem
 from storage.run import Run, part_names
 from storage.settings import ModelFacts
 
-_TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 _PLANNED_TEXTS = ("question", "image_id", "ground_truth_answer")
 
 
@@ -133,6 +133,8 @@ def _content_problems(
             if deep and question_id in planned:
                 for problem in _text_problems(file[key], planned[question_id]):
                     yield question_id, problem
+        if deep and (difference := rows_problem(file, keys)) is not None:
+            yield None, difference
 
 
 def _damage(path: Path, sidecar: Sidecar) -> str | None:
@@ -145,7 +147,7 @@ def _damage(path: Path, sidecar: Sidecar) -> str | None:
 
 
 def _problems(group: h5py.Group, model: ModelFacts | None) -> Iterator[str]:
-    for name in _TEXTS:
+    for name in TEXTS:
         if name not in group:
             yield f"{name} is missing"
     if model is None:

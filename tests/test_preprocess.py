@@ -690,16 +690,18 @@ def test_error_reaches_all_who_wait_and_is_not_kept(card, images, decodes):
 
 
 def test_memory_is_bounded(card, images, decodes, monkeypatch):
-    monkeypatch.setattr(preprocess, "_CACHED_IMAGES", 3)
+    """The image is enlarged to 4, 9, 16 … merged tokens of 2,352 bytes each: the last two fit."""
+    monkeypatch.setattr(preprocess, "_IMAGE_BYTES", (16 + 25) * 2352)
     decodes.go.set()
     preprocessor = Preprocessor(card)
-    for i in range(5):
-        preprocessor.image("a.png", images, (), (784, 784 * (i + 1)))
-    assert len(preprocessor._images) == 3
-    preprocessor.image("a.png", images, (), (784, 784 * 5))
+    sizes = [(784 * i * i, 784 * i * i) for i in range(2, 6)]
+    Image.new("RGB", (56, 56)).save(images / "square.png")
+    assert [preprocessor.image("square.png", images, (), size).nbytes // 2352 for size in sizes] == [4, 9, 16, 25]
+    preprocessor.image("square.png", images, (), sizes[-2])
+    preprocessor.image("square.png", images, (), sizes[-1])
+    assert len(decodes.paths) == 4
+    preprocessor.image("square.png", images, (), sizes[0])
     assert len(decodes.paths) == 5
-    preprocessor.image("a.png", images, (), (784, 784))
-    assert len(decodes.paths) == 6
 
 
 @pytest.mark.parametrize("image_id", ["../secret.png", "/etc/hostname", "link.png", "a\0b.png"])
