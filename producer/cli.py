@@ -39,7 +39,7 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output 
 
 @app.command()
 @with_run_options
-def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
+def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check a dataset, plan a run over it and put its questions into the queue. Again: finish what is missing.
 
     Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
@@ -62,7 +62,11 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
-    if not quiet:
+    if as_json:
+        from producer.display import account_json
+
+        print(json.dumps({**account_json(run, account), "queued": number}))
+    elif not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound = settings().queue_limit
         if number and number < account.outstanding:
@@ -78,6 +82,7 @@ def run(
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Do everything on this machine: an embedded queue, a worker per GPU (or one on the CPU), the collector.
@@ -91,12 +96,12 @@ def run(
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
-    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet))
+    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
+def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
-    from producer.display import LiveAccount
+    from producer.display import LiveAccount, account_json
     from producer.local import RunStoppedError, run_locally
 
     console = Console(stderr=True, quiet=quiet)
@@ -110,7 +115,9 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
     except RunStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    if not quiet:
+    if as_json:
+        print(json.dumps(account_json(run, account)))
+    elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
         print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
@@ -254,7 +261,7 @@ def retry(
 
 
 @app.command()
-def cancel(directory: Directory) -> None:
+def cancel(directory: Directory, as_json: AsJson = False) -> None:
     """Stop a run: workers drop its queued questions and begin no other. What is finished is kept; other runs go on.
 
     Example: producer cancel output/
@@ -266,7 +273,11 @@ def cancel(directory: Directory) -> None:
     account = Bookkeeper(run).account()
     if account.finished:
         raise UserError(f"{run.location} is finished: there is nothing to cancel")
-    was = "is cancelled" if run.cancel() else "was cancelled before"
+    newly = run.cancel()
+    if as_json:
+        print(json.dumps({"newly_cancelled": newly, "outstanding": account.outstanding}))
+        return
+    was = "is cancelled" if newly else "was cancelled before"
     print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
     print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
