@@ -68,9 +68,12 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
         print(json.dumps({**account_json(run, account), "queued": number}))
     elif not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
-        bound = settings().queue_limit
+        bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
-            print(f"The collector feeds the rest, at most {bound:,} in the queue at a time.")
+            most = (
+                f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
+            )
+            print(f"The collector feeds the rest, at most {most}.")
         print(f"Watch: producer status {options.output_dir} --watch")
 
 
@@ -181,7 +184,7 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import LiveAccount, account_json, account_table
+    from producer.display import LiveAccount, account_json, account_table, workers_table
     from producer.listeners import listening_workers
     from storage.account import Bookkeeper
     from storage.run import Run
@@ -198,7 +201,7 @@ def status(
         with LiveAccount(console) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
-                    _print_hint(console, listening_workers(run).problem)
+                    _print_hints(console, listening_workers(run).problems)
                     looked = time.monotonic()
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
@@ -207,12 +210,16 @@ def status(
     if as_json:
         body = account_json(run, account)
         body["workers"] = listeners.names if listeners else []
-        body["problem"] = listeners.problem if listeners else None
+        body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
+        body["problems"] = listeners.problems if listeners else []
+        body["problem"] = "\n".join(body["problems"]) or None
         print(json.dumps(body))
         return
     Console().print(account_table(run, account))
     if listeners is not None:
-        _print_hint(Console(stderr=True), listeners.problem)
+        if listeners.workers:
+            Console().print(workers_table(listeners.workers))
+        _print_hints(Console(stderr=True), listeners.problems)
     for worker, message in run.refusals().items():
         print(f"refused by {worker}: {message}", file=sys.stderr)
 
@@ -311,6 +318,11 @@ def _print_failures(run: Run, account: Account) -> None:
         print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
 
 
+def _print_hints(console: Console, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+
+
 def _print_failed(run: Run, *, as_json: bool) -> None:
     from producer.display import failed_json, failed_table
     from storage.failures import published_failures, staged_failures
@@ -322,16 +334,14 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
         Console().print(failed_table(run, failures))
 
 
-def _print_hint(console: Console, problem: str | None) -> None:
-    if problem:
-        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
-
-
 def _unreachable(error: Exception) -> str:
+    from workers.broker import trouble
     from workers.celery import app as celery_app
 
-    broker = celery_app.connection_for_write().as_uri()
-    return f"cannot reach the broker {broker}: {error}\nStart it (`redis-server`) or set HALP_BROKER_URL."
+    broker, what = celery_app.connection_for_write().as_uri(), trouble(error)
+    if "does not answer" not in what:
+        return f"the broker {broker} {what}."
+    return f"cannot reach the broker {broker}: it {what}\nStart it (`redis-server`) or set HALP_BROKER_URL."
 
 
 def _interrupt(*_: object) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +17,9 @@ from rich.text import Text
 from storage.account import Account
 from storage.failures import Failed
 from storage.run import Run
+
+if TYPE_CHECKING:
+    from workers.presence import Presence
 
 _LINE_INTERVAL = 10.0
 _SILENCE = 60.0  # seconds without a finished question or part before it is mentioned
@@ -87,6 +91,19 @@ def account_table(run: Run, account: Account) -> Table:
         table.add_row("cancelled", "the command that it was begun with resumes it")
     for reason, number in account.reasons.items():
         table.add_row(f"failed: {reason}", f"{number:,}")
+    return table
+
+
+def workers_table(workers: Sequence[Presence]) -> Table:
+    """Return who serves a run: what each is, when it was last heard of, what it has done."""
+    table = Table("worker", "state", "model", "on", "last heard of", "questions", title="workers", title_justify="left")
+    now = time.time()
+    for worker in workers:
+        model = f"{worker.model} ({worker.dtype})"
+        where = worker.gpu or worker.device
+        table.add_row(
+            worker.name, worker.state, model, where, f"{max(0.0, now - worker.seen):.0f} s ago", f"{worker.done:,}"
+        )
     return table
 
 

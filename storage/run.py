@@ -104,9 +104,9 @@ class Run:
     def slice(self, part: int) -> Slice:
         """Return one slice, of a new generation too. Raises KeyError."""
         while True:
-            for piece in self.slices:
-                if piece.part == part:
-                    return piece
+            pieces = self.slices
+            if 1 <= part <= len(pieces) and pieces[part - 1].part == part:  # they are numbered from 1, without gaps
+                return pieces[part - 1]
             if not self.refresh():
                 raise KeyError(part)
 

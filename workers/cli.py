@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -155,6 +156,31 @@ def flower(
         "flower", f"--conf={Path(__file__).with_name('flowerconfig.py')}", f"--address={address}", f"--port={port}",
         f"--max_tasks={max_tasks}", *kept, *context.args,
     )  # fmt: skip
+
+
+@app.command()
+def health(
+    name: Annotated[str | None, typer.Option(help="Look at this worker only, as it was named with --name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether the workers and collectors of this user on this machine live and work. Exit code 1 if one does not.
+
+    Example: workers health
+    """
+    from workers.feed import broker_trouble
+    from workers.health import checks
+    from workers.presence import present_here
+    from workers.settings import settings
+
+    here = present_here(settings().runtime_dir)
+    found = checks([p for p in here if name in (None, p.name.partition("@")[0])], broker_trouble(), settings())
+    healthy = all(check.healthy for check in found)
+    if as_json:
+        typer.echo(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in found]}))
+    else:
+        for check in found:
+            typer.echo(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}")
+    raise SystemExit(0 if healthy else 1)
 
 
 @app.command()

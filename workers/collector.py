@@ -23,6 +23,8 @@ from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.location import is_within
 from storage.pack import pack
 from storage.run import Run, find_runs, part_names
+from storage.space import describe
+from workers.broker import trouble
 from workers.feed import feed, queue_lengths
 from workers.metrics import after_sweep
 from workers.parent import PARENT_VARIABLE
@@ -38,6 +40,7 @@ _REPORT = (
     "write_report(Run.open(sys.argv[1]))"
 )
 _REPORT_SECONDS = 120
+_REPEAT = 300.0  # seconds between two equal lines in the log
 
 
 class Collector:
@@ -48,6 +51,8 @@ class Collector:
         self._runs: dict[str, Run] = {}
         self._books: dict[str, Bookkeeper] = {}  # of the same runs, for the metrics
         self._next_scan = float("-inf")
+        self._complaints: dict[str, tuple[str, float]] = {}
+        self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
@@ -58,8 +63,16 @@ class Collector:
             try:
                 if collect_run(run):
                     del self._runs[location]
-            except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
+            except OSError as error:  # the next sweep tries again
+                self._complain(location, f"waits: cannot write {describe(error, location)}")
+            except (OperationalError, RedisError) as error:
+                self._complain(location, f"waits: the broker {trouble(error)}")
+            except Exception:
                 logger.exception("cannot bring %s forward now", location)
+            else:
+                self._complaints.pop(location, None)
+            self.swept = time.time()
+        self.swept = time.time()
         if settings().metrics_port:
             self._show_metrics(time.monotonic() - begun)
 
@@ -70,6 +83,13 @@ class Collector:
             after_sweep(seconds, accounts, queue_lengths)
         except (OSError, DamagedError, OperationalError, RedisError) as error:
             logger.warning("metrics are not up to date: %s", error)
+
+    def _complain(self, location: str, line: str) -> None:
+        """Log why a run waits: once, and again when it changes or lasts."""
+        said, when = self._complaints.get(location, ("", float("-inf")))
+        if said != line or time.monotonic() - when > _REPEAT:
+            logger.error("%s %s", location, line)
+            self._complaints[location] = line, time.monotonic()
 
     def _scan(self) -> None:
         begun = time.monotonic()

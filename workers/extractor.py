@@ -17,7 +17,7 @@ from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_wor
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import EngineDiedError, RunRefusedError, TransientError
+from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
 from workers.metrics import measured
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
@@ -60,7 +60,7 @@ class Extractor:
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
-        self.engine = EngineProcess(spec, config.engine_timeout)
+        self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
@@ -179,8 +179,14 @@ class Extractor:
 
 
 def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:
-    """Open the run that a message names if it lies under a data root. Raises RunRefusedError, TransientError."""
-    location = resolve_location(run_dir)
+    """Open the run that a message names if it lies under a data root, links followed.
+
+    Raises RunRefusedError, MessageRefusedError, TransientError.
+    """
+    try:
+        location = resolve_location(run_dir)
+    except UserError as error:
+        raise MessageRefusedError(str(error)) from error
     if not any(is_within(location, root) for root in roots):
         places = ", ".join(roots)
         raise RunRefusedError(f"{location} is outside this worker's data roots ({places}): set HALP_DATA_ROOTS")
@@ -189,7 +195,5 @@ def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:
     except UserError as error:
         raise TransientError(str(error)) from error
     if run.run_id != run_id:
-        raise RunRefusedError(
-            f"{location} holds run {run.run_id}, not {run_id}: the message is of a run that was deleted"
-        )
+        raise MessageRefusedError(f"{location} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
     return run
