@@ -104,13 +104,15 @@ def run(
 
 def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
-    from producer.display import LiveAccount, account_json
+    from producer.display import account_json
+    from producer.listeners import serving_workers
+    from producer.live import LiveAccount
     from producer.local import RunStoppedError, run_locally
 
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet or as_json)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with LiveAccount(console) as live:
+        with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             account = run_locally(run, cache_dir=cache_dir, show=live.show)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
@@ -175,7 +177,7 @@ def check(
 def status(
     directory: Directory,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Stay, with a bar and the time left, until the run ends.")
+        bool, typer.Option("--watch", help="Stay, with bars, rate, time left and workers, until the run ends.")
     ] = False,
     failed: Annotated[bool, typer.Option("--failed", help="List the failed questions instead.")] = False,
     as_json: AsJson = False,
@@ -184,8 +186,9 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import LiveAccount, account_json, account_table, workers_table
-    from producer.listeners import listening_workers
+    from producer.display import account_json, account_table, workers_table
+    from producer.listeners import listening_workers, serving_workers
+    from producer.live import LiveAccount
     from storage.account import Bookkeeper
     from storage.run import Run
 
@@ -198,7 +201,7 @@ def status(
     if watch:
         console = Console(stderr=True, quiet=as_json)
         looked = float("-inf")
-        with LiveAccount(console) as live:
+        with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
                     _print_hints(console, listening_workers(run).problems)

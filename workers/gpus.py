@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+import time
 from dataclasses import dataclass
 
 from storage.errors import UserError
 
 _TIMEOUT = 30
+_WATCH_INTERVAL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,21 @@ class GpuUse:
     memory_used: int
     memory_total: int
     utilisation: float | None
+
+
+class GpuWatch:
+    """Keeps what one GPU is doing, looked up in a thread of its own: the driver's program may take seconds, or hang."""
+
+    def __init__(self) -> None:
+        self.last: GpuUse | None = None
+        threading.Thread(target=self._watch, name="gpu", daemon=True).start()
+
+    def _watch(self) -> None:
+        gpu = next(iter(visible_gpus()), None)
+        while uses := gpu_use(gpu):
+            self.last = uses[0]
+            time.sleep(_WATCH_INTERVAL)
+        self.last = None
 
 
 def visible_gpus() -> list[str]:

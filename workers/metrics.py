@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from celery import bootsteps, signals
@@ -17,10 +18,10 @@ from storage.run import Run
 from storage.sample import Sample
 from workers.engine import Request
 from workers.errors import PermanentError
+from workers.queues import EXTRACT
 from workers.settings import settings
 
 logger = logging.getLogger(__name__)
-_EXTRACT = "workers.extract"
 
 REGISTRY = CollectorRegistry()
 _questions = Counter(
@@ -57,6 +58,18 @@ _sweep_seconds = Histogram(
 )
 
 
+@dataclass(slots=True)
+class Tally:
+    """What the engine of this process has computed: written by the batcher's thread alone."""
+
+    computed: int = 0
+    batches: int = 0
+    prefixes: int = 0
+
+
+tally = Tally()
+
+
 class MetricsStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Serves the metrics while the worker lives."""
 
@@ -85,19 +98,19 @@ class MetricsStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
 @signals.task_success.connect  # type: ignore[untyped-decorator]
 def _count_success(sender: Any, result: Any, **_: Any) -> None:
-    if sender.name == _EXTRACT:
+    if sender.name == EXTRACT:
         _questions.labels(str(result).replace(" ", "_")).inc()
 
 
 @signals.task_retry.connect  # type: ignore[untyped-decorator]
 def _count_retry(sender: Any, **_: Any) -> None:
-    if sender.name == _EXTRACT:
+    if sender.name == EXTRACT:
         _questions.labels("retried").inc()
 
 
 @signals.task_failure.connect  # type: ignore[untyped-decorator]
 def _count_failure(sender: Any, exception: BaseException, **_: Any) -> None:
-    if sender.name == _EXTRACT:
+    if sender.name == EXTRACT:
         _questions.labels("failed").inc()
         _failures.labels(exception.reason if isinstance(exception, PermanentError) else type(exception).__name__).inc()
 
@@ -114,6 +127,9 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
             raise
         _engine_seconds.observe(time.monotonic() - begun)
         _batch_size.observe(len(requests))
+        tally.computed += len(samples)
+        tally.batches += 1
+        tally.prefixes += sum(sample.facts.get("image_prefix") == "computed" for sample in samples)
         for sample in samples:
             if kind := sample.facts.get("image_prefix"):
                 _prefixes.labels(kind).inc()
