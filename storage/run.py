@@ -293,7 +293,7 @@ class Run:
         self.store.delete(_CANCELLED)
 
 
-def is_run(location: str) -> bool:
+def is_run(location: str | Path) -> bool:
     """Tell whether a resolved location holds a run."""
     return open_store(location).exists(_RUN)
 

@@ -76,12 +76,12 @@ class Store(Protocol):
         """Remove the objects directly below a prefix, and the prefix with them."""
 
 
-def open_store(location: str, scratch: str = ".run/tmp") -> Store:
+def open_store(location: str | Path, scratch: str = ".run/tmp") -> Store:
     """Return the store at a resolved location. `scratch`: where in a directory unfinished files lie."""
     if is_url(location):
         from storage.object_store import ObjectStore
 
-        return ObjectStore(location)
+        return ObjectStore(str(location))
     return DirectoryStore(Path(location), scratch)
 
 

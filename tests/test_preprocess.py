@@ -149,8 +149,6 @@ def test_smart_resize_is_the_recipes(height, width, low, high, factor):
     # A long thin image under a low limit: they round its shorter side down to 0, and Pillow then refuses to resize.
     assert ours == tuple(max(factor, side) for side in theirs)
     assert ours[0] % factor == ours[1] % factor == 0
-    if 0 not in theirs:
-        assert ours[0] * ours[1] <= limits[1] or ours[0] * ours[1] < limits[0] * 4
 
 
 def test_thin_image_keeps_one_factor(tmp_path):
