@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench lock clean h5dump
+.PHONY: help install demo test check bench lock clean programs
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -34,7 +34,7 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
 
-test: install h5dump check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+test: install programs check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
@@ -43,22 +43,23 @@ check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests read parts with h5dump too: a reader that shares no code with h5py.
-h5dump:
-	@if command -v h5dump >/dev/null; then exit 0; fi; \
+# The tests read parts with h5dump too, a reader that shares no code with h5py, and look at pages with a real browser.
+programs:
+	@wanted=(); command -v h5dump >/dev/null || wanted+=(hdf5-tools); [ -x /usr/bin/chromium ] || wanted+=(chromium); \
+	if [ $${#wanted[@]} = 0 ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=(env); elif sudo -n true 2>/dev/null; then root=(sudo -n); else root=(); fi; \
 	if [ $${#root[@]} -gt 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing h5dump (Debian package hdf5-tools)"; \
+	  echo "installing what the tests use (Debian packages $${wanted[*]})"; \
 	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" </dev/null >/dev/null; }; \
-	  get install -y --no-install-recommends hdf5-tools 2>/dev/null || \
-	    { get update && get install -y --no-install-recommends hdf5-tools; }; \
+	  get install -y --no-install-recommends "$${wanted[@]}" 2>/dev/null || \
+	    { get update && get install -y --no-install-recommends "$${wanted[@]}"; }; \
 	else \
-	  echo "h5dump is missing, and only root can install it. On Debian: apt-get install hdf5-tools" >&2; \
+	  echo "only root can install what some tests use. On Debian: apt-get install $${wanted[*]}" >&2; \
 	  [ -z "$${CI:-}" ]; \
 	fi
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
-	cd benchmarks && for name in engine worker memory storage_parts queueing object_store; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
+	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 	  && (cd benchmarks && ../$(BIN)/python gpu.py) || echo "no GPU here: benchmarks/gpu.py was left out"
 
