@@ -114,5 +114,12 @@ def test_a_port_that_is_taken_costs_the_metrics_alone(tmp_path: Path, broker: Va
             process.wait(10)
 
 
+def test_every_metric_is_in_the_operations_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    names = [family.name for family in metrics.REGISTRY.collect()]
+    assert len(names) == 11
+    assert [name for name in names if f"`{name}" not in page] == []
+
+
 def test_nothing_is_served_by_default() -> None:
     assert metrics.MetricsStep(None).include_if(None) is False
