@@ -59,17 +59,19 @@ define debian
 	fi
 endef
 
-# The tests read parts with h5dump too, a reader that shares no code with h5py; and make network namespaces where they may.
+# The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
+# look at pages with a real browser.
 tools:
 	$(call debian,h5dump,hdf5-tools)
 	$(call debian,ip,iproute2)
+	$(call debian,chromium,chromium)
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)
 	$(BIN)/python tests/soak.py $(ARGS)
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
-	cd benchmarks && for name in engine worker memory storage_parts queueing object_store; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
+	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 	  && (cd benchmarks && ../$(BIN)/python gpu.py) || echo "no GPU here: benchmarks/gpu.py was left out"
 

@@ -91,6 +91,17 @@ def wipe(run: Run) -> None:
     feed(run)
 
 
+def queue_lengths(run: Run) -> dict[str, int]:
+    """Return how many questions wait in the queues of a run's model, whosever they are: in the lanes, and to be retried."""
+    queues = queues_of(run)
+    with redis_client() as client:
+        pipeline = client.pipeline(transaction=False)
+        for name in (queues.retry, *queues.lanes):
+            pipeline.llen(name)
+        retried, *lanes = pipeline.execute()
+    return {queues.retry: retried, f"{queues.retry.removesuffix('.retry')}.lanes": sum(lanes)}
+
+
 def hint_collector(run: Run, part: int) -> None:
     """Ask the collector to look at a run when a slice seems complete; its own sweeps do not depend on it."""
     now = time.monotonic()
