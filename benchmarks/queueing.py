@@ -20,9 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-    entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent
-]  # `queue` is stdlib's
-
 import psutil
 from common import print_table
 from PIL import Image
@@ -33,11 +30,8 @@ BATCH, PAUSE = 16, 0.3  # 53 questions a second a worker, at most
 
 _PLAN = """
 import sys, time
-from pathlib import Path
-from types import SimpleNamespace
 import producer.planning as planning
 from producer.cli import app
-import typer.main
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 made = []

@@ -32,7 +32,7 @@ _LISTENERS_INTERVAL = 10.0
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output directory or URL.")]
 
 
 @app.command()
@@ -59,7 +59,7 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
         number = 0 if account.finished else feed(run)
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
-        raise UserError(f"{_unreachable(error)} The run is planned in {run.output_dir}; {again}.") from None
+        raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
     if not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
@@ -113,7 +113,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
         return 3
     if not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        print(f"{questions} written into {account.parts_published:,} parts: {run.output_dir}")
+        print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
         return 1
@@ -228,9 +228,9 @@ def cancel(directory: Directory) -> None:
     run = Run.open(directory)
     account = Bookkeeper(run).account()
     if account.finished:
-        raise UserError(f"{run.output_dir} is finished: there is nothing to cancel")
+        raise UserError(f"{run.location} is finished: there is nothing to cancel")
     was = "is cancelled" if run.cancel() else "was cancelled before"
-    print(f"{run.output_dir} {was}; {account.outstanding:,} questions are outstanding.")
+    print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
     print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
@@ -256,7 +256,7 @@ def _print_failures(run: Run, account: Account) -> None:
     from storage.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
-    print(f"{account.failed:,} failed; all of them are in {run.output_dir / 'failures.csv'}:", file=sys.stderr)
+    print(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", file=sys.stderr)
     for failure in failures[:10]:
         print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
     if len(failures) > 10:

@@ -37,8 +37,8 @@ def plan_demo(output_dir: Path, number: int) -> Run:
     return plan_run(
         RunOptions(
             csv=table,
-            images_dir=split / "images",
-            output_dir=output_dir,
+            images_dir=str(split / "images"),
+            output_dir=str(output_dir),
             image_roots=(),
             model=str(model),
             revision="main",

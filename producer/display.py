@@ -81,7 +81,7 @@ class LiveAccount:
 
 def account_table(run: Run, account: Account) -> Table:
     """Return the account as a table: N planned = N written + N failed + N staged + N outstanding."""
-    table = Table(title=str(run.output_dir), title_justify="left", show_header=False)
+    table = Table(title=run.location, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("planned", "written", "failed", "staged", "outstanding"):
@@ -110,7 +110,7 @@ def workers_table(workers: Sequence[Presence]) -> Table:
 def account_json(run: Run, account: Account) -> dict[str, Any]:
     """Return the account as a script reads it."""
     return {
-        "output_dir": str(run.output_dir),
+        "output_dir": run.location,
         "run_id": run.run_id,
         **asdict(account),
         "finished": account.finished,
@@ -121,7 +121,7 @@ def account_json(run: Run, account: Account) -> dict[str, Any]:
 
 def failed_table(run: Run, failures: list[Failed]) -> Table:
     """Return failures as a table; nothing is cut off."""
-    table = Table(title=f"{run.output_dir}: {len(failures):,} failed", title_justify="left")
+    table = Table(title=f"{run.location}: {len(failures):,} failed", title_justify="left")
     for name in ("question", "reason", "message", "attempts", "worker", "time", "part"):
         table.add_column(name, overflow="fold", justify="right" if name == "attempts" else "left")
     for failed in failures:

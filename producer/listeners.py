@@ -34,9 +34,7 @@ def listening_workers(run: Run) -> Listeners:
     from workers.feed import broker_trouble, queues_of, redis_client
     from workers.presence import present
 
-    disk = [
-        f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.output_dir)] if text
-    ]
+    disk = [f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.location)] if text]
     address = app.connection_for_write().as_uri()
     try:
         with redis_client() as client:
@@ -59,7 +57,7 @@ def _problems(run: Run, address: str, serving: list[Presence], everybody: list[P
             command += f" --revision {wanted.revision}"
         yield f"No worker at {address} serves this run's model. Start one: {command}"
     elif not any(presence.collects for presence in everybody):
-        yield f"No collector at {address} packs this run. Start one: workers collect {run.output_dir}"
+        yield f"No collector at {address} packs this run. Start one: workers collect {run.location}"
     for worker in serving:
         if worker.busy_since is not None and time.time() - worker.busy_since > settings().engine_timeout + 60:
             yield f"{worker.name} has been busy with one batch for {time.time() - worker.busy_since:.0f} s"

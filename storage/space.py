@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
+
+from storage.location import is_url
 
 _LITTLE = 64 << 20  # bytes; a part of 1,000 questions of the 7B model has 64 MB
 _REASONS = {
@@ -18,31 +19,33 @@ _REASONS = {
 }
 
 
-def describe(error: OSError, directory: Path) -> str:
-    """Return an error of writing to a directory as a sentence: what is wrong there, and how much is free."""
+def describe(error: OSError, location: str) -> str:
+    """Return an error of writing to a location as a sentence: what is wrong there, and how much is free."""
     code = error.errno or next(
         (c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None
     )  # HDF5's
     reason = _REASONS.get(code or 0, str(error))
     try:
-        free = os.statvfs(directory)
+        free = os.statvfs(location)  # an object store is no such place
     except OSError:
-        return f"{directory}: {reason}"
-    return f"{directory}: {reason} ({free.f_bavail * free.f_frsize >> 20:,} MB free)"
+        return f"{location}: {reason}"
+    return f"{location}: {reason} ({free.f_bavail * free.f_frsize >> 20:,} MB free)"
 
 
-def obstacle(directory: Path) -> str | None:
-    """Return what would keep this user from writing to a directory; None where nothing is seen. A quota is not seen."""
+def obstacle(location: str) -> str | None:
+    """Return what would keep this user from writing to a location; None where nothing is seen: a quota, an object store."""
+    if is_url(location):
+        return None
     try:
-        free = os.statvfs(directory)
+        free = os.statvfs(location)
     except OSError as error:
-        return describe(error, directory)
+        return describe(error, location)
     if free.f_flag & os.ST_RDONLY:
-        return describe(OSError(errno.EROFS, ""), directory)
+        return describe(OSError(errno.EROFS, ""), location)
     available = free.f_bavail * free.f_frsize
     if available < _LITTLE or (free.f_files and not free.f_favail):
         what = f"only {available >> 20:,} MB are free" if free.f_favail or not free.f_files else "no more files fit"
-        return f"{directory}: its disk is full or nearly so: {what}"
-    if not os.access(directory, os.W_OK):
-        return describe(OSError(errno.EACCES, ""), directory)
+        return f"{location}: its disk is full or nearly so: {what}"
+    if not os.access(location, os.W_OK):
+        return describe(OSError(errno.EACCES, ""), location)
     return None

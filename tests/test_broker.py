@@ -108,7 +108,7 @@ def tls_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
         [binary, *(str(word) for name, value in options.items() for word in (f"--{name}", value))],
         stdout=(tmp_path / "server.log").open("wb"),
     )
-    client = redis.Redis(port=port, ssl=True, ssl_ca_certs=str(ca), password=SECRET)
+    client = redis.Redis(host="127.0.0.1", port=port, ssl=True, ssl_ca_certs=str(ca), password=SECRET)
 
     def answers() -> bool:
         assert server.poll() is None, (tmp_path / "server.log").read_text()

@@ -89,7 +89,7 @@ def test_environment_makes_settings(name: str, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(variable, value)
     config = WorkerSettings()
     assert config.broker_url == "redis://:hush@redis:6379/0"
-    assert config.data_roots == (Path("/data"),)
+    assert config.data_roots == ("/data",)
 
 
 def test_secrets_are_required() -> None:

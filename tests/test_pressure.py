@@ -41,11 +41,10 @@ def test_a_full_disk_slows_a_run_and_fails_no_question(
     output = small_disk / "output"
     cluster.enqueue(table, images, output, "--checkpoint-interval", 60)
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as file:  # until nothing more fits
+    with ballast.open("wb", buffering=0) as file:  # until nothing more fits
         while True:
             try:
                 file.write(b"0" * 4096)
-                file.flush()
             except OSError:
                 break
     worker = cluster.worker("fake")
@@ -74,13 +73,14 @@ def test_a_worker_that_waits_for_the_disk_can_be_stopped(
     output = small_disk / "output"
     cluster.enqueue(table, images, output, "--checkpoint-interval", 10)
     worker = cluster.worker("fake:0.1")
-    wait_for(lambda: any((output / ".run" / "staging").glob("*/*.safetensors")), 60, "a first result")
+    staging = output / ".run" / "staging"
+    wait_for(lambda: len(list(staging.glob("001/*.safetensors"))) == 10, 60, "a whole part is staged")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     try:
         cluster.collector()
         collector_log = tmp_path / "collect-1.log"
         wait_for(lambda: "waits: cannot write" in collector_log.read_text(), 60, "the collector says why it waits")
-        assert "read-only" in (obstacle(output) or "")
+        assert "read-only" in (obstacle(str(output)) or "")
         worker.terminate()
         assert worker.wait(60) == 0
         assert "Traceback" not in collector_log.read_text()
@@ -91,6 +91,7 @@ def test_a_worker_that_waits_for_the_disk_can_be_stopped(
     assert_whole(output, rows, images)
 
 
+@pytest.mark.timeout(280)  # what was lost comes back a minute after the visibility timeout
 def test_a_full_broker_slows_a_run_and_loses_nothing(
     cluster: Cluster,
     images: Path,
@@ -116,6 +117,6 @@ def test_a_full_broker_slows_a_run_and_loses_nothing(
         lambda: "waits: the broker is full" in (tmp_path / "collect-1.log").read_text(), 30, "the collector says so"
     )
     server.config_set("maxmemory", 0)
-    wait_for(lambda: finished(output), 120, "the run is finished")
+    wait_for(lambda: finished(output), 200, "the run is finished")
     assert all(process.poll() is None for process in cluster.processes)
     assert_whole(output, rows, images)

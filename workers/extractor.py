@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from storage.drift import with_certificate
 from storage.errors import UserError
+from storage.location import is_within, resolve_location
 from storage.run import Run
 from storage.sample import Sample
 from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts
@@ -92,8 +92,8 @@ class Extractor:
             raise killed_worker(f"the engine died {deaths.alone} times")
         image = self._preprocess.image(
             question.image_id,
-            Path(settings.images_dir),
-            tuple(Path(root) for root in settings.image_roots),
+            settings.images_dir,
+            settings.image_roots,
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,
@@ -177,19 +177,22 @@ class Extractor:
         return facts
 
 
-def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[Path, ...]) -> Run:
+def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:
     """Open the run that a message names if it lies under a data root, links followed.
 
     Raises RunRefusedError, MessageRefusedError, TransientError.
     """
-    path = Path(run_dir).resolve()
-    if not any(path.is_relative_to(root) for root in roots):
-        places = ", ".join(map(str, roots))
-        raise RunRefusedError(f"{path} is outside this worker's data roots ({places}): set HALP_DATA_ROOTS")
     try:
-        run = Run.open(path)
+        location = resolve_location(run_dir)
+    except UserError as error:
+        raise MessageRefusedError(str(error)) from error
+    if not any(is_within(location, root) for root in roots):
+        places = ", ".join(roots)
+        raise RunRefusedError(f"{location} is outside this worker's data roots ({places}): set HALP_DATA_ROOTS")
+    try:
+        run = Run.open(location)
     except UserError as error:
         raise TransientError(str(error)) from error
     if run.run_id != run_id:
-        raise MessageRefusedError(f"{path} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
+        raise MessageRefusedError(f"{location} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
     return run

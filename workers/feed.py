@@ -99,7 +99,7 @@ def hint_collector(run: Run, part: int) -> None:
             return
         _hinted[run.run_id, part] = now
     if len(run.staged(part)) >= run.slice(part).size:
-        message = {"run_dir": str(run.output_dir), "run_id": run.run_id}
+        message = {"run_dir": run.location, "run_id": run.run_id}
         with suppress(OperationalError):  # the question is staged; a broker that is away must not fail its task
             app.send_task("workers.collect", kwargs=message, queue=declaration(COLLECT))
 
@@ -151,7 +151,7 @@ class _Feeder:
             lost = staged < last.finished and not self._run.store.exists(self._run.sidecar_key(part))
             if lost or self._stalled(part, entry):
                 why = "lost staged questions" if lost else "made no progress"
-                logger.warning("%s: part %d %s; feeding it again", self._run.output_dir, part, why)
+                logger.warning("%s: part %d %s; feeding it again", self._run.location, part, why)
                 self._client.hdel(_key(self._run), part)
                 continue
             fed[part] = entry
@@ -169,7 +169,7 @@ class _Feeder:
 
     def _publish(self, piece: Slice, sequences: list[int]) -> None:
         questions = self._run.questions(piece.part)
-        common = {"run_dir": str(self._run.output_dir), "run_id": self._run.run_id, "part": piece.part}
+        common = {"run_dir": self._run.location, "run_id": self._run.run_id, "part": piece.part}
         with app.producer_pool.acquire(block=True) as producer, producer.batch():
             for sequence in sequences:
                 question = questions[sequence]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from storage.location import is_url
 from workers.errors import MessageRefusedError
 
 MAX_NAME = 512  # characters of the ids that are for people to read
@@ -60,8 +61,8 @@ def _check_names(kind: type[RunMessage | QuestionMessage], arguments: Mapping[st
 
 
 def _directory(value: Any) -> str:
-    if not isinstance(value, str) or not value.startswith("/") or "\0" in value or len(value) > _MAX_PATH:
-        raise MessageRefusedError("its run_dir is not an absolute path")
+    if not isinstance(value, str) or "\0" in value or len(value) > _MAX_PATH or not (value[:1] == "/" or is_url(value)):
+        raise MessageRefusedError("its run_dir is neither an absolute path nor a URL")
     return value
 
 

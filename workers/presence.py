@@ -66,7 +66,8 @@ def of_this_process(name: str) -> Presence:
 def ticks_of(pid: int) -> int:
     """Return when a process began, in the kernel's ticks; 0 where there is none, -1 where the kernel does not say."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if state == "Z" else int(fields[18])  # a zombie is dead
     except FileNotFoundError:
         return 0 if Path("/proc/self/stat").exists() else -1
     except (OSError, ValueError, IndexError):
@@ -131,7 +132,7 @@ def present_here(directory: Path, *, clean: bool = False) -> list[Presence]:
             found.append(presence)
         elif clean:
             path.unlink(missing_ok=True)
-    return found
+    return sorted(found, key=lambda presence: presence.name)
 
 
 def present(client: Any) -> list[Presence]:

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from storage.errors import UserError
+from storage.location import resolve_location, split_roots
 from storage.settings import Dtype
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -48,8 +49,8 @@ class WorkerSettings(BaseSettings):
     staging_limit: int = Field(
         20, ge=0, description="Parts of one run that are computed ahead of the first unpublished one; 0 is no bound."
     )
-    data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (Path(),), description="Directories, separated by `:`, that runs may lie in; the collector scans them."
+    data_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        (".",), description="Directories and URLs, separated by `:`, that runs may lie in; the collector scans them."
     )
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between two sweeps of the collector.")
 
@@ -83,12 +84,12 @@ class WorkerSettings(BaseSettings):
     @field_validator("data_roots", mode="before")
     @classmethod
     def _split_roots(cls, value: object) -> object:
-        return tuple(Path(p) for p in value.split(":") if p) if isinstance(value, str) else value
+        return tuple(split_roots(value)) if isinstance(value, str) else value
 
     @field_validator("data_roots")
     @classmethod
-    def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(p.resolve() for p in value)
+    def _resolve_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(resolve_location, value))
 
 
 def sees_gpu() -> bool:

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from celery.worker import state
@@ -23,7 +22,7 @@ _lock = threading.Lock()
 _last_line = float("-inf")
 
 
-def keep(write: Callable[[], T], directory: Path) -> T:
+def keep(write: Callable[[], T], location: str) -> T:
     """Return what `write` returns, calling it again while the disk refuses. Raises WorkerEndsError on the way out.
 
     The task's thread waits, so that a worker whose results go nowhere takes no further questions: the run slows down. A
@@ -35,16 +34,16 @@ def keep(write: Callable[[], T], directory: Path) -> T:
         try:
             result = write()
         except OSError as error:
-            _say(f"cannot write: {describe(error, directory)}. Questions wait for it; none fails.")
+            _say(f"cannot write: {describe(error, location)}. Questions wait for it; none fails.")
             waited = True
         else:
             if waited:
-                _say(f"{directory} can be written again", always=True)
+                _say(f"{location} can be written again", always=True)
             return result
         ends = time.monotonic() + wait
         while time.monotonic() < ends:
-            if state.should_stop not in {None, False}:
-                raise WorkerEndsError(f"the worker ended while {directory} could not be written")
+            if state.should_stop is not None and state.should_stop is not False:  # the exit code, 0 too
+                raise WorkerEndsError(f"the worker ended while {location} could not be written")
             time.sleep(min(0.5, wait))
         wait = min(2 * wait, _LONGEST_WAIT)
 

@@ -12,7 +12,6 @@ import random
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from celery import Task
@@ -102,7 +101,7 @@ def collect(*_: Any, **arguments: Any) -> str:
 
 def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     try:
-        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), Path(message.run_dir))
+        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir)
     except RunRefusedError as error:
         logger.error("refusing %s: %s", message.run_dir, error)
         raise _pass_on(task, error) from error
@@ -118,13 +117,13 @@ def _check_planned(run: Run, part: int, sequence: int) -> None:
     except KeyError:
         planned = False
     if not planned:
-        raise MessageRefusedError(f"{run.output_dir} has no question {sequence} in part {part}")
+        raise MessageRefusedError(f"{run.location} has no question {sequence} in part {part}")
 
 
 def _keep(run: Run, write: Callable[[], None]) -> None:
     """Stage something, however long the disk refuses; when the worker ends meanwhile the question goes back."""
     try:
-        keep(write, run.output_dir)
+        keep(write, run.location)
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from base64 import b64decode
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 from kombu.transport import redis
-from redis import exceptions
+from redis.exceptions import ConnectionError as BrokerLostError
+from redis.exceptions import OutOfMemoryError
 
+from workers.broker import trouble
 from workers.queues import EXTRACT
 
 logger = logging.getLogger(__name__)
 _MAX_BODY = 1 << 17  # characters; the largest message of ours has a third of it
 _OURS = "halp."
+_PAUSE = 2.0  # seconds
 _TASKS = (EXTRACT, "workers.collect")
 
 
@@ -35,12 +39,18 @@ class Channel(redis.Channel):  # type: ignore[misc]
         AttributeError, which ends the worker. Of another caller: https://github.com/celery/kombu/issues/582
         """
         if self.connection is None or self.connection.client is None:
-            raise exceptions.ConnectionError("the channel's connection is closed")
+            raise BrokerLostError("the channel's connection is closed")
         return super()._connparams(*arguments, **options)
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)
+        except OutOfMemoryError as error:
+            # Redis gave the question and then had no room to note that this worker has it. Escaping, this would end the
+            # worker. Waiting, it loses one question each pause, which feeding brings back.
+            logger.error("the broker %s", trouble(error))
+            time.sleep(_PAUSE)
+            return True
         except (ValueError, RecursionError) as error:  # of JSON and UTF-8; Redis' own errors are none
             logger.error("dropping something in a queue that is no message: %s", type(error).__name__)
             return True
