@@ -110,7 +110,7 @@ def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, mon
     monkeypatch.setattr(collecting, "feed", lambda run, published=None: 0)
     run = make_run(tmp_path / "out", 3)
     stage(run, 1)
-    Collector((tmp_path,)).sweep()
+    Collector((str(tmp_path),)).sweep()
     assert run.is_finished()
     late = run.output_dir / ".run/staging/001/000001.safetensors"
     late.parent.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, mon
     (scratch / "old.partial").write_bytes(b"half")
     os.utime(scratch / "old.partial", (0, 0))
     (scratch / "new.partial").write_bytes(b"half")
-    Collector((tmp_path,)).sweep()
+    Collector((str(tmp_path),)).sweep()
     assert run.staging_directories() == []
     assert [path.name for path in scratch.iterdir()] == ["new.partial"]
     assert run.is_finished()

@@ -478,7 +478,7 @@ def test_any_order_of_events_keeps_the_invariants(tmp_path: Path, client: redis.
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=int(os.environ.get("MODEL_EXAMPLES", "50")),
+            max_examples=int(os.environ.get("MODEL_EXAMPLES", "40")),
             stateful_step_count=25,
             deadline=None,
             derandomize=fixed,

@@ -447,10 +447,6 @@ def test_a_clock_that_is_ahead_deletes_no_partial_that_is_being_written(store, r
         assert path.exists()
 
 
-def test_delete_partials_of_a_new_store(store):
-    store.delete_partials(older_than=0)
-
-
 # File systems of other kinds
 
 

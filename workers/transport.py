@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from kombu.transport import redis
-from redis.exceptions import ConnectionError as LostConnectionError
+from redis.exceptions import ConnectionError as BrokerLostError
 from redis.exceptions import OutOfMemoryError
 
 from workers.broker import trouble
@@ -39,7 +39,7 @@ class Channel(redis.Channel):  # type: ignore[misc]
         AttributeError, which ends the worker. Of another caller: https://github.com/celery/kombu/issues/582
         """
         if self.connection is None or self.connection.client is None:
-            raise LostConnectionError("the channel's connection is closed")
+            raise BrokerLostError("the channel's connection is closed")
         return super()._connparams(*arguments, **options)
 
     def _brpop_read(self, **options: Any) -> Any:
