@@ -25,7 +25,7 @@ from storage.pack import pack
 
 COMMANDS = {
     "producer": ("enqueue", "run", "check", "status", "retry", "cancel", "demo"),
-    "workers": ("extract", "collect", "flower", "selfcheck"),
+    "workers": ("extract", "collect", "health", "flower", "selfcheck"),
     "storage": ("inspect", "verify", "export", "diff", "report"),
 }
 

@@ -138,7 +138,7 @@ def flower(
     db: Annotated[
         Path | None, typer.Option(help="File to keep the tasks in over restarts. [default: memory only]")
     ] = None,
-    max_tasks: Annotated[int, typer.Option(min=1, help="Tasks to remember; 4 to 5 KB each.")] = 20_000,
+    max_tasks: Annotated[int, typer.Option(min=1, help="Tasks to remember; 6 to 8 KB each.")] = 20_000,
 ) -> None:
     """Show tasks, retries and workers in a browser. Read-only, and on this machine alone unless told otherwise.
 
