@@ -66,7 +66,7 @@ class SmallModelSpec:
 
     `expressive` replaces the default initialisation, under which a model ignores positions and masks and answers every
     question alike, by peaked attention (`attention_gain` is the standard deviation of queries and keys), random biases
-    and norm weights. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early.
+    and norm weights; without it, weights have the standard deviation `initializer_range`. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early.
     `word_gain` enlarges the rows of whole words, so that answers read as words.
     """
 
@@ -81,9 +81,12 @@ class SmallModelSpec:
     vision_heads: int = 4
     fullatt_block_indexes: tuple[int, ...] = (1, 3)
     window_size: int = 112
+    min_pixels: int = 3136
+    num_ranks: int = 8192  # of the encoding: what the vocabulary has beside the added tokens
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     seed: int = 0
+    initializer_range: float = 0.02
     expressive: bool = True
     attention_gain: float = 2.0
     end_gain: float = 2.2
@@ -142,14 +145,14 @@ def _holds(directory: Path, spec: SmallModelSpec) -> bool:
 
 
 def _write(directory: Path, spec: SmallModelSpec) -> None:
-    ranks = _read_ranks()
+    ranks = _read_ranks(spec.num_ranks)
     ids = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS)}
     _tokenizer(ranks).save(str(directory / "tokenizer.json"))
     _save_weights(directory / "model.safetensors", spec, ranks, ids)
     documents = {
         "config.json": _config(spec, ids),
         "generation_config.json": _generation_config(ids),
-        "preprocessor_config.json": _preprocessor_config(),
+        "preprocessor_config.json": _preprocessor_config(spec),
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
         "tokenizer_config.json": _tokenizer_config(ids),
         "small_model.json": asdict(spec),
@@ -161,8 +164,8 @@ def _write(directory: Path, spec: SmallModelSpec) -> None:
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def _read_ranks() -> dict[bytes, int]:
-    lines = (line.split() for line in BPE_RANKS.read_bytes().splitlines())
+def _read_ranks(number: int) -> dict[bytes, int]:
+    lines = (line.split() for line in BPE_RANKS.read_bytes().splitlines()[:number])
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
@@ -231,7 +234,7 @@ def _config(spec: SmallModelSpec, ids: dict[str, int]) -> dict[str, Any]:
         "video_token_id": ids["<|video_pad|>"],
         "hidden_act": "silu",
         "hidden_size": spec.hidden_size,
-        "initializer_range": 0.02,
+        "initializer_range": spec.initializer_range,
         "intermediate_size": spec.intermediate_size,
         "max_position_embeddings": 128000,
         "max_window_layers": spec.num_hidden_layers,
@@ -282,9 +285,9 @@ def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
+def _preprocessor_config(spec: SmallModelSpec) -> dict[str, Any]:
     return {
-        "min_pixels": 3136,
+        "min_pixels": spec.min_pixels,
         "max_pixels": 12845056,
         "patch_size": 14,
         "temporal_patch_size": 2,
@@ -383,7 +386,7 @@ def _sample(name: str, shape: tuple[int, ...], spec: SmallModelSpec) -> np.ndarr
     noise: np.ndarray = random.standard_normal(shape, dtype=np.float32)
     is_norm = "norm" in name or "ln_q" in name
     if not spec.expressive:
-        noise *= 0.0 if is_norm or name.endswith(".bias") else 0.02
+        noise *= 0.0 if is_norm or name.endswith(".bias") else spec.initializer_range
         noise += is_norm
         return noise
     if name == "model.norm.weight":
