@@ -1,1 +1,38 @@
-"""A run's directory: plan, staging, parts, failures, and the HDF5 layout. Knows nothing of queues or models."""
+"""A run's directory: plan, staging, parts, failures, and the HDF5 layout. Knows nothing of queues or models.
+
+For readers: `load`, `load_frame`, `iter_chunks`, `iter_samples`, `torch_dataset` (docs/reading.md). Each is imported when it
+is first used, so that `import storage` and the commands stay light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.errors import DamagedError, UnfinishedWarning, UserError
+    from storage.load import Loaded, StoredSample, iter_chunks, iter_samples, load, load_frame
+    from storage.torch_dataset import torch_dataset
+
+_HOMES = {
+    "load": "storage.load",
+    "load_frame": "storage.load",
+    "iter_chunks": "storage.load",
+    "iter_samples": "storage.load",
+    "Loaded": "storage.load",
+    "StoredSample": "storage.load",
+    "torch_dataset": "storage.torch_dataset",
+    "UserError": "storage.errors",
+    "DamagedError": "storage.errors",
+    "UnfinishedWarning": "storage.errors",
+}
+__all__ = [
+    "DamagedError", "Loaded", "StoredSample", "UnfinishedWarning", "UserError", "iter_chunks", "iter_samples", "load",
+    "load_frame", "torch_dataset",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -11,32 +13,112 @@ import numpy.typing as npt
 
 from storage.chunks import CODEC, decode_chunk, join_planes
 from storage.errors import DamagedError, UserError
-from storage.naming import question_id
+from storage.naming import group_key, question_id
 
 COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a column
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
+Vectors = npt.NDArray[np.float32]
+ADVICE = "`storage verify` finds what is damaged, `producer enqueue … --repair` computes it again"
 _SMALL_GAP = 65536  # reading over it is cheaper than a second read
 
 
-def read_column(path: Path, field: str) -> tuple[list[str], npt.NDArray[np.float32]]:
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One field of a part: where each question's vector lies. Holds no open file."""
+
+    path: Path
+    field: str
+    ids: list[str]  # in key order
+    width: int
+    index: Index | None  # None: a part without an index, whose datasets are read one by one
+
+    def read(self) -> Vectors:
+        """Return all rows, [N, D]. Raises UserError for a row of another width, DamagedError where bytes were changed."""
+        return self.read_rows(range(len(self.ids)))
+
+    def read_rows(self, rows: Sequence[int]) -> Vectors:
+        """Return some rows, [len(rows), D]."""
+        values = np.empty((len(rows), self.width), np.float32)
+        self.read_into(values, range(len(rows)), rows)
+        return values
+
+    def read_into(self, values: Vectors, places: Sequence[int], rows: Sequence[int]) -> None:
+        """Put some rows at the given places of an array."""
+        if self.index is None:
+            self._read_datasets(values, places, rows)
+        else:
+            self._read_chunks(values, places, rows, self.index[list(rows)])
+
+    def _read_datasets(self, values: Vectors, places: Sequence[int], rows: Sequence[int]) -> None:
+        with open_part(self.path) as file:
+            for place, row in zip(places, rows, strict=True):
+                key = group_key(self.ids[row])
+                if self.field not in file[key]:
+                    raise UserError(f"{self._where(row)}: there is no {self.field}")
+                vector = file[key][self.field][()]
+                if vector.shape != (self.width,):
+                    raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: {vector.shape}")
+                values[place] = vector
+
+    def _read_chunks(self, values: Vectors, places: Sequence[int], rows: Sequence[int], index: Index) -> None:
+        chunks = _read_runs(self.path, index)
+        decoded: dict[int, int] = {}  # offset to the first place that has it: questions of one image share their chunks
+        for place, row, (offset, _, crc) in zip(places, rows, index.tolist(), strict=True):
+            if (first := decoded.setdefault(offset, place)) != place:
+                values[place] = values[first]
+                continue
+            if CODEC.crc32(chunks[offset]) != crc:
+                raise DamagedError(f"{self._where(row)}: {self.field} is damaged (CRC-32); {ADVICE}")
+            try:
+                join_planes(decode_chunk(chunks[offset], self.width), values[place])
+            except ValueError as error:
+                message = f"{self._where(row)}: {self.field} is not of width {self.width}: {error}"
+                raise UserError(message) from error
+
+    def _where(self, row: int) -> str:
+        return f"{self.path}, question {self.ids[row]}"
+
+
+def open_part(path: Path) -> h5py.File:
+    """Open a part for reading. Raises UserError where there is none, DamagedError where HDF5 cannot read it."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file") from error
+        raise DamagedError(f"{path}: not a readable HDF5 file ({error}); {ADVICE}") from error
+
+
+def column_of(file: h5py.File, keys: list[str], ids: list[str], field: str) -> Column:
+    """Return a field of an open part with these keys. Raises UserError where a question lacks it, DamagedError."""
+    path, index = Path(file.filename), file.attrs.get(COLUMN + field)
+    if not keys:
+        return Column(path, field, [], 0, None)
+    if index is not None:
+        if index.shape != (len(keys), 3):
+            raise DamagedError(
+                f"{path}: the index of {field} has the shape {index.shape}, not ({len(keys)}, 3); {ADVICE}"
+            )
+        if not index[:, 1].all():
+            raise UserError(f"{path}, question {ids[int(np.argmin(index[:, 1] > 0))]}: there is no {field}")
+    elif field not in file[keys[0]]:
+        raise UserError(f"{path}, question {ids[0]}: there is no {field}")
+    shape = file[keys[0]][field].shape
+    if len(shape) != 1:
+        raise UserError(f"{path}: {field} has {len(shape)} dimensions, not one")
+    return Column(path, field, ids, int(shape[0]), index)
+
+
+def read_column(path: Path, field: str) -> tuple[list[str], Vectors]:
     """Return the question ids of a part in key order, and one of its fields as float32 [N, D].
 
     Without an index the datasets are read one by one, with the same result: ten times slower. Raises UserError where a
     question lacks the field or has another width, DamagedError where a chunk is not what was written.
     """
-    with h5py.File(path, "r") as file:
+    with open_part(path) as file:
         keys = list(file)
-        index = file.attrs.get(COLUMN + field)
-        if index is None or not keys:
-            vectors = [_one(file, key, field) for key in keys]
-        else:
-            width = _one_width(file, keys, field, index)
-    ids = [question_id(key) for key in keys]
-    if index is None or not keys:
-        if len({vector.shape for vector in vectors}) > 1:
-            raise UserError(f"{path}: {field} has several widths: {sorted({v.shape for v in vectors})}")
-        return ids, np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
-    return ids, _read(path, field, ids, index, width)
+        column = column_of(file, keys, [question_id(key) for key in keys], field)
+    return column.ids, column.read()
 
 
 def read_index(file: h5py.File) -> dict[str, Index]:
@@ -44,50 +126,14 @@ def read_index(file: h5py.File) -> dict[str, Index]:
     return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
 
 
-def _one(file: h5py.File, key: str, field: str) -> npt.NDArray[np.float32]:
-    if field not in file[key]:
-        raise UserError(f"{file.filename}, question {question_id(key)}: there is no {field}")
-    values: npt.NDArray[np.float32] = file[key][field][:].astype(np.float32, copy=False)
-    return values
-
-
-def _one_width(file: h5py.File, keys: list[str], field: str, index: Index) -> int:
-    if index.shape != (len(keys), 3):
-        raise DamagedError(f"{file.filename}: the index of {field} has the shape {index.shape}, not ({len(keys)}, 3)")
-    if not index[:, 1].all():
-        key = keys[int(np.argmin(index[:, 1] > 0))]
-        raise UserError(f"{file.filename}, question {question_id(key)}: there is no {field}")
-    shape = file[keys[0]][field].shape
-    if len(shape) != 1:
-        raise UserError(f"{file.filename}: {field} has {len(shape)} dimensions, not one")
-    return int(shape[0])
-
-
-def _read(path: Path, field: str, ids: list[str], index: Index, width: int) -> npt.NDArray[np.float32]:
-    values = np.empty((len(ids), width), np.float32)
-    chunks = _read_chunks(path, index)
-    decoded: dict[int, int] = {}  # offset to the first row that has it: questions of one image share their chunks
-    for row, (offset, _, crc) in enumerate(index.tolist()):
-        if (first := decoded.setdefault(offset, row)) != row:
-            values[row] = values[first]
-            continue
-        if CODEC.crc32(chunks[offset]) != crc:
-            raise DamagedError(f"{path}, question {ids[row]}: {field} is damaged (CRC-32); try `storage verify`")
-        try:
-            join_planes(decode_chunk(chunks[offset], width), values[row])
-        except ValueError as error:
-            raise UserError(f"{path}, question {ids[row]}: {field} is not of width {width}: {error}") from error
-    return values
-
-
-def _read_chunks(path: Path, index: Index) -> dict[int, memoryview]:
+def _read_runs(path: Path, index: Index) -> dict[int, memoryview]:
     """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
     chunks: dict[int, memoryview] = {}
     with path.open("rb", buffering=0) as file:
         length = os.fstat(file.fileno()).st_size
         rows = [(offset, size) for offset, size in np.unique(index[:, :2], axis=0).tolist()]
         if rows and max(offset + size for offset, size in rows) > length:
-            raise DamagedError(f"{path} is shorter than its column index says; try `storage verify`")
+            raise DamagedError(f"{path} is shorter than its column index says; {ADVICE}")
         for run in _runs(rows):
             start, end = run[0][0], max(offset + size for offset, size in run)
             data = memoryview(os.pread(file.fileno(), end - start, start))

@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class DamagedError(Exception):
     """A stored file does not hold what was written to it."""
+
+
+class UnfinishedWarning(UserWarning):
+    """A run is read of which parts are not published yet."""

@@ -15,8 +15,7 @@ from rich.text import Text
 from storage.columns import COLUMN
 from storage.errors import UserError
 from storage.naming import group_key, question_id
-
-_TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
+from storage.rows import ROWS, TEXTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ def describe_part(path: Path, selected: str | None = None) -> PartSummary:
         return PartSummary(
             file=str(path),
             size=path.stat().st_size,
-            attributes={name: _plain(file.attrs[name]) for name in file.attrs if not name.startswith(COLUMN)},
+            attributes={name: _plain(file.attrs[name]) for name in file.attrs if not _is_for_programs(name)},
             questions={question_id(k): _texts(file[k]) for k in keys},
             selected=_describe_question(key, file[key]) if key is not None else None,
         )
@@ -101,17 +100,19 @@ def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
     if "drift" in attributes:
         attributes["drift"] = _drift_line(json.loads(attributes["drift"]))
     for name, value in attributes.items():
-        if name.startswith("column:"):  # arrays of a thousand rows, for programs
-            continue
         metadata.add_row(Text(name), Text(str(value)))
     shown = list(summary.questions.items())[:rows]
     questions = Table(title=f"{len(shown)} of {len(summary.questions)} questions", title_justify="left")
     questions.add_column("question id")
-    for name in _TEXTS:
+    for name in TEXTS:
         questions.add_column(name.replace("_", " "), overflow="fold", max_width=40)
     for name, texts in shown:
-        questions.add_row(Text(name), *(Text(texts[field]) for field in _TEXTS))
+        questions.add_row(Text(name), *(Text(texts[field]) for field in TEXTS))
     return [metadata, questions, *([_question_table(summary.selected)] if summary.selected else [])]
+
+
+def _is_for_programs(attribute: str) -> bool:
+    return attribute == ROWS or attribute.startswith(COLUMN)
 
 
 def _drift_line(certificate: dict[str, Any]) -> str:
@@ -163,7 +164,7 @@ def _describe_question(key: str, group: h5py.Group) -> QuestionSummary:
 
 
 def _texts(group: h5py.Group) -> dict[str, str]:
-    return {name: group[name].asstr()[()] if name in group else "" for name in _TEXTS}
+    return {name: group[name].asstr()[()] if name in group else "" for name in TEXTS}
 
 
 def _plain(value: Any) -> Any:

@@ -53,4 +53,10 @@ def question_id(key: str) -> str:
     """Return the question id of an HDF5 link name: the inverse of `group_key`."""
     if key == "%":
         return ""
-    return unquote(key) if re.search(r"%(2F|00|2E|25)", key) else key
+    return unquote(key) if "%" in key and re.search(r"%(2F|00|2E|25)", key) else key
+
+
+def field_order(field: str) -> tuple[str, int]:
+    """Return what sorts HALP fields by name and then by layer: `layer_7` comes before `layer_14`."""
+    name, _, layer = field.rpartition("/layer_")
+    return (name, int(layer)) if layer.isdecimal() else (field, -1)

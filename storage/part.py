@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy.typing as npt
 
 from storage.columns import COLUMN
 from storage.drift import DriftMeter
@@ -17,6 +18,7 @@ from storage.naming import group_key, model_type, question_id
 from storage.objects import create_group, write_attributes, write_text
 from storage.placement import Placement, check_placed
 from storage.plan import Question
+from storage.rows import ROWS, TEXTS, encode_rows
 from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings
 
@@ -57,7 +59,7 @@ def write_part(
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
     placement, meter = Placement(), DriftMeter()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
-    number = 0
+    rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
     with h5py.File(path, "x", libver=_LIBVER) as file:
         for question, staged in samples:
             sample = meter.take(staged)
@@ -65,15 +67,18 @@ def write_part(
             for name in ENVIRONMENT:
                 if value := facts.pop(name, None):
                     environments[name].add(value)
-            _write_question(file, placement, question, sample, facts)
-            number += 1
+            key = group_key(question.question_id)
+            own = {"question_id": question.question_id, "csv_row": question.csv_row}
+            rows[key] = _texts(question, sample), {**question.extra, **facts, **own}
+            _write_question(file, placement, key, sample.vectors, *rows[key])
     with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size) as file:
         columns = placement.write(file.id)
         attributes = {
             **_root_attributes(settings, model, part),
             **{name: ", ".join(sorted(values)) for name, values in environments.items()},
-            "num_samples": number,
+            "num_samples": len(rows),
             "failures": json.dumps([asdict(f) for f in failures], ensure_ascii=False),
+            ROWS: encode_rows(rows[key] for key in sorted(rows)),
             **{COLUMN + field: index for field, index in columns.items()},
         }
         if (certificate := meter.certificate()) is not None:
@@ -105,21 +110,28 @@ def is_part_of(path: Path, run_id: str, part: int) -> bool:
         return False
 
 
+def _texts(question: Question, sample: Sample) -> dict[str, str]:
+    values = question.question, question.image_id, sample.answer, question.ground_truth_answer
+    return dict(zip(TEXTS, values, strict=True))
+
+
 def _write_question(
-    file: h5py.File, placement: Placement, question: Question, sample: Sample, facts: dict[str, Any]
+    file: h5py.File,
+    placement: Placement,
+    key: str,
+    vectors: dict[str, npt.NDArray[Any]],
+    texts: dict[str, str],
+    attributes: dict[str, Any],
 ) -> None:
-    key = group_key(question.question_id)
     group = create_group(file.id, key)
-    write_text(group, "question", question.question)
-    write_text(group, "image_id", question.image_id)
-    write_text(group, "answer", sample.answer)
-    write_text(group, "ground_truth_answer", question.ground_truth_answer)
+    for name, text in texts.items():
+        write_text(group, name, text)
     try:
-        placement.add(group, key, sample.vectors)
+        placement.add(group, key, vectors)
     except ValueError as error:
-        raise ValueError(f"question {question.question_id} cannot be written into {file.filename}: {error}") from error
-    own = {"question_id": question.question_id, "csv_row": question.csv_row}
-    write_attributes(group, {**question.extra, **facts, **own})
+        where = f"question {attributes['question_id']} cannot be written into {file.filename}"
+        raise ValueError(f"{where}: {error}") from error
+    write_attributes(group, attributes)
 
 
 def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from storage.naming import group_key
 from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar
 from storage.plan import Question, Slice
+from storage.rows import TEXTS
 from storage.run import Run
 from storage.settings import ModelFacts
 
-_TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 _PLANNED_TEXTS = ("question", "image_id", "ground_truth_answer")
 
 
@@ -126,7 +126,7 @@ def _damage(path: Path, sidecar: Sidecar) -> str | None:
 
 
 def _problems(group: h5py.Group, model: ModelFacts | None) -> Iterator[str]:
-    for name in _TEXTS:
+    for name in TEXTS:
         if name not in group:
             yield f"{name} is missing"
     if model is None:

@@ -1,0 +1,178 @@
+"""Loading: one field of many parts as an array, with a frame of the questions. How to: docs/reading.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from storage.columns import Column, Vectors
+from storage.errors import UserError
+from storage.naming import part_number
+from storage.rows import Columns
+from storage.source import OpenPart, Paths, Source
+
+Order = Literal["plan", "csv", "file"]
+# The first columns of a frame, where a part has them; the CSV's other columns and the remaining attributes follow.
+FIRST = (
+    "question_id", "image_id", "question", "answer", "ground_truth_answer", "csv_row", "part",
+    "vision_token_position", "query_token_position",
+)  # fmt: skip
+
+_SAMPLE_TEXTS = ("question_id", "image_id", "question", "answer", "ground_truth_answer")
+_SAMPLES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One field of many questions: row k of `vectors` and of `frame` belongs to `ids[k]`."""
+
+    field: str
+    ids: list[str]
+    vectors: Vectors  # float32 [N, D]
+    frame: pd.DataFrame
+    missing: int  # planned questions whose part is not published yet
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSample:
+    """One question of a part, with all its vectors as float32."""
+
+    question_id: str
+    image_id: str
+    question: str
+    answer: str
+    ground_truth_answer: str
+    attributes: dict[str, Any]  # csv_row, positions, finish_reason, …, and the CSV's other columns
+    vectors: dict[str, npt.NDArray[np.float32]]  # HALP field to [D]
+
+
+def load(
+    source: Paths, field: str, layer: int | None = None, *, order: Order = "plan", columns: Sequence[str] | None = None
+) -> Loaded:
+    """Return one field of a run's directory, of a directory of parts, of a file or of several.
+
+    field: `vision_only_representation`, or `query_token_representation` with its `layer`.
+    order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
+        them. Without a plan, `plan` is `file`.
+    columns: of the frame; all if None.
+
+    Raises UserError where the field is not there, or the files do not belong together; DamagedError. Warns with
+    UnfinishedWarning where parts of the run are not published yet.
+    """
+    opened = Source(source)
+    opened.warn_if_unfinished()
+    name = field_name(field, layer)
+    found: list[Column] = []
+    frames: list[pd.DataFrame] = []
+    for part in opened.parts():
+        found.append(part.column(name))
+        frames.append(part_frame(part))
+    ids = [question for column in found for question in column.ids]
+    frame = _joined(frames)
+    rows = _ordered(opened, ids, frame, order)
+    frame = frame.iloc[rows].reset_index(drop=True)
+    vectors = _read(name, found, rows)
+    return Loaded(name, [ids[row] for row in rows], vectors, _selected(frame, columns), opened.missing())
+
+
+def iter_chunks(
+    source: Paths, field: str, layer: int | None = None, *, columns: Sequence[str] | None = None
+) -> Iterator[Loaded]:
+    """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
+    opened = Source(source)
+    opened.warn_if_unfinished()
+    for chunk in _chunks(opened, field_name(field, layer)):
+        yield replace(chunk, frame=_selected(chunk.frame, columns), missing=opened.missing())
+
+
+def load_frame(source: Paths, *, order: Order = "plan", columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return the questions alone, without vectors."""
+    opened = Source(source)
+    opened.warn_if_unfinished()
+    frame = _joined([part_frame(part) for part in opened.parts()])
+    rows = _ordered(opened, frame["question_id"].tolist() if len(frame.columns) else [], frame, order)
+    return _selected(frame.iloc[rows].reset_index(drop=True), columns)
+
+
+def iter_samples(source: Paths) -> Iterator[StoredSample]:
+    """Yield each question with all its vectors, in file order, a few at a time in memory."""
+    opened = Source(source)
+    opened.warn_if_unfinished()
+    for part in opened.parts():
+        rows = part.rows()
+        names = [name for name in rows if name not in _SAMPLE_TEXTS]
+        fields = [part.column(field) for field in part.fields()]
+        for start in range(0, len(part.keys), _SAMPLES_AT_ONCE):
+            some = range(start, min(start + _SAMPLES_AT_ONCE, len(part.keys)))
+            vectors = {column.field: column.read_rows(some) for column in fields}
+            for place, row in enumerate(some):
+                texts = {name: rows[name][row] if name in rows else "" for name in _SAMPLE_TEXTS}
+                attributes = {name: rows[name][row] for name in names if rows[name][row] is not None}
+                yield StoredSample(**texts, attributes=attributes, vectors={f: v[place] for f, v in vectors.items()})
+
+
+def field_name(field: str, layer: int | None) -> str:
+    """Return the HALP field: `query_token_representation` and 21 are `query_token_representation/layer_21`."""
+    return field if layer is None else f"{field}/layer_{layer}"
+
+
+def part_frame(part: OpenPart) -> pd.DataFrame:
+    """Return the questions of an open part in key order."""
+    columns: Columns = part.rows()
+    number = part_number(part.path.name)
+    columns.setdefault("part", [number] * len(part.keys))
+    names = [name for name in FIRST if name in columns]
+    return pd.DataFrame({name: columns[name] for name in [*names, *(n for n in columns if n not in names)]})
+
+
+def _chunks(source: Source, field: str) -> Iterator[Loaded]:
+    for part in source.parts():
+        column = part.column(field)
+        yield Loaded(field, column.ids, column.read(), part_frame(part), 0)
+
+
+def _read(field: str, found: list[Column], rows: list[int]) -> Vectors:
+    """Return the vectors of several parts in an order, each decoded where it belongs."""
+    widths = sorted({column.width for column in found})
+    if len(widths) > 1:
+        raise UserError(f"{field} has several widths in these files: {', '.join(map(str, widths))}")
+    place = np.empty(len(rows), np.intp)
+    place[rows] = np.arange(len(rows))
+    places = place.tolist()
+    vectors = np.empty((len(rows), widths[0] if widths else 0), np.float32)
+    start = 0
+    for column in found:
+        number = len(column.ids)
+        column.read_into(vectors, places[start : start + number], range(number))
+        start += number
+    return vectors
+
+
+def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _ordered(source: Source, ids: list[str], frame: pd.DataFrame, order: Order) -> list[int]:
+    if order == "plan":
+        return source.plan_order(ids)
+    if order == "csv" and ids:
+        if "csv_row" not in frame or frame["csv_row"].isna().any():
+            raise UserError("these files do not say where a question was in the CSV (csv_row): use order='file'")
+        rows: list[int] = frame["csv_row"].argsort(kind="stable").tolist()
+        return rows
+    if order not in {"csv", "file"}:
+        raise UserError(f"no such order: {order!r}; there are 'plan', 'csv' and 'file'")
+    return list(range(len(ids)))
+
+
+def _selected(frame: pd.DataFrame, columns: Sequence[str] | None) -> pd.DataFrame:
+    if columns is None:
+        return frame
+    if absent := [name for name in columns if name not in frame]:
+        raise UserError(f"there is no column {', '.join(absent)}; there are {', '.join(map(str, frame.columns))}")
+    return frame[list(columns)]
