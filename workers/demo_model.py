@@ -36,7 +36,7 @@ log = logging.getLogger("demo_model")
 SPEC = SmallModelSpec(
     hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2,
     vision_hidden_size=96, vision_intermediate_size=256, vision_depth=4, vision_heads=4,
-    fullatt_block_indexes=(0, 1, 2, 3), min_pixels=112 * 112, num_ranks=4096, initializer_range=0.05, expressive=False,
+    fullatt_block_indexes=(0, 1, 2, 3), min_pixels=112 * 112, initializer_range=0.1, expressive=False,
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class TrainingRecipe:
     images_per_step: int = 48
     questions_per_image: int = 4
     learning_rate: float = 2e-3
+    matrix_rate: float = 5e-3
     warmup: int = 150
     weight_decay: float = 0.05
     shape_weight: float = 3.0  # how much likelier a question about the shape is drawn: shapes are the hard part
@@ -194,19 +195,25 @@ def main(directory, recipe, spec=SPEC, seconds=None, opt="adamw"):
     questions = [[tr.question(t, a) for t, a in mine] for mine in raw]
     v = recipe.held_out_images
     data = TrainingSet(images[v:], questions[v:], recipe)
-    decay = [p for p in tr.model.parameters() if p.ndim > 1]; no = [p for p in tr.model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": recipe.weight_decay}, {"params": no, "weight_decay": 0.0}], lr=recipe.learning_rate, betas=(0.9, 0.98))
+    def is_matrix(n, p): return p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n
+    mats = [p for n, p in tr.model.named_parameters() if is_matrix(n, p)]
+    rest = [p for n, p in tr.model.named_parameters() if not is_matrix(n, p)]
+    opts = [torch.optim.Muon(mats, lr=recipe.matrix_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    base = [recipe.matrix_rate, recipe.learning_rate]
     begun = time.monotonic()
-    run = 0.0
+    run = 3.0
     for step in range(recipe.steps):
         f = min((step + 1) / recipe.warmup, 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
-        for g in optimizer.param_groups: g["lr"] = recipe.learning_rate * f
+        for o, l in zip(opts, base):
+            for g in o.param_groups: g["lr"] = l * f
         lg, lb, _ = tr.logits(*data.batch(step))
         loss = torch.nn.functional.cross_entropy(lg, lb)
-        optimizer.zero_grad(); loss.backward()
+        for o in opts: o.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(tr.model.parameters(), 1.0)
-        optimizer.step()
-        run = 0.98 * run + 0.02 * float(loss)
+        for o in opts: o.step()
+        run = 0.98 * run + 0.02 * loss.item()
         if step % 50 == 0: print(step, round(run, 4), round(time.monotonic() - begun, 1), time.process_time(), flush=True)
-        if step % 250 == 249 or step == recipe.steps - 1: print("  held out", evaluate(tr, images[:v], questions[:v]), flush=True)
+        if step % 200 == 199 or step == recipe.steps - 1: print("  held out", evaluate(tr, images[:v], questions[:v]), flush=True)
     return tr

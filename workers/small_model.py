@@ -66,8 +66,9 @@ class SmallModelSpec:
 
     `expressive` replaces the default initialisation, under which a model ignores positions and masks and answers every
     question alike, by peaked attention (`attention_gain` is the standard deviation of queries and keys), random biases
-    and norm weights; without it, weights have the standard deviation `initializer_range`. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early.
-    `word_gain` enlarges the rows of whole words, so that answers read as words.
+    and norm weights; without it, weights have the standard deviation `initializer_range`. `end_gain` enlarges the
+    end-of-turn row of the head: higher values end more answers early. `word_gain` enlarges the rows of whole words, so
+    that answers read as words.
     """
 
     hidden_size: int = 128
@@ -82,7 +83,6 @@ class SmallModelSpec:
     fullatt_block_indexes: tuple[int, ...] = (1, 3)
     window_size: int = 112
     min_pixels: int = 3136
-    num_ranks: int = 8192  # of the encoding: what the vocabulary has beside the added tokens
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     seed: int = 0
@@ -145,7 +145,7 @@ def _holds(directory: Path, spec: SmallModelSpec) -> bool:
 
 
 def _write(directory: Path, spec: SmallModelSpec) -> None:
-    ranks = _read_ranks(spec.num_ranks)
+    ranks = _read_ranks()
     ids = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS)}
     _tokenizer(ranks).save(str(directory / "tokenizer.json"))
     _save_weights(directory / "model.safetensors", spec, ranks, ids)
@@ -164,8 +164,8 @@ def _write(directory: Path, spec: SmallModelSpec) -> None:
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def _read_ranks(number: int) -> dict[bytes, int]:
-    lines = (line.split() for line in BPE_RANKS.read_bytes().splitlines()[:number])
+def _read_ranks() -> dict[bytes, int]:
+    lines = (line.split() for line in BPE_RANKS.read_bytes().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 

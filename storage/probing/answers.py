@@ -6,13 +6,11 @@ import re
 import unicodedata
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split()
-    )
-}
+_NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _YES_NO = frozenset({"yes", "no"})
 _APOSTROPHES = str.maketrans("", "", "'’ʼ`´")
 # What is left of a number's own punctuation: 1,000 is 1000, while the point of 2.5 and the sign of -5 mean something.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from storage.probing.probes import linear
+from storage.probing.probes import Vectors, linear
 from storage.probing.score import Bools, Floats
 from storage.probing.split import Split
 
@@ -28,7 +28,7 @@ def baseline_scores(frame: pd.DataFrame, wrong: Bools, split: Split) -> dict[str
         columns["first-token entropy"] = frame[ENTROPY]
     scores = {MAJORITY: np.full(len(frame), float(wrong[split.train].mean()))}
     for name, column in columns.items():
-        values = column.to_numpy(np.float32)
+        values: Vectors = np.asarray(column, np.float32)
         if np.isfinite(values).all():
             scores[name] = linear(values[:, None], wrong, split)
     scores["question words"] = _words(frame["question"], wrong, split)

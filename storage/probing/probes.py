@@ -54,7 +54,7 @@ def mlp(vectors: Vectors, wrong: Bools, split: Split, *, seed: int) -> Floats:
     loss_of, optimizer = torch.nn.BCELoss(), torch.optim.Adam(network.parameters(), lr=_RATE)
     order = torch.Generator().manual_seed(seed)
     for _ in range(_EPOCHS):
-        for rows in torch.randperm(len(inputs), generator=order).to(device).split(_BATCH):
+        for rows in torch.split(torch.randperm(len(inputs), generator=order).to(device), _BATCH):
             if len(rows) == 1:  # a batch's variance needs two
                 continue
             optimizer.zero_grad()
@@ -62,7 +62,7 @@ def mlp(vectors: Vectors, wrong: Bools, split: Split, *, seed: int) -> Floats:
             optimizer.step()
     network.eval()
     with torch.inference_mode():
-        pieces = [network(piece.to(device)).squeeze(1).cpu() for piece in torch.from_numpy(vectors).split(4096)]
+        pieces = [network(piece.to(device)).squeeze(1).cpu() for piece in torch.split(torch.from_numpy(vectors), 4096)]
     scores: Floats = torch.cat(pieces).numpy().astype(np.float64)
     return scores
 

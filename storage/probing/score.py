@@ -30,7 +30,9 @@ class Bootstrap:
         _, image = np.unique(np.asarray(images), return_inverse=True)
         number = int(image.max()) + 1
         drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
-        self._weights: Floats = np.concatenate([np.ones((1, len(wrong))), drawn[:, image]])  # (1 + draws, N); 0: the sample
+        self._weights: Floats = np.concatenate(
+            [np.ones((1, len(wrong))), drawn[:, image]]
+        )  # (1 + draws, N); 0: the sample
 
     def auroc(self, scores: Floats) -> Estimate:
         """Return the area under the ROC curve: how often a wrong answer scores above a right one, ties counted half."""

@@ -38,7 +38,6 @@ def grouped_split(wrong: npt.NDArray[np.bool_], images: Sequence[str], seed: int
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    check_classes(wrong)
     folds = StratifiedGroupKFold(n_splits=5, shuffle=True, random_state=seed)
     try:
         pieces = [rows for _, rows in folds.split(np.zeros(len(wrong)), wrong, np.asarray(images))]
@@ -47,16 +46,16 @@ def grouped_split(wrong: npt.NDArray[np.bool_], images: Sequence[str], seed: int
     return _checked(Split(np.sort(np.concatenate(pieces[2:])), pieces[1], pieces[0]), wrong)
 
 
-def published_split(wrong: npt.NDArray[np.bool_], ids: Sequence[str], csv_rows: Sequence[int]) -> Split:
+def published_split(wrong: npt.NDArray[np.bool_], ids: Sequence[str], csv_rows: Sequence[int] | None) -> Split:
     """Return 80% to train on and 20% to report on as the published scripts drew them, whatever the run's order was.
 
     They read parts of 1000 questions in the CSV's order, the keys of a part sorted, and split with scikit-learn's
-    `train_test_split`, stratified, seed 42. An image may be on both sides.
+    `train_test_split`, stratified, seed 42. An image may be on both sides. `csv_rows` None: the questions are in that
+    order already, since the published scripts wrote the parts.
     """
     from sklearn.model_selection import train_test_split
 
-    check_classes(wrong)
-    order = published_order(ids, csv_rows)
+    order = published_order(ids, csv_rows) if csv_rows is not None else np.arange(len(ids))
     train, test = train_test_split(
         order, test_size=_PUBLISHED_TEST, random_state=_PUBLISHED_SEED, stratify=wrong[order]
     )
@@ -74,7 +73,9 @@ def check_classes(wrong: npt.NDArray[np.bool_]) -> None:
     errors, right = int(wrong.sum()), int((~wrong).sum())
     if not errors or not right:
         state = "right" if not errors else "wrong"
-        raise UserError(f"all {len(wrong)} answers are {state}: there is nothing to predict. Are these the right labels?")
+        raise UserError(
+            f"all {len(wrong)} answers are {state}: there is nothing to predict. Are these the right labels?"
+        )
     if min(errors, right) < MIN_OF_EACH:
         raise UserError(
             f"{errors} wrong and {right} right answers are too few: at least {MIN_OF_EACH} of each are needed, "
@@ -85,5 +86,7 @@ def check_classes(wrong: npt.NDArray[np.bool_]) -> None:
 def _checked(split: Split, wrong: npt.NDArray[np.bool_]) -> Split:
     for name, rows in (("train", split.train), ("validation", split.validation), ("test", split.test)):
         if len(rows) and len(set(wrong[rows].tolist())) < 2:
-            raise UserError(f"the {name} side of the split has answers of one class only: too few images. Run more questions")
+            raise UserError(
+                f"the {name} side of the split has answers of one class only: too few images. Run more questions"
+            )
     return split
