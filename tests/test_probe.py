@@ -153,7 +153,7 @@ def test_labels_given_to_other_answers_are_left_out(tmp_path: Path) -> None:
 
 def test_agreement_below_95_percent_is_refused(tmp_path: Path) -> None:
     path = write_labels(tmp_path / "l.csv", labelled(other=6))
-    with pytest.raises(UserError, match="94.0% agree.*'q0' was answered 'square' there and 'A circle.' here"):
+    with pytest.raises(UserError, match=r"94.0% agree.*'q0' was answered 'square' there and 'A circle.' here"):
         read_labels(path, ANSWERS)
     assert len(read_labels(path, ANSWERS, keep_mismatches=True).wrong) == 100
 
