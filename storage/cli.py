@@ -129,7 +129,7 @@ def probe(
     """
     from storage.probing.experiment import ProbeSettings, run_experiment
     from storage.probing.figure import draw
-    from storage.probing.report import experiment_json, report_lines, report_tables
+    from storage.probing.report import closing_lines, experiment_json, report_lines, report_tables
 
     settings = ProbeSettings(
         labels=labels,
@@ -153,6 +153,8 @@ def probe(
         console.print(line, highlight=False, soft_wrap=True)
     for table in report_tables(experiment):
         console.print(table)
+    for line in closing_lines(experiment):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"figure: {plot or directory / 'probe.svg'}", highlight=False, soft_wrap=True)
 
 

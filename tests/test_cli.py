@@ -13,7 +13,7 @@ from processes import BIN, command, environment, write_csv
 COMMANDS = {
     "producer": ("enqueue", "run", "status", "demo"),
     "workers": ("extract", "collect", "flower", "selfcheck"),
-    "storage": ("inspect", "verify"),
+    "storage": ("inspect", "verify", "probe"),
 }
 
 
@@ -40,7 +40,7 @@ def test_help_takes_less_than_a_second(tool: str) -> None:
     [
         "producer.cli, producer.planning, producer.local, producer.demo, producer.display, producer.listeners",
         "workers.cli, workers.celery, workers.tasks, workers.collector, workers.feed",
-        "storage.cli, storage.verify, storage.inspect, storage.pack",
+        "storage.cli, storage.verify, storage.inspect, storage.pack, storage.probing.report, storage.probing.figure",
     ],
 )
 def test_torch_is_not_imported(modules: str) -> None:

@@ -12,6 +12,7 @@ import typer.main
 from builders import make_run, stage
 
 import producer.cli
+import storage.cli
 import workers.cli
 from storage.pack import pack
 from storage.part import QUESTION_ATTRIBUTES
@@ -51,6 +52,7 @@ def options_of(app: typer.Typer, name: str) -> list[str]:
         (workers.cli.app, "extract"),
         (workers.cli.app, "collect"),
         (workers.cli.app, "flower"),
+        (storage.cli.app, "probe"),
     ],
 )
 def test_every_option_is_in_the_readme(app: typer.Typer, name: str) -> None:

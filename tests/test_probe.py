@@ -18,6 +18,7 @@ from sklearn.model_selection import train_test_split
 
 from storage.errors import UserError
 from storage.pack import pack
+from storage.probing import experiment
 from storage.probing.answers import is_right, normalise
 from storage.probing.experiment import ProbeSettings, run_experiment
 from storage.probing.labels import read_labels
@@ -286,8 +287,8 @@ def test_auroc_of_a_constant_is_a_half() -> None:
 
 
 def test_a_planted_signal_is_found_where_it_is(planted: Path) -> None:
-    experiment = run_experiment(planted, ProbeSettings(draws=200))
-    found = {(p.name, p.probe): p for p in experiment.probes}
+    result = run_experiment(planted, ProbeSettings(draws=200))
+    found = {(p.name, p.probe): p for p in result.probes}
     for probe in ("linear", "mlp"):
         assert found[QUERY, probe].auroc.value > 0.95
         assert found[QUERY, probe].chosen
@@ -295,7 +296,7 @@ def test_a_planted_signal_is_found_where_it_is(planted: Path) -> None:
         assert not found["query_token_representation/layer_0", probe].chosen
         other = found["vision_token_representation/layer_0", probe].auroc
         assert other.low < 0.5 < other.high
-    assert {p.name for p in experiment.probes} == set(MODEL.field_widths())
+    assert {p.name for p in result.probes} == set(MODEL.field_widths())
 
 
 def test_shuffled_labels_give_a_half(planted: Path, tmp_path: Path) -> None:
@@ -304,9 +305,9 @@ def test_shuffled_labels_give_a_half(planted: Path, tmp_path: Path) -> None:
     shuffled = np.random.default_rng(7).permutation([at_random(0.3)(row) for row in range(1, 601)])
     rows = [{"question_id": name, "bad": bool(value)} for name, value in zip(ids, shuffled)]
     labels = write_labels(tmp_path / "shuffled.csv", rows)
-    experiment = run_experiment(planted, ProbeSettings(labels=labels, draws=500))
+    result = run_experiment(planted, ProbeSettings(labels=labels, draws=500))
     for probe in ("linear", "mlp"):
-        best = next(p for p in experiment.probes if (p.name, p.probe) == (QUERY, probe))
+        best = next(p for p in result.probes if (p.name, p.probe) == (QUERY, probe))
         assert best.auroc.low < 0.5 < best.auroc.high
 
 
@@ -339,6 +340,12 @@ def test_probe_as_a_user_runs_it(planted: Path) -> None:
     again = command("storage", "probe", planted, "--no-mlp", "--by", "kind", "--json", "--plot", planted / "p.png")
     assert (planted / "p.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(again.stdout)["probes"] == body["probes"]
+
+
+def test_a_missing_package_is_named(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None if name == "sklearn" else object())
+    with pytest.raises(UserError, match=r"probing needs sklearn: pip install 'halp-extractor\[probe\]'"):
+        run_experiment(planted, ProbeSettings())
 
 
 @pytest.mark.parametrize(

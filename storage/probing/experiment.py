@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def run_experiment(
 
     Raises UserError where the labels do not fit the run or do not suffice.
     """
+    _check_packages()
     frame = load_frame(directory, order="file")
     labels = _labels(frame, settings)
     questions = _labelled(frame, labels)
@@ -115,6 +117,11 @@ def run_experiment(
         ),
         environment=_environment(),
     )
+
+
+def _check_packages() -> None:
+    if absent := [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]:
+        raise UserError(f"probing needs {' and '.join(absent)}: pip install 'halp-extractor[probe]'")
 
 
 def _labels(frame: pd.DataFrame, settings: ProbeSettings) -> Labels:
@@ -167,14 +174,14 @@ def _fields(directory: Path) -> list[str]:
 
 
 def _choose(probes: list[Scored], split: Split) -> list[Scored]:
-    """Mark the best layer of each representation and probe, if there is a validation side to choose by."""
+    """Mark the best layer of each representation that has layers, if there is a validation side to choose by."""
     if not len(split.validation):
         return probes
     best: dict[tuple[str, str], Scored] = {}
-    for scored in probes:
+    for scored in (p for p in probes if p.layer is not None):
         place = (scored.representation, scored.probe)
         best[place] = max(best.get(place, scored), scored, key=quality)
-    return [replace(scored, chosen=best[scored.representation, scored.probe] is scored) for scored in probes]
+    return [replace(scored, chosen=best.get((scored.representation, scored.probe)) is scored) for scored in probes]
 
 
 def _sides(questions: _Questions, split: Split) -> dict[str, Side]:

@@ -36,8 +36,11 @@ def draw(experiment: Experiment, path: Path) -> None:
             _baselines(panel, experiment.baselines)
             panel.set(title={"linear": "linear probe", "mlp": "published MLP"}[name], xlabel="decoder layer")
         panels[0].set_ylabel("AUROC, with 95% interval")
-        handles = dict(zip(*(reversed(panels[0].get_legend_handles_labels()))))
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: labels[i] in {b.name for b in experiment.baselines})
+        figure.legend(
+            [handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False
+        )
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         try:
             figure.savefig(path, dpi=150, metadata=metadata)
@@ -55,7 +58,7 @@ def _panel(panel: Any, probes: list[Scored]) -> None:
         curve = [p for p in probes if p.representation == name and p.layer is not None]
         if curve:
             _errorbar(panel, [place[p.layer] for p in curve if p.layer is not None], curve)
-    panel.set_xticks([*range(-len(before), 0), *range(len(layers))], [*([""] * len(before)), *map(str, layers)])
+    panel.set_xticks(range(len(layers)), map(str, layers))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -71,7 +74,7 @@ def _errorbar(panel: Any, places: list[int], scored: list[Scored]) -> None:
         linewidth=1.2, elinewidth=0.8, capsize=2,
     )  # fmt: skip
     for place, value, one in zip(places, values, scored):
-        if one.chosen:
+        if one.chosen:  # a ring: the layer that the validation side chose
             panel.plot(place + shift, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -33,26 +34,40 @@ def report_lines(experiment: Experiment) -> Iterator[str]:
 
 def report_tables(experiment: Experiment) -> Iterator[Table]:
     """Yield the tables: baselines, probes, and the breakdown if there is one."""
-    best = experiment.best_baseline
-    baselines = Table(title="what needs no look into the model", title_justify="left")
-    for name in ("baseline", "AUROC", "AUPRC", "F1"):
-        baselines.add_column(name)
+    baselines = _table("what needs no look into the model", ("baseline", "AUROC", "AUPRC", "F1"))
     for scored in experiment.baselines:
-        baselines.add_row(scored.name, *map(show, (scored.auroc, scored.auprc, scored.f1)))
+        baselines.add_row(scored.name, show(scored.auroc), show(scored.auprc), _short(scored.f1.value, 3))
     yield baselines
-    probes = Table(title="probes, on the test side, with 95% intervals", title_justify="left", caption_justify="left")
-    for name in ("representation", "layer", "probe", "AUROC", f"above {best}", "AUPRC", "F1"):
-        probes.add_column(name, justify="right" if name == "layer" else "left", overflow="fold")
+    probes = _table("probes", ("  field", "probe", "AUROC", "above", "AUPRC", "F1"))
     for scored in experiment.probes:
-        name = scored.representation.removesuffix("_representation").replace("_", " ")
-        layer = "" if scored.layer is None else str(scored.layer)
-        cells = map(show, (scored.auroc, scored.above[best], scored.auprc, scored.f1))
-        marked = Text("* ", style="bold") if scored.chosen else Text("  ")
-        probes.add_row(marked + name, layer, scored.probe, *cells, style="bold" if scored.chosen else None)
-    probes.caption = _caption(experiment)
+        above = scored.above[experiment.best_baseline]
+        cells = (scored.probe, show(scored.auroc), show(above), show(scored.auprc), _short(scored.f1.value, 3))
+        field = f"{'*' if scored.chosen else ' '} {field_words(scored.name)}"
+        probes.add_row(field, *cells, style="bold" if scored.chosen else None)
     yield probes
     if experiment.breakdown:
-        yield _breakdown(experiment)
+        by = str(experiment.settings.by)
+        table = _table(f"the best probes by {by}", (by, "field", "probe", "questions", "wrong", "AUROC"))
+        for piece in experiment.breakdown:
+            numbers = (f"{piece.questions:,}", f"{piece.wrong:,}", show(piece.auroc))
+            table.add_row(Text(piece.value), field_words(piece.field), piece.probe, *numbers)
+        yield table
+
+
+def closing_lines(experiment: Experiment) -> Iterator[str]:
+    """Yield what one must know to read the tables."""
+    test = experiment.sides["test"]
+    yield f"All on the {test.questions:,} test questions, with 95% intervals over their {test.images:,} images."
+    yield f"above: AUROC minus that of {experiment.best_baseline}, the best baseline, paired."
+    if "validation" in experiment.sides:
+        yield "*: the layer with the best AUROC on the validation side, of its representation and probe."
+    else:
+        yield "No layer is chosen: without a validation side, the best on the test side is best by luck too."
+
+
+def field_words(field: str) -> str:
+    """Return a HALP field in words: `query token 3`."""
+    return field.replace("_representation", "").replace("/layer_", " ").replace("_", " ")
 
 
 def experiment_json(experiment: Experiment) -> dict[str, Any]:
@@ -68,28 +83,20 @@ def experiment_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def show(estimate: Estimate | None) -> str:
-    """Return a value with its interval, as `0.912 .89–.93`."""
+    """Return a value with its interval, as `.912 .89–.93`: 80 columns must hold four of them."""
     if estimate is None:
         return "–"
-    low, high = (f"{x:.2f}".replace("0.", ".", 1) for x in (estimate.low, estimate.high))
-    return f"{estimate.value:.3f} {low}–{high}"
+    return f"{_short(estimate.value, 3)} {_short(estimate.low, 2)}–{_short(estimate.high, 2)}"
 
 
-def _caption(experiment: Experiment) -> str:
-    if "validation" in experiment.sides:
-        return "* the layer with the best AUROC on the validation side, of its representation and probe"
-    return "No layer is chosen: this split has no validation side, and the best on the test side is best by luck too."
+def _short(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
 
 
-def _breakdown(experiment: Experiment) -> Table:
-    by = str(experiment.settings.by)
-    table = Table(title=Text(f"by {by}"), title_justify="left")
-    for name in (by, "probe", "field", "questions", "wrong", "AUROC"):
-        table.add_column(Text(name), justify="right" if name in {"questions", "wrong"} else "left", overflow="fold")
-    for piece in experiment.breakdown:
-        table.add_row(
-            Text(piece.value), piece.probe, piece.field, f"{piece.questions:,}", f"{piece.wrong:,}", show(piece.auroc)
-        )
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(Text(name), justify="right" if name in {"questions", "wrong"} else "left")
     return table
 
 
