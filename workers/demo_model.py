@@ -55,7 +55,7 @@ _IGNORED = -100  # a position without a target
 class TrainingRecipe:
     """Name what the weights depend on, beside the data, the libraries and the processor."""
 
-    steps: int = 600
+    steps: int = 320
     images_per_step: int = 64
     questions_per_image: int = 2
     matrix_rate: float = 5e-3  # of Muon, for the matrices: 95% of shapes right in 250 steps, AdamW needs thousands
