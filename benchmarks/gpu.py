@@ -593,7 +593,7 @@ def read_options() -> argparse.Namespace:
         "--answers", nargs="+", default=["20", "200", "mix", "0"], help="tokens; mix; 0: embeddings only"
     )
     parser.add_argument("--image-tokens", type=int, default=400, help="the images' mean size")
-    parser.add_argument("--batch", type=int, default=64, help="questions in one batch of the engine")
+    parser.add_argument("--batch", type=int, default=128, help="questions in one batch of the engine")
     parser.add_argument("--sizes", action="store_true", help="one image of 1k to 16k tokens with six questions instead")
     parser.add_argument("--memory-cap", type=float, metavar="GB", help="of the device's memory, for this process")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16; known for H100, H200, A100 and 4090")

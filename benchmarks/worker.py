@@ -5,7 +5,7 @@
 2. A fake engine that takes 5 ms a batch, on real JPEGs: what the rest of the house can carry.
 3. Questions per image prefix with one worker and with eight, with a fake engine.
 
-    python benchmarks/worker.py [--quick]
+    python benchmarks/worker.py [--quick] [--sections real fake lanes]
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def make_table(directory: Path, images: int, questions: int) -> Path:
         writer.writerow(["question_id", "image_id", "question", "answer"])
         for number in range(images):
             photograph = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
-            shift = number // len(PHOTOGRAPHS) % 64
-            photograph.crop((shift, shift, photograph.width, photograph.height)).save(
+            down, right = divmod(number // len(PHOTOGRAPHS), 64)
+            photograph.crop((right, down, photograph.width, photograph.height)).save(
                 directory / "images" / f"{number}.jpg"
             )
             for index in range(questions):
@@ -176,87 +176,67 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     return time.monotonic() - begun
 
 
+def real_model(root: Path, model: Path, *, quick: bool) -> None:
+    """Print what a whole worker keeps of its bare engine's speed."""
+    images, questions, batch, tokens = (4, 3, 8, 8) if quick else (150, 6, 32, 32)
+    table = make_table(root, images, questions)
+    alone = engine_alone(model, table, root / "images", batch, tokens)
+    output = root / "output"
+    with House(root, model, "qwen", 1, batch) as house:
+        took = house.run(table, root / "images", output, "--max-new-tokens", tokens, "--max-pixels", MAX_PIXELS)
+    number = images * questions
+    figures = [f"{number / alone:.2f}", f"{number / took:.2f}", f"{alone / took:.0%}"]
+    print_table(
+        ["questions", "engine alone, samples/s", "worker, samples/s", "kept", "questions per prefix", "batch: share"],
+        [[f"{images} images x {questions}", *figures, f"{questions_per_prefix(output):.2f}", batch_fill(output)]],
+    )
+
+
+def without_model(root: Path, model: Path, *, quick: bool) -> None:
+    """Print what the rest of the house carries."""
+    images, questions = 8 if quick else 400, 5
+    table = make_table(root, images, questions)
+    output = root / "output"
+    with House(root, model, "fake:0.005", 1, 64) as house:
+        took = house.run(table, root / "images", output, "--max-pixels", MAX_PIXELS, "--checkpoint-interval", 500)
+    number = images * questions
+    row = [f"{number} questions, 5 ms a batch of 64", f"{number / took:.0f}", batch_fill(output)]
+    print_table(["fake engine", "samples/s", "batch: share"], [row])
+
+
+def lanes(root: Path, model: Path, *, quick: bool) -> None:
+    """Print how far several workers keep the questions of an image together."""
+    rows = []
+    # One worker shares with nobody, however fast it is; eight are as fast as GPUs, so that two cores can carry them.
+    for workers, seconds in ((1, 0.1), (2 if quick else 8, 0.1 if quick else 1.0)):
+        place = root / str(workers)
+        place.mkdir()
+        table = make_table(place, 8 if quick else 900, 6)
+        output = place / "output"
+        with House(place, model, f"fake:{seconds}", workers, 16) as house:
+            house.run(table, place / "images", output, "--max-pixels", 64 * 28 * 28, "--checkpoint-interval", 600)
+        rows.append([str(workers), f"{seconds:g} s", f"{questions_per_prefix(output):.2f}", batch_fill(output)])
+    print_table(["workers", "a batch of 16 takes", "questions per prefix, of 6", "batch: share"], rows)
+
+
 MAX_PIXELS = 256 * 28 * 28
+SECTIONS = {"real": real_model, "fake": without_model, "lanes": lanes}
 
 
 def main() -> None:
-    """Print three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small model and few questions: does it run at all")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables")
     options = parser.parse_args()
     from workers.small_model import BENCH, TEST, build_small_model
 
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        model = build_small_model(root / "model", TEST if options.quick else BENCH)
-        images, questions, batch, tokens = (4, 3, 8, 8) if options.quick else (150, 6, 32, 32)
-
-        place = root / "real"
-        place.mkdir()
-        table = make_table(place, images, questions)
-        alone = engine_alone(model, table, place / "images", batch, tokens)
-        output = place / "output"
-        with House(place, model, "qwen", 1, batch) as house:
-            took = house.run(
-                table, place / "images", output, "--max-new-tokens", tokens, "--max-pixels", MAX_PIXELS,
-            )  # fmt: skip
-        number = images * questions
-        print_table(
-            [
-                "questions",
-                "engine alone, samples/s",
-                "worker, samples/s",
-                "kept",
-                "questions per prefix",
-                "batch size: share",
-            ],
-            [
-                [
-                    f"{images} images x {questions}",
-                    f"{number / alone:.2f}",
-                    f"{number / took:.2f}",
-                    f"{alone / took:.0%}",
-                    f"{questions_per_prefix(output):.2f}",
-                    batch_fill(output),
-                ]
-            ],
-        )
-        print()
-
-        place = root / "fake"
-        place.mkdir()
-        table = make_table(place, 8 if options.quick else 400, 5)
-        rows = []
-        with House(place, model, "fake:0.005", 1, 64) as house:
-            took = house.run(
-                table, place / "images", place / "output", "--max-pixels", MAX_PIXELS, "--checkpoint-interval", 500
-            )
-            number = (8 if options.quick else 400) * 5
-            rows.append(
-                [f"{number} questions, 5 ms a batch of 64", f"{number / took:.0f}", batch_fill(place / "output")]
-            )
-        print_table(["fake engine", "samples/s", "batch size: share"], rows)
-        print()
-
-        rows = []
-        # One worker shares with nobody, however fast it is; eight are as fast as GPUs, so that two cores can carry them.
-        for workers, seconds in ((1, 0.1), (2 if options.quick else 8, 0.1 if options.quick else 1.0)):
-            place = root / f"lanes-{workers}"
-            place.mkdir()
-            table = make_table(place, 8 if options.quick else 900, 6)
-            with House(place, model, f"fake:{seconds}", workers, 16) as house:
-                house.run(
-                    table,
-                    place / "images",
-                    place / "output",
-                    "--max-pixels",
-                    64 * 28 * 28,
-                    "--checkpoint-interval",
-                    600,
-                )
-            found = [f"{questions_per_prefix(place / 'output'):.2f}", batch_fill(place / "output")]
-            rows.append([str(workers), f"{seconds:g} s", *found])
-        print_table(["workers", "a batch of 16", "questions per prefix, of 6", "batch size: share"], rows)
+        model = build_small_model(Path(scratch) / "model", TEST if options.quick else BENCH)
+        for name in options.sections:
+            (Path(scratch) / name).mkdir()
+            SECTIONS[name](Path(scratch) / name, model, quick=options.quick)
+            print()
 
 
 if __name__ == "__main__":

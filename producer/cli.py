@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 
 from producer.options import RunOptions, with_run_options
-from storage.errors import UserError
+from storage.errors import DamagedError, UserError
 
 if TYPE_CHECKING:
     from storage.account import Account
@@ -30,6 +32,7 @@ _LISTENERS_INTERVAL = 10.0
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")]
 
 
 @app.command()
@@ -44,15 +47,19 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
 
     from producer.planning import plan_run
     from storage.account import Bookkeeper
-    from workers.feed import feed
+    from workers.feed import feed, forget
     from workers.settings import settings
 
     run = plan_run(options)
     account = Bookkeeper(run).account()
     try:
+        if run.is_cancelled():
+            forget(run)  # what was in the queue has been dropped
+            run.withdraw_cancellation()
         number = 0 if account.finished else feed(run)
     except (OperationalError, RedisError) as error:
-        raise UserError(_unreachable(run, error)) from None
+        again = "the same command feeds it, and so does a collector that sees it"
+        raise UserError(f"{_unreachable(error)} The run is planned in {run.output_dir}; {again}.") from None
     if not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound = settings().queue_limit
@@ -66,17 +73,22 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
 def run(
     options: RunOptions,
     cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    max_retries: Annotated[
+        int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Do everything on this machine: an embedded queue, a worker per GPU (or one on the CPU), the collector.
 
     Exit code 0: every question is written. 1: some failed; they are in failures.csv. 2: a mistake in the call or the
-    input. 3: a process kept dying. 130: Ctrl-C. After any of them the same command resumes.
+    input. 3: a process kept dying. 130: Ctrl-C or `producer cancel`. After any of them the same command resumes.
 
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
     from producer.planning import plan_run
 
+    if max_retries is not None:
+        os.environ["HALP_MAX_RETRIES"] = str(max_retries)
     raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet))
 
 
@@ -107,10 +119,11 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")],
+    directory: Directory,
     watch: Annotated[
         bool, typer.Option("--watch", help="Stay, with a bar and the time left, until the run ends.")
     ] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="List the failed questions instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Account for every planned question, from the files alone, and say if no worker serves the run.
@@ -123,20 +136,23 @@ def status(
     from storage.run import Run
 
     run = Run.open(directory)
+    if failed:
+        _print_failed(run, as_json=as_json)
+        return
     bookkeeper = Bookkeeper(run)
     account = bookkeeper.account()
     if watch:
         console = Console(stderr=True, quiet=as_json)
         looked = float("-inf")
         with LiveAccount(console) as live:
-            while not account.finished:
+            while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
                     _print_hint(console, listening_workers(run).problem)
                     looked = time.monotonic()
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
                 account = bookkeeper.account()
-    listeners = None if account.finished else listening_workers(run)
+    listeners = None if account.finished or run.is_cancelled() else listening_workers(run)
     if as_json:
         body = account_json(run, account)
         body["workers"] = listeners.names if listeners else []
@@ -148,6 +164,67 @@ def status(
         _print_hint(Console(stderr=True), listeners.problem)
     for worker, message in run.refusals().items():
         print(f"refused by {worker}: {message}", file=sys.stderr)
+
+
+@app.command()
+def retry(
+    directory: Directory,
+    reason: Annotated[
+        list[str] | None, typer.Option(metavar="CLASS", help="Only failures of this class; repeatable.")
+    ] = None,
+    question_id: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID", help="Only this question; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compute failed questions again, with the same settings: plan them in new parts and put them into the queue.
+
+    Example: producer retry output/ --reason image_missing
+    """
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
+    from producer.retrying import plan_retry
+    from storage.run import Run
+    from workers.feed import feed
+
+    run = Run.open(directory)
+    planned = plan_retry(run, reason or [], question_id or [])
+    try:
+        number, problem = feed(run), None
+    except (OperationalError, RedisError) as error:
+        number, problem = 0, f"{_unreachable(error)} Or start a collector that sees the run: it feeds it."
+    if as_json:
+        print(json.dumps({**asdict(planned), "queued": number, "problem": problem}))
+    elif not quiet:
+        parts = f"{planned.parts[0]} to {planned.parts[-1]}" if len(planned.parts) > 1 else f"{planned.parts[0]}"
+        noun = "question is" if planned.questions == 1 else "questions are"
+        print(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
+        if planned.staged:
+            print(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
+        print(f"Watch: producer status {directory} --watch")
+        print("On one machine, the `producer run` command that the run was begun with computes them.", flush=True)
+    if problem and not as_json:
+        print(problem, file=sys.stderr)
+
+
+@app.command()
+def cancel(directory: Directory) -> None:
+    """Stop a run: workers drop its queued questions and begin no other. What is finished is kept; other runs go on.
+
+    Example: producer cancel output/
+    """
+    from storage.account import Bookkeeper
+    from storage.run import Run
+
+    run = Run.open(directory)
+    account = Bookkeeper(run).account()
+    if account.finished:
+        raise UserError(f"{run.output_dir} is finished: there is nothing to cancel")
+    was = "is cancelled" if run.cancel() else "was cancelled before"
+    print(f"{run.output_dir} {was}; {account.outstanding:,} questions are outstanding.")
+    print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
 @app.command()
@@ -169,9 +246,9 @@ def demo(
 
 
 def _print_failures(run: Run, account: Account) -> None:
-    from storage.account import sidecars
+    from storage.failures import published_failures
 
-    failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
+    failures = [failed.failure for failed in published_failures(run)]
     print(f"{account.failed:,} failed; all of them are in {run.output_dir / 'failures.csv'}:", file=sys.stderr)
     for failure in failures[:10]:
         print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
@@ -179,20 +256,27 @@ def _print_failures(run: Run, account: Account) -> None:
         print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
 
 
+def _print_failed(run: Run, *, as_json: bool) -> None:
+    from producer.display import failed_json, failed_table
+    from storage.failures import published_failures, staged_failures
+
+    failures = [*published_failures(run), *staged_failures(run)]
+    if as_json:
+        print(json.dumps({"failures": [failed_json(failed) for failed in failures]}))
+    else:
+        Console().print(failed_table(run, failures))
+
+
 def _print_hint(console: Console, problem: str | None) -> None:
     if problem:
         console.print(problem, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _unreachable(run: Run, error: Exception) -> str:
+def _unreachable(error: Exception) -> str:
     from workers.celery import app as celery_app
 
     broker = celery_app.connection_for_write().as_uri()
-    return (
-        f"cannot reach the broker {broker}: {error}\n"
-        "Start it (`redis-server`) or set HALP_BROKER_URL. The run is planned in "
-        f"{run.output_dir}; the same command feeds it, and so does a collector that sees it."
-    )
+    return f"cannot reach the broker {broker}: {error}\nStart it (`redis-server`) or set HALP_BROKER_URL."
 
 
 def _interrupt(*_: object) -> None:
@@ -203,7 +287,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, DamagedError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

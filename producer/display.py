@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
+from rich.text import Text
 
 from storage.account import Account
+from storage.failures import Failed
 from storage.run import Run
 
 _LINE_INTERVAL = 10.0
@@ -81,6 +83,8 @@ def account_table(run: Run, account: Account) -> Table:
     for name in ("planned", "written", "failed", "staged", "outstanding"):
         table.add_row(name, f"{getattr(account, name):,}")
     table.add_row("parts", f"{account.parts_published:,} of {account.parts_planned:,}")
+    if run.is_cancelled():
+        table.add_row("cancelled", "the command that it was begun with resumes it")
     for reason, number in account.reasons.items():
         table.add_row(f"failed: {reason}", f"{number:,}")
     return table
@@ -93,5 +97,24 @@ def account_json(run: Run, account: Account) -> dict[str, Any]:
         "run_id": run.run_id,
         **asdict(account),
         "finished": account.finished,
+        "cancelled": run.is_cancelled(),
         "refusals": run.refusals(),
     }
+
+
+def failed_table(run: Run, failures: list[Failed]) -> Table:
+    """Return failures as a table; nothing is cut off."""
+    table = Table(title=f"{run.output_dir}: {len(failures):,} failed", title_justify="left")
+    for name in ("question", "reason", "message", "attempts", "worker", "time", "part"):
+        table.add_column(name, overflow="fold", justify="right" if name == "attempts" else "left")
+    for failed in failures:
+        f = failed.failure
+        part = str(failed.part) if failed.published else f"{failed.part}, not published yet"
+        table.add_row(*map(Text, (f.question_id, f.reason, f.message, str(f.attempts), f.worker, f.time, part)))
+    return table
+
+
+def failed_json(failed: Failed) -> dict[str, Any]:
+    """Return a failure as a script reads it."""
+    place = {"image_id": failed.image_id, "part": failed.part, "published": failed.published}
+    return {**asdict(failed.failure), **place}

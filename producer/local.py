@@ -31,7 +31,8 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
     """Compute a run with everything that it needs on this machine; `show` is called with the account as it grows.
 
     Raises UserError where the model cannot be loaded or another `run` works on the directory, RunStoppedError where a
-    process keeps dying, KeyboardInterrupt. No process is left behind in any case, even after SIGKILL of this one.
+    process keeps dying, KeyboardInterrupt, also for `producer cancel`. No process is left behind in any case, even after
+    SIGKILL of this one.
     """
     with ExitStack() as stack:
         stack.enter_context(_only_one(run))
@@ -39,6 +40,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
             return Bookkeeper(run).account()
         for worker in run.refusals():  # of an earlier call; those of this one are written anew
             run.withdraw_refusal(worker)
+        run.withdraw_cancellation()
         server = stack.enter_context(EmbeddedServer())
         environment = {
             **os.environ,
@@ -137,7 +139,9 @@ def _supervise(run: Run, processes: list[_Child], show: Callable[[Account], None
         show(account)
         if run.is_finished():
             return account
-        if _done(account) > done:
+        if run.is_cancelled():
+            raise KeyboardInterrupt
+        if _done(account) != done:  # less, where a retry plans failed questions again
             done = _done(account)
             for process in processes:
                 process.deaths = 0

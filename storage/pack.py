@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
@@ -70,13 +71,41 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         ) from error
 
 
+def sidecars(run: Run) -> Iterator[Sidecar]:
+    """Yield the sidecars of the published parts, in the order of the plan."""
+    for part in sorted(run.parts_with_sidecar()):
+        yield read_sidecar(run, part)
+
+
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:
     questions = run.questions(part)
-    failed = [run.read_failure(part, sequence) for sequence, result in sorted(staged.items()) if not result]
+    again = _planned_again(run, part, questions)
+    staged = {sequence: result and sequence not in again for sequence, result in staged.items()}
+    failed = [
+        again.get(sequence) or run.read_failure(part, sequence)
+        for sequence, result in sorted(staged.items())
+        if not result
+    ]
     with run.store.partial() as temporary:
         write_part(temporary, run.settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
         sync(temporary)
         run.store.publish(temporary, run.part_name(part))
+
+
+def _planned_again(run: Run, part: int, questions: tuple[Question, ...]) -> dict[int, Failure]:
+    """Return the questions that a later part has, as its failures: sequence to failure.
+
+    There are some only where a damaged part is packed again after its failures were retried. A question that succeeds at
+    both would be written twice.
+    """
+    run.refresh()
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    found = {}
+    for sequence, question in enumerate(questions):
+        if (later := run.retried.get(question.question_id, part)) > part:
+            message = f"retried: see {run.part_name(later)}"
+            found[sequence] = Failure(question.question_id, "retried", message, "", 0, "", time)
+    return found
 
 
 def _samples(

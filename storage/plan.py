@@ -1,7 +1,8 @@
 """The plan: generations of ordered questions, cut into slices. Slice k is part k.
 
-`plan/000.json` lists the slices of generation 0 with the digest of each; it appears in one step, after its slice files, so a
-plan is whole or absent. A slice file has one JSON object a line, a question each.
+Generation 0 is the dataset; each later one plans questions again that have failed, in parts of their own: a part is never
+changed. `plan/000.json` lists the slices of generation 0 with the digest of each; it appears in one step, after its slice
+files, so a generation is whole or absent. A slice file has one JSON object a line, a question each.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Slice:
     size: int
     key: str
     sha256: str
+    generation: int = 0
 
 
 def write_generation(
@@ -52,7 +54,7 @@ def write_generation(
         data = b"".join(json.dumps(asdict(q), ensure_ascii=False).encode() + b"\n" for q in questions)
         key = f"{directory}/{part:06d}.jsonl"
         store.put_new(key, data)
-        written.append(Slice(part, len(questions), key, hashlib.sha256(data).hexdigest()))
+        written.append(Slice(part, len(questions), key, hashlib.sha256(data).hexdigest(), generation))
     body = {"generation": generation, "slices": [asdict(s) for s in written]}
     if store.put_new(f".run/plan/{generation:03d}.json", json.dumps(body, indent=1).encode()):
         return True
@@ -63,7 +65,7 @@ def write_generation(
 def read_slices(store: DirectoryStore) -> tuple[Slice, ...]:
     """Return the slices of all generations in order; empty where nothing is planned yet."""
     return tuple(
-        Slice(**s) for name in _generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"]
+        Slice(**s) for name in generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"]
     )
 
 
@@ -75,5 +77,6 @@ def read_questions(store: DirectoryStore, piece: Slice) -> tuple[Question, ...]:
     return tuple(Question(**json.loads(line)) for line in data.splitlines())
 
 
-def _generations(store: DirectoryStore) -> list[str]:
+def generations(store: DirectoryStore) -> list[str]:
+    """Return the names of the plan's generations in order: that of generation k is the k-th."""
     return [name for name in store.list(".run/plan") if name.endswith(".json")]

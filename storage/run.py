@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,7 +20,9 @@ from storage.settings import ModelFacts, RunSettings
 from storage.store import DirectoryStore
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
+_CANCELLED = ".run/cancelled.json"
 _RESULT, _FAILURE = ".safetensors", ".json"
+_SUSPECT, _DEATH = ".suspect", ".death-"
 T = TypeVar("T")
 
 
@@ -30,7 +33,9 @@ class Run:
         self.output_dir = output_dir
         self.settings = settings
         self.store = _store(output_dir)
+        self._generations: list[str] = []
         self._slices: tuple[Slice, ...] = ()
+        self._retried: dict[str, int] | None = None
         self._questions = lru_cache(maxsize=8)(self._read_questions)
 
     @classmethod
@@ -62,17 +67,36 @@ class Run:
 
     @property
     def slices(self) -> tuple[Slice, ...]:
-        """The plan's slices in order; empty until the plan is written."""
+        """The plan's slices in order, as of the last `refresh`; empty until the plan is written."""
         if not self._slices:
-            self._slices = plan.read_slices(self.store)
+            self.refresh()
         return self._slices
 
+    def refresh(self) -> bool:
+        """Look whether the plan has grown by a generation, as a retry makes one; tell whether it has."""
+        names = plan.generations(self.store)
+        if names == self._generations:
+            return False
+        self._slices, self._retried = plan.read_slices(self.store), None
+        self._generations = names
+        return True
+
+    @property
+    def retried(self) -> Mapping[str, int]:
+        """The questions that were planned again, each with its last part: an earlier part's word on it does not count."""
+        if self._retried is None:
+            later = (piece for piece in self.slices if piece.generation > 0)
+            self._retried = {q.question_id: s.part for s in later for q in plan.read_questions(self.store, s)}
+        return self._retried
+
     def slice(self, part: int) -> Slice:
-        """Return one slice. Raises KeyError."""
-        for piece in self.slices:
-            if piece.part == part:
-                return piece
-        raise KeyError(part)
+        """Return one slice, of a new generation too. Raises KeyError."""
+        while True:
+            for piece in self.slices:
+                if piece.part == part:
+                    return piece
+            if not self.refresh():
+                raise KeyError(part)
 
     def questions(self, part: int) -> tuple[Question, ...]:
         """Return the questions of a slice, the last few slices from memory."""
@@ -145,6 +169,25 @@ class Run:
         staged = (self._staged_key(part, sequence, suffix) for suffix in (_RESULT, _FAILURE))
         return any(map(self.store.exists, staged)) or self.store.exists(self.sidecar_key(part))
 
+    # Crashes: marks beside the staged files, which no worker keeps in its memory and no queue can lose
+
+    def note_death(self, part: int, sequence: int, *, alone: bool, **facts: str) -> int:
+        """Record that the engine died under a question; only where it was alone in it that counts. Return how often it was."""
+        self._stage(part, self._staged_key(part, sequence, _SUSPECT), b"{}")
+        if alone:
+            key = self._staged_key(part, sequence, f"{_DEATH}{secrets.token_hex(4)}")
+            self._stage(part, key, json.dumps(facts).encode())
+        return len(self._deaths(part, sequence))
+
+    def deaths_alone(self, part: int, sequence: int) -> int | None:
+        """Return how often the engine died with a question alone in it; None for one that was never there at a death."""
+        if not self.store.exists(self._staged_key(part, sequence, _SUSPECT)):
+            return None
+        return len(self._deaths(part, sequence))
+
+    def _deaths(self, part: int, sequence: int) -> list[str]:
+        return [n for n in self.store.list(self._staging_directory(part)) if n.startswith(f"{sequence:06d}{_DEATH}")]
+
     def read_sample(self, part: int, sequence: int) -> Sample:
         """Return a staged result. A damaged one is removed, so that it is computed again: DamagedError."""
         return self._read_staged(self._staged_key(part, sequence, _RESULT), decode_sample)
@@ -200,16 +243,34 @@ class Run:
     # The end
 
     def is_finished(self) -> bool:
-        """Tell whether every part is published and the summary is written."""
-        return self.store.exists(_SUMMARY)
+        """Tell whether every part is published and the summary is written, of the whole plan as it is now."""
+        try:
+            summary = json.loads(self.store.get(_SUMMARY))
+        except (FileNotFoundError, ValueError):  # a damaged one is written anew
+            return False
+        # A collector that began before a retry may write its summary after it.
+        return bool(summary.get("generations", 1) == max(1, len(plan.generations(self.store))))
 
-    def write_summary(self, data: bytes) -> None:
-        """Mark the run as finished."""
-        self.store.put_new(_SUMMARY, data)
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Mark the run as finished, as far as this object knows the plan."""
+        body = {**summary, "generations": len(self._generations)}
+        self.store.put(_SUMMARY, json.dumps(body, indent=1).encode())
 
     def withdraw_summary(self) -> None:
-        """Take the mark away: a part must be computed again."""
+        """Take the mark away: a part must be computed."""
         self.store.delete(_SUMMARY)
+
+    def cancel(self) -> bool:
+        """Have nobody begin another question of this run; return False where that is so already."""
+        return self.store.put_new(_CANCELLED, b"{}")
+
+    def is_cancelled(self) -> bool:
+        """Tell whether the run is cancelled."""
+        return self.store.exists(_CANCELLED)
+
+    def withdraw_cancellation(self) -> None:
+        """Let the run go on."""
+        self.store.delete(_CANCELLED)
 
 
 def is_run(directory: Path) -> bool:

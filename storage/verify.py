@@ -19,7 +19,7 @@ from storage.chunks import CODEC, decode_chunk
 from storage.columns import Index, read_index
 from storage.naming import group_key
 from storage.objects import clean
-from storage.pack import Sidecar, read_sidecar
+from storage.pack import Sidecar, read_sidecar, sidecars
 from storage.plan import Question, Slice
 from storage.rows import TEXTS
 from storage.run import Run
@@ -58,10 +58,24 @@ def verify(run: Run, *, deep: bool = False) -> Iterator[Finding]:
             yield Finding(path.name, None, "has no sidecar yet: the collector writes it at its next sweep")
         else:
             yield Finding(path.name, None, f"is not published yet ({piece.size} questions)")
+    if run.retried:
+        yield from _written_twice(run)
     names = {run.part_name(piece.part) for piece in run.slices}
     for path in sorted(run.output_dir.glob("*.h5")):
         if path.name not in names:
             yield Finding(path.name, None, "is not a part of this run, but readers will take it for one")
+
+
+def _written_twice(run: Run) -> Iterator[Finding]:
+    """Yield the retried questions that several parts have: readers of all parts would count them twice."""
+    parts: dict[str, list[str]] = {}
+    for sidecar in sidecars(run):
+        for question_id in sidecar.question_ids:
+            if question_id in run.retried:
+                parts.setdefault(question_id, []).append(sidecar.file)
+    for question_id, files in parts.items():
+        if len(files) > 1:
+            yield Finding(files[-1], question_id, f"is written in {', '.join(files[:-1])} too")
 
 
 def verify_part(run: Run, piece: Slice, *, deep: bool = False) -> Iterator[Finding]:

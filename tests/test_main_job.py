@@ -210,10 +210,11 @@ def test_ctrl_c_and_resume(tmp_path: Path, photographs: Path, small_model: Path)
     options = long_run(tmp_path, photographs, small_model)
     output = tmp_path / "output"
     process = start("producer", "run", *options, log=tmp_path / "log")
-    wait_for(lambda: has_begun(output), 90, "the first part")
-    second = command("producer", "run", *options)
+    wait_for((output / ".run" / "logs").exists, 90, "the run holds its directory")
+    second = command("producer", "run", *options)  # while the first loads its model
     assert second.returncode == 2
     assert "another `producer run` is at work" in second.stderr
+    wait_for(lambda: has_begun(output), 90, "the first part")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert "the same command resumes" in (tmp_path / "log").read_text()

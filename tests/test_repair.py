@@ -34,7 +34,7 @@ def run(tmp_path) -> Run:
     for part in (1, 2):
         stage(run, part, failed=[part])
         pack(run, part)
-    run.write_summary(b"{}")
+    run.write_summary({})
     return run
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_part_is_moved_aside_and_computed_again(run, tmp_path, kind):
             tmp_path / "by hand",
             lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts),
         )
-        run.write_summary(b"{}")
+        run.write_summary({})
     path, sidecar = run.part_path(1), run.store.path(run.sidecar_key(1))
     if kind == "flipped":
         path.write_bytes(path.read_bytes()[::-1])

@@ -2,7 +2,8 @@
 
 Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
 together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
-was in flight runs alone; only a death while it runs alone counts against it.
+was in flight runs alone; only a death while it runs alone counts against it. Where deaths are counted is the caller's
+business: `Deaths` of a request.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from storage.sample import Sample
 from workers.engine import Request
@@ -22,13 +24,40 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS_ALONE = 3
 
 
+class Deaths(Protocol):
+    """The deaths of the engine under one request."""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it was in flight at one: then it runs alone from its start."""
+        ...
+
+    def note(self, error: EngineDiedError, *, alone: bool) -> int:
+        """Record one. Return how many were with the request alone in the engine. An OSError fails the request."""
+        ...
+
+
+class DeathsInMemory:
+    """Counts deaths as long as the request waits."""
+
+    suspect = False
+
+    def __init__(self) -> None:
+        self._alone = 0
+
+    def note(self, _: EngineDiedError, *, alone: bool) -> int:
+        """Count a death."""
+        self._alone += alone
+        return self._alone
+
+
 @dataclass(slots=True)
 class _Entry:
     group: Hashable
     request: Request
+    deaths: Deaths
     future: Future[Sample] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
-    deaths_alone: int = 0
 
 
 class DynamicBatcher:
@@ -55,9 +84,9 @@ class DynamicBatcher:
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, group: Hashable, request: Request) -> Future[Sample]:
+    def submit(self, group: Hashable, request: Request, deaths: Deaths | None = None) -> Future[Sample]:
         """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
-        entry = _Entry(group, request)
+        entry = _Entry(group, request, deaths or DeathsInMemory())
         with self._changed:
             if self._fatal is not None or self._closed:
                 raise EngineStartError(str(self._fatal or "the batcher is closed"))
@@ -106,11 +135,16 @@ class DynamicBatcher:
                     self._changed.wait()
 
     def _select(self) -> tuple[list[_Entry], bool]:
-        """Choose a batch around the oldest request: its group, whole images in order of arrival. Tell whether it is full."""
+        """Choose a batch around the oldest request: its group, whole images in order of arrival. Tell whether it is full.
+
+        A suspect is a full batch by itself.
+        """
+        if self._waiting[0].deaths.suspect:
+            return self._waiting[:1], True
         group = self._waiting[0].group
         images: dict[str, list[_Entry]] = {}
         for entry in self._waiting:
-            if entry.group == group:
+            if entry.group == group and not entry.deaths.suspect:
                 images.setdefault(entry.request.image_key, []).append(entry)
         batch: list[_Entry] = []
         tokens = 0
@@ -142,18 +176,33 @@ class DynamicBatcher:
                 entry.future.set_result(sample)
 
     def _after_death(self, batch: list[_Entry], error: EngineDiedError) -> None:
-        if len(batch) == 1:
-            batch[0].deaths_alone += 1
-            if batch[0].deaths_alone >= MAX_DEATHS_ALONE:
-                message = f"{error}; that was death {MAX_DEATHS_ALONE} with this question alone in the engine"
-                batch[0].future.set_exception(PermanentError("killed_worker", message))
-                return
-        for entry in batch:
+        # All are noted before one runs again: the worker may not live to see its end.
+        going_on = [entry for entry in batch if self._noted(entry, error, alone=len(batch) == 1)]
+        for entry in going_on:
             self._run([entry])
+
+    def _noted(self, entry: _Entry, error: EngineDiedError, *, alone: bool) -> bool:
+        """Note a death for one of its requests; tell whether it may be tried again now."""
+        try:
+            number = entry.deaths.note(error, alone=alone)
+        except OSError as fault:  # a full disk: uncounted, it would run for ever
+            entry.future.set_exception(fault)
+            return False
+        if number < MAX_DEATHS_ALONE:
+            return True
+        entry.future.set_exception(killed_worker(f"{error}; that was death {number}"))
+        return False
+
+
+def killed_worker(what: str) -> PermanentError:
+    """Return the failure of a question that has killed the engine too often."""
+    return PermanentError("killed_worker", f"{what} with this question alone in the engine")
 
 
 def _no_room(error: BatchFailedError) -> PermanentError:
-    return PermanentError(
+    failure = PermanentError(
         "out_of_memory",
         f"the question does not fit into memory even alone ({error}): lower --max-pixels, or use a larger GPU",
     )
+    failure.__cause__ = error
+    return failure

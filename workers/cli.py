@@ -37,7 +37,11 @@ def extract(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [HALP_DTYPE]")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where a hub model is kept. [HALP_CACHE_DIR]")] = None,
     max_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE]")
+        int | None,
+        typer.Option(min=1, help="Questions in a batch. [HALP_MAX_BATCH_SIZE, default: 128 on a GPU, 32 on a CPU]"),
+    ] = None,
+    max_retries: Annotated[
+        int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
@@ -55,14 +59,17 @@ def extract(
 
     Example: CUDA_VISIBLE_DEVICES=0 workers extract --model Qwen/Qwen2.5-VL-7B-Instruct
     """
-    _set_environment(MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size)
+    _set_environment(
+        MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size,
+        MAX_RETRIES=max_retries,
+    )  # fmt: skip
     _set_roots(data_root)
     from workers.celery import model_queues
     from workers.settings import settings
 
     node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
     queues = model_queues(settings()).in_order_of(node)
-    threads = concurrency or 2 * settings().max_batch_size
+    threads = concurrency or 2 * settings().batch_size
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", str(threads), "--hostname", node, "--queues", ",".join(queues),
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,

@@ -6,9 +6,6 @@ shortens the wait.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import os
 import time
@@ -16,8 +13,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.account import Bookkeeper, sidecars
+from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
+from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.pack import pack
 from storage.run import Run, is_run
 from workers.feed import feed
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
-FAILURES_FILE = "failures.csv"
 
 
 class Collector:
@@ -79,6 +76,7 @@ def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
 
 def collect_run(run: Run) -> bool:
     """Bring a run one sweep forward. Return whether every part is published."""
+    run.refresh()
     published = run.parts_with_sidecar()
     staging = set(run.staging_directories())
     for piece in run.slices:
@@ -91,23 +89,19 @@ def collect_run(run: Run) -> bool:
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
     run.store.delete_partials(_PARTIAL_AGE)
-    finished = bool(run.slices) and all(piece.part in published for piece in run.slices)
-    if finished:
-        _finish(run)
+    finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
     feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
     return finished
 
 
-def _finish(run: Run) -> None:
+def _finish(run: Run) -> bool:
     account = Bookkeeper(run).account()
-    failures = [failure for sidecar in sidecars(run) for failure in sidecar.failures]
-    if failures:
-        text = io.StringIO()
-        writer = csv.DictWriter(
-            text, [name for name in asdict(failures[0]) if name != "traceback"], extrasaction="ignore"
-        )
-        writer.writeheader()
-        writer.writerows(asdict(failure) for failure in failures)
-        run.store.put(FAILURES_FILE, text.getvalue().encode())
-    summary = {**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    run.write_summary(json.dumps(summary, indent=1).encode())
+    if not account.finished:  # a retry has planned more at this moment
+        return False
+    if failures := published_failures(run):
+        run.store.put(FAILURES_FILE, failures_csv(failures))
+    else:
+        run.store.delete(FAILURES_FILE)  # a retry has healed them all
+    run.withdraw_cancellation()  # it came too late
+    run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
+    return True

@@ -28,6 +28,8 @@ class BatchFailedError(Exception):
 
     def __init__(self, summary: str, child_traceback: str, *, out_of_memory: bool = False) -> None:
         super().__init__(summary)
+        if child_traceback:
+            self.add_note(f"In the engine's process:\n{child_traceback}")  # so that every traceback shows it
         self.child_traceback = child_traceback
         self.out_of_memory = out_of_memory
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from storage.drift import with_certificate
 from storage.errors import UserError
-from storage.plan import Question
 from storage.run import Run
 from storage.sample import Sample
 from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts
-from workers.batcher import DynamicBatcher
+from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import RunRefusedError, TransientError
+from workers.errors import EngineDiedError, RunRefusedError, TransientError
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
 
@@ -33,6 +33,26 @@ class OpenRun:
     facts: ModelFacts
 
 
+class _DeathsInFiles:
+    """The deaths of the engine under one question, as marks beside its staged file: every worker sees them."""
+
+    def __init__(self, run: Run, part: int, sequence: int, worker: str) -> None:
+        self._run, self._part, self._sequence, self._worker = run, part, sequence, worker
+        self.alone = run.deaths_alone(part, sequence)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the question was in flight at a death."""
+        return self.alone is not None
+
+    def note(self, error: EngineDiedError, *, alone: bool) -> int:
+        """Record a death."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = {"error": str(error), "worker": self._worker, "time": time}
+        self.alone = self._run.note_death(self._part, self._sequence, alone=alone, **facts)
+        return self.alone
+
+
 class Extractor:
     """One preloaded engine with its preprocessor and batcher. Its methods are called from many task threads."""
 
@@ -44,7 +64,7 @@ class Extractor:
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             self.engine.extract,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
@@ -60,12 +80,16 @@ class Extractor:
                 self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
             return self._runs[run_dir, run_id]
 
-    def extract(self, opened: OpenRun, question: Question, *, certify: bool = False) -> Sample:
-        """Compute one question; `certify` adds how far it is from its exact result. The part that is packed keeps that.
+    def extract(self, opened: OpenRun, part: int, sequence: int) -> Sample:
+        """Compute one question. With the first of a part comes how far it is from its exact result; the part keeps that.
 
         Raises PermanentError, TransientError, BatchFailedError, EngineStartError.
         """
         settings, facts = opened.run.settings, opened.facts
+        question = opened.run.questions(part)[sequence]
+        deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
+        if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
+            raise killed_worker(f"the engine died {deaths.alone} times")
         image = self._preprocess.image(
             question.image_id,
             Path(settings.images_dir),
@@ -84,11 +108,12 @@ class Extractor:
             halp_compat=settings.halp_compat,
         )
         request = self._preprocess.request(image, text, recipe)
-        sample = self._compute(settings.run_id, request)
-        if certify and not settings.exact and not settings.halp_compat:
-            exact = self._compute(settings.run_id, replace(request, recipe=replace(recipe, exact=True)))
+        sample = self._compute(settings.run_id, request, deaths)
+        if sequence == 0 and not settings.exact and not settings.halp_compat:
+            exact = self._compute(settings.run_id, replace(request, recipe=replace(recipe, exact=True)), deaths)
             other = replace(recipe, exact=True, math_kernel=True, max_new_tokens=0)
-            sample = with_certificate(sample, exact, self._compute(settings.run_id, replace(request, recipe=other)))
+            other_exact = self._compute(settings.run_id, replace(request, recipe=other), deaths)
+            sample = with_certificate(sample, exact, other_exact)
         facts_of_image = {
             "image_sha256": image.sha256,
             "image_size": list(image.original_size),
@@ -96,8 +121,8 @@ class Extractor:
         }
         return replace(sample, facts={**sample.facts, **facts_of_image})
 
-    def _compute(self, run_id: str, request: Request) -> Sample:
-        return self._batcher.submit((run_id, request.recipe), request).result(_RESULT_TIMEOUT)
+    def _compute(self, run_id: str, request: Request, deaths: Deaths) -> Sample:
+        return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
 
     def close(self) -> None:
         """Finish what waits and stop the engine."""

@@ -1,10 +1,20 @@
-"""A deterministic stand-in for the model: the same interface, vectors of hashes. For tests and development of the queue."""
+"""A deterministic stand-in for the model: the same interface, vectors of hashes. For tests and development of the queue.
+
+A mark in a question's text makes it go wrong, for tests of what then happens:
+
+- `[kill]`: the process ends by SIGKILL; `[kill-in-company]`: only where the question shares its batch.
+- `[hang]`: no answer ever.
+- `[error]`: an exception; `[error:N]`: in company, and the first N times alone in this process.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import signal
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -16,6 +26,9 @@ from workers.engine import EngineSpec, ModelCard, Request
 
 _WIDTH, _LAYERS, _FACTOR = 8, 4, 28
 _KEPT_IMAGES = 32
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # token 3 + i is letter i; printable ASCII stands for itself
+_OPENING = 3 + _ALPHABET.index("[")
+_MARK = re.compile(r"\[(kill|kill-in-company|hang|error)(?::(\d+))?\]")
 
 
 class FakeEngine:
@@ -23,6 +36,7 @@ class FakeEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._images: OrderedDict[str, None] = OrderedDict()
+        self._errors: Counter[tuple[int, ...]] = Counter()
         self._seconds = float(spec.kind.partition(":")[2] or 0)
         self._dtype = np.dtype(np.float32 if spec.dtype == "float32" else ml_dtypes.bfloat16)
         self.card = ModelCard(
@@ -48,13 +62,31 @@ class FakeEngine:
         )
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
-        """Return a sample per request after the configured time."""
+        """Return a sample per request after the configured time, unless a question's mark says otherwise."""
         time.sleep(self._seconds)
+        for request in requests:
+            if _OPENING in request.suffix_ids:
+                self._go_wrong(request, alone=len(requests) == 1)
+        return self.compute(requests)
+
+    def compute(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return a sample per request at once, whatever is marked."""
         return [self._sample(request, len(requests)) for request in requests]
 
     def forget(self) -> None:
         """Forget which images were seen."""
         self._images.clear()
+
+    def _go_wrong(self, request: Request, *, alone: bool) -> None:
+        for kind, number in _MARK.findall("".join(_ALPHABET[i - 3] for i in request.suffix_ids if i >= 3)):
+            if kind == "kill" or (kind == "kill-in-company" and not alone):
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif kind == "hang":
+                signal.pause()
+            elif kind == "error":
+                self._errors[request.suffix_ids] += alone
+                if not number or not alone or self._errors[request.suffix_ids] <= int(number):
+                    raise RuntimeError("the question is marked [error]")
 
     def _sample(self, request: Request, batch_size: int) -> Sample:
         image = request.pixels.tobytes()
@@ -82,7 +114,6 @@ class FakeEngine:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: 3 + i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={letter: 3 + i for i, letter in enumerate(_ALPHABET)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer

