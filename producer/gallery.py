@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+from rich import box
 from rich.color import Color
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 _IMAGES = 5
-_LINES = 10  # questions of one image
-_SIDE = 20  # pixels that an image is shown with; a character holds two, one above the other
+_LINES = 7  # questions of one image: as many as the lines of its picture with the name below
+_SIDE = 12  # pixels that an image is shown with; a character holds two, one above the other
 
 
 def gallery(answers: pd.DataFrame, images_dir: Path, *, pictures: bool) -> Table:
@@ -21,18 +22,17 @@ def gallery(answers: pd.DataFrame, images_dir: Path, *, pictures: bool) -> Table
 
     `answers` has a row per question and a column `right`. `pictures` draws the images, which needs a terminal with colours.
     """
-    table = Table(title="some answers", title_justify="left", show_lines=True)
-    for name in ("image", "question", "answer", "truth", ""):
-        table.add_column(name)
+    table = Table(title="some answers", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
+    for name in ("image", "question", "answer (truth)"):
+        table.add_column(name, no_wrap=True)  # a line each, or questions and answers would not stand side by side
     for image_id, rows in _chosen(answers):
         shown = rows.head(_LINES)
         image = Text(image_id)
         if pictures:
             image = Text("\n").join([picture(images_dir / image_id), image])
-        columns = ("question", "answer", "ground_truth_answer")
-        cells = (Text("\n".join(shown[name].str.replace(r"\s+", " ", regex=True))) for name in columns)
-        marks = (Text("right", "green") if right else Text("wrong", "bold red") for right in shown["right"])
-        table.add_row(image, *cells, Text("\n").join(marks))
+        given = zip(shown["answer"], shown["ground_truth_answer"], shown["right"])
+        cells = (Text("\n").join(map(_line, shown["question"])), Text("\n").join(_answer(*one) for one in given))
+        table.add_row(image, *cells)
     return table
 
 
@@ -60,6 +60,16 @@ def picture(path: Path) -> Text:
             line.append("▀", Style(color=upper, bgcolor=lower))
         lines.append(line)
     return Text("\n").join(lines)
+
+
+def _answer(answer: str, truth: str, right: bool) -> Text:
+    if right:
+        return Text.assemble(("✓ ", "green"), _line(answer))
+    return Text.assemble(("✗ ", "bold red"), _line(answer), (f" ({truth})", "bold"))
+
+
+def _line(text: str) -> Text:
+    return Text(" ".join(text.split()))
 
 
 def _chosen(answers: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
