@@ -12,9 +12,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-_IMAGES = 5
-_LINES = 7  # questions of one image: as many as the lines of its picture with the name below
-_SIDE = 12  # pixels that an image is shown with; a character holds two, one above the other
+_IMAGES = 4
+_LINES = 10  # questions of one image: as many as the lines of its picture with the name below
+_SIDE = 18  # pixels that an image is shown with; a character holds two, one above the other
 
 
 def gallery(answers: pd.DataFrame, images_dir: Path, *, pictures: bool) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_the_layers_are_kept() -> None:
     root = Path(__file__).parent.parent
     result = subprocess.run([BIN / "lint-imports"], capture_output=True, text=True, cwd=root, check=False)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_wheel_has_every_package_and_all_their_data() -> None:
+    root = Path(__file__).parent.parent
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name: root / name.replace(".", "/") for name in setuptools["packages"]}
+    tracked = subprocess.run(
+        ["git", "ls-files", "storage", "workers", "producer"], capture_output=True, text=True, cwd=root, check=True
+    ).stdout.split()
+    shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
+    for name, patterns in setuptools["package-data"].items():
+        shipped |= {path for pattern in patterns for path in packages[name].glob(pattern)}
+    assert {root / path for path in tracked} <= shipped
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_a_picture_on_a_terminal(tmp_path: Path) -> None:
     image.paste((200, 0, 0), (0, 0, 64, 32))
     image.save(tmp_path / "a.png")
     text = picture(tmp_path / "a.png")
-    assert len(text.plain.splitlines()) == 6
+    assert len(text.plain.splitlines()) == 9
     styles = [str(span.style) for span in text.spans]
     assert styles[0] == "#c80000 on #c80000"
     assert styles[-1] == "#0a141e on #0a141e"
