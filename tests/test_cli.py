@@ -60,13 +60,12 @@ def test_the_wheel_has_every_package_and_all_their_data() -> None:
     root = Path(__file__).parent.parent
     setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {name: root / name.replace(".", "/") for name in setuptools["packages"]}
-    tracked = subprocess.run(
-        ["git", "ls-files", "storage", "workers", "producer"], capture_output=True, text=True, cwd=root, check=True
-    ).stdout.split()
+    wanted = {path for name in ("storage", "workers", "producer") for path in (root / name).rglob("*.py")}
+    wanted |= {path for path in (root / "workers" / "data").rglob("*") if path.is_file()}
     shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
     for name, patterns in setuptools["package-data"].items():
         shipped |= {path for pattern in patterns for path in packages[name].glob(pattern)}
-    assert {root / path for path in tracked} <= shipped
+    assert wanted <= shipped
 
 
 @pytest.fixture

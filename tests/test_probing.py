@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 
 from storage.errors import UserError
 from storage.pack import pack
-from storage.probing import experiment
+from storage.probing import experiment, score
 from storage.probing.answers import is_right, normalise
 from storage.probing.experiment import ProbeSettings, run_experiment
 from storage.probing.labels import read_labels
@@ -240,6 +240,8 @@ def test_scores_are_scikit_learns() -> None:
     assert judge.auroc(scores).value == pytest.approx(roc_auc_score(wrong, scores))
     assert judge.auprc(scores).value == pytest.approx(average_precision_score(wrong, scores))
     assert judge.f1(scores, 0.7).value == pytest.approx(f1_score(wrong, scores >= 0.7))
+    assert judge.f1(scores, 9.0).value == 0
+    assert judge.f1(scores, -1.0).value == pytest.approx(f1_score(wrong, np.ones(500)))
     best = best_threshold(wrong, scores)
     assert f1_score(wrong, scores >= best) == max(f1_score(wrong, scores >= t) for t in set(scores))
 
@@ -257,6 +259,16 @@ def test_a_draw_is_a_resample_of_images() -> None:
         values.append(roc_auc_score(wrong[rows], scores[rows]))
     estimate = judge.auroc(scores)
     assert [estimate.low, estimate.high] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist())
+
+
+def test_draws_in_small_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    wrong = random.random(100) < 0.4
+    scores = random.random(100)
+    judge = Bootstrap(wrong, [str(i // 4) for i in range(100)], draws=30, seed=0)
+    whole = judge.auroc(scores), judge.auprc(scores), judge.f1(scores, 0.5)
+    monkeypatch.setattr(score, "_AT_ONCE", 700)
+    assert (judge.auroc(scores), judge.auprc(scores), judge.f1(scores, 0.5)) == whole
 
 
 def test_questions_of_an_image_are_no_independent_draws() -> None:
