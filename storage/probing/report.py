@@ -41,7 +41,7 @@ def report_tables(experiment: Experiment) -> Iterator[Table]:
     probes = _table("probes", ("  field", "probe", "AUROC", "above", "AUPRC", "F1"))
     for scored in experiment.probes:
         above = scored.above[experiment.best_baseline]
-        cells = (scored.probe, show(scored.auroc), show(above), show(scored.auprc), _short(scored.f1.value, 3))
+        cells = (scored.probe, show(scored.auroc), show(above, 3), show(scored.auprc), _short(scored.f1.value, 3))
         field = f"{'*' if scored.chosen else ' '} {field_words(scored.name)}"
         probes.add_row(field, *cells, style="bold" if scored.chosen else None)
     yield probes
@@ -82,11 +82,11 @@ def experiment_json(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def show(estimate: Estimate | None) -> str:
+def show(estimate: Estimate | None, digits: int = 2) -> str:
     """Return a value with its interval, as `.912 .89–.93`: 80 columns must hold four of them."""
     if estimate is None:
         return "–"
-    return f"{_short(estimate.value, 3)} {_short(estimate.low, 2)}–{_short(estimate.high, 2)}"
+    return f"{_short(estimate.value, 3)} {_short(estimate.low, digits)}–{_short(estimate.high, digits)}"
 
 
 def _short(value: float, digits: int) -> str:
