@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from common import print_table
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from builders import make_facts, make_questions, make_run, make_settings
 
-from storage.columns import read_column
+import storage
 from storage.pack import pack
 from storage.part import write_part
 from storage.plan import Question
@@ -98,9 +99,9 @@ def reference_loop(files: list[Path]) -> list[Any]:
     return vectors
 
 
-def column_reads(files: list[Path]) -> list[Any]:
-    """Read one layer by the column index."""
-    return [read_column(path, f"query_token_representation/layer_{LAYER}")[1] for path in files]
+def load(files: list[Path]) -> Any:
+    """Read one layer, with the frame of the questions, as users do."""
+    return storage.load(files, "query_token_representation", LAYER)
 
 
 # Cells: each runs in a process of its own and returns numbers
@@ -124,10 +125,19 @@ def measure_reading(options: argparse.Namespace) -> dict[str, float]:
     """Return seconds for one layer of all parts: cold (wall time) and warm (CPU time)."""
     files = [options.scratch / f"{options.way}-{k}.h5" for k in range(options.parts)]
     if not all(path.exists() for path in files):
-        for path in files:
-            shutil.copyfile(options.scratch / f"{options.way}-1-False.h5", path)
+        pairs = make_samples(options.samples, 1) if options.way == "ours" else []
+        for number, path in enumerate(files):
+            if options.way == "ours":  # ids of its own in each part
+                own = [
+                    (replace(question, question_id=f"{number}-{question.question_id}"), sample)
+                    for question, sample in pairs
+                ]
+                write_part(path, make_settings(), make_facts(hidden_size=WIDTH, layers=LAYERS), number + 1, own, [])
+            else:
+                shutil.copyfile(options.scratch / f"{options.way}-1-False.h5", path)
             forget(path)
-    work = column_reads if options.reader == "columns" else reference_loop
+    work = load if options.reader == "load" else reference_loop
+    work(files[:1])  # imports
     cold = []
     for _ in range(2):
         for path in files:
@@ -221,11 +231,11 @@ def tables(options: argparse.Namespace) -> list[list[str]]:
                          f"{ours['kb'] / base['kb']:.2f}x"])  # fmt: skip
     reads = {
         key: cell("reading", way=key[0], reader=key[1], parts=options.parts)
-        for key in [("reference", "loop"), ("ours", "loop"), ("ours", "columns")]
+        for key in [("reference", "loop"), ("ours", "loop"), ("ours", "load")]
     }
     base = reads["reference", "loop"]
     number = f"{options.samples * options.parts:,} samples"
-    for reader, title in [("columns", "read_column"), ("loop", "the reference loader's loop on our files")]:
+    for reader, title in [("load", "storage.load with frame"), ("loop", "the reference loader's loop on our files")]:
         for state in ("cold", "warm"):
             ours = reads["ours", reader]
             rows.append([f"one layer of {number}, {title}: {state}", f"{base[state]:.2f} s",
@@ -248,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1000, help="samples in a part")
     parser.add_argument("--parts", type=int, default=10, help="parts that one layer is read of")
-    for name, default in {"cell": "", "way": "ours", "reader": "columns"}.items():
+    for name, default in {"cell": "", "way": "ours", "reader": "load"}.items():
         parser.add_argument(f"--{name}", default=default, help=argparse.SUPPRESS)
     parser.add_argument("--per-image", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ _LISTENERS_INTERVAL = 10.0
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run's output directory.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output directory or URL.")]
 
 
 @app.command()
@@ -59,12 +59,15 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
         number = 0 if account.finished else feed(run)
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
-        raise UserError(f"{_unreachable(error)} The run is planned in {run.output_dir}; {again}.") from None
+        raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
     if not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
-        bound = settings().queue_limit
+        bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
-            print(f"The collector feeds the rest, at most {bound:,} in the queue at a time.")
+            most = (
+                f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
+            )
+            print(f"The collector feeds the rest, at most {most}.")
         print(f"Watch: producer status {options.output_dir} --watch")
 
 
@@ -110,7 +113,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
         return 3
     if not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        print(f"{questions} written into {account.parts_published:,} parts: {run.output_dir}")
+        print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
         return 1
@@ -130,7 +133,7 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import LiveAccount, account_json, account_table
+    from producer.display import LiveAccount, account_json, account_table, workers_table
     from producer.listeners import listening_workers
     from storage.account import Bookkeeper
     from storage.run import Run
@@ -147,7 +150,7 @@ def status(
         with LiveAccount(console) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
-                    _print_hint(console, listening_workers(run).problem)
+                    _print_hints(console, listening_workers(run).problems)
                     looked = time.monotonic()
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
@@ -156,12 +159,16 @@ def status(
     if as_json:
         body = account_json(run, account)
         body["workers"] = listeners.names if listeners else []
-        body["problem"] = listeners.problem if listeners else None
+        body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
+        body["problems"] = listeners.problems if listeners else []
+        body["problem"] = "\n".join(body["problems"]) or None
         print(json.dumps(body))
         return
     Console().print(account_table(run, account))
     if listeners is not None:
-        _print_hint(Console(stderr=True), listeners.problem)
+        if listeners.workers:
+            Console().print(workers_table(listeners.workers))
+        _print_hints(Console(stderr=True), listeners.problems)
     for worker, message in run.refusals().items():
         print(f"refused by {worker}: {message}", file=sys.stderr)
 
@@ -221,9 +228,9 @@ def cancel(directory: Directory) -> None:
     run = Run.open(directory)
     account = Bookkeeper(run).account()
     if account.finished:
-        raise UserError(f"{run.output_dir} is finished: there is nothing to cancel")
+        raise UserError(f"{run.location} is finished: there is nothing to cancel")
     was = "is cancelled" if run.cancel() else "was cancelled before"
-    print(f"{run.output_dir} {was}; {account.outstanding:,} questions are outstanding.")
+    print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
     print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
@@ -249,11 +256,16 @@ def _print_failures(run: Run, account: Account) -> None:
     from storage.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
-    print(f"{account.failed:,} failed; all of them are in {run.output_dir / 'failures.csv'}:", file=sys.stderr)
+    print(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", file=sys.stderr)
     for failure in failures[:10]:
         print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
     if len(failures) > 10:
         print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
+
+
+def _print_hints(console: Console, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:
@@ -267,16 +279,14 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
         Console().print(failed_table(run, failures))
 
 
-def _print_hint(console: Console, problem: str | None) -> None:
-    if problem:
-        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
-
-
 def _unreachable(error: Exception) -> str:
+    from workers.broker import trouble
     from workers.celery import app as celery_app
 
-    broker = celery_app.connection_for_write().as_uri()
-    return f"cannot reach the broker {broker}: {error}\nStart it (`redis-server`) or set HALP_BROKER_URL."
+    broker, what = celery_app.connection_for_write().as_uri(), trouble(error)
+    if "does not answer" not in what:
+        return f"the broker {broker} {what}."
+    return f"cannot reach the broker {broker}: it {what}\nStart it (`redis-server`) or set HALP_BROKER_URL."
 
 
 def _interrupt(*_: object) -> None:

@@ -13,8 +13,8 @@ from producer.options import RunOptions
 from producer.planning import plan_run
 from storage.errors import UserError
 from storage.inspect import describe_part, part_tables
-from storage.load import load_frame
 from storage.probing.answers import is_right
+from storage.reading import load_frame
 from storage.run import Run
 from storage.settings import QUESTION
 from workers.easy_vqa import MODEL, EasyVqa, read_easy_vqa
@@ -34,8 +34,8 @@ def plan_demo(output_dir: Path, number: int) -> Run:
     return plan_run(
         RunOptions(
             csv=table,
-            images_dir=data.images_dir,
-            output_dir=output_dir,
+            images_dir=str(data.images_dir),
+            output_dir=str(output_dir),
             image_roots=(),
             model=str(MODEL),
             revision="main",

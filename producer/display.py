@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +17,9 @@ from rich.text import Text
 from storage.account import Account
 from storage.failures import Failed
 from storage.run import Run
+
+if TYPE_CHECKING:
+    from workers.presence import Presence
 
 _LINE_INTERVAL = 10.0
 _SILENCE = 60.0  # seconds without a finished question or part before it is mentioned
@@ -77,7 +81,7 @@ class LiveAccount:
 
 def account_table(run: Run, account: Account) -> Table:
     """Return the account as a table: N planned = N written + N failed + N staged + N outstanding."""
-    table = Table(title=str(run.output_dir), title_justify="left", show_header=False)
+    table = Table(title=run.location, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("planned", "written", "failed", "staged", "outstanding"):
@@ -90,10 +94,23 @@ def account_table(run: Run, account: Account) -> Table:
     return table
 
 
+def workers_table(workers: Sequence[Presence]) -> Table:
+    """Return who serves a run: what each is, when it was last heard of, what it has done."""
+    table = Table("worker", "state", "model", "on", "last heard of", "questions", title="workers", title_justify="left")
+    now = time.time()
+    for worker in workers:
+        model = f"{worker.model} ({worker.dtype})"
+        where = worker.gpu or worker.device
+        table.add_row(
+            worker.name, worker.state, model, where, f"{max(0.0, now - worker.seen):.0f} s ago", f"{worker.done:,}"
+        )
+    return table
+
+
 def account_json(run: Run, account: Account) -> dict[str, Any]:
     """Return the account as a script reads it."""
     return {
-        "output_dir": str(run.output_dir),
+        "output_dir": run.location,
         "run_id": run.run_id,
         **asdict(account),
         "finished": account.finished,
@@ -104,7 +121,7 @@ def account_json(run: Run, account: Account) -> dict[str, Any]:
 
 def failed_table(run: Run, failures: list[Failed]) -> Table:
     """Return failures as a table; nothing is cut off."""
-    table = Table(title=f"{run.output_dir}: {len(failures):,} failed", title_justify="left")
+    table = Table(title=f"{run.location}: {len(failures):,} failed", title_justify="left")
     for name in ("question", "reason", "message", "attempts", "worker", "time", "part"):
         table.add_column(name, overflow="fold", justify="right" if name == "attempts" else "left")
     for failed in failures:

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from producer.faults import Faults, short
 from storage.errors import UserError
 from storage.images import OutsideRootError, resolve_image
+from storage.location import is_url, is_within, resolve_location
 from storage.plan import Question
+from storage.store import missing_objects
 
 _MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
 
 
 def check_images(
-    questions: Sequence[Question], images_dir: Path, image_roots: Sequence[Path] = (), *, allow_missing: bool = False
+    questions: Sequence[Question],
+    images_dir: str | Path,
+    image_roots: Sequence[str | Path] = (),
+    *,
+    allow_missing: bool = False,
 ) -> int:
     """Return how many of the distinct images are missing: each becomes a failure of its questions later.
 
-    Raises UserError where a directory is none, where a row's image lies outside the directory and the further roots,
-    and, unless `allow_missing`, where more than a fifth of the images are missing.
+    Raises UserError where a directory is none or an object store cannot be asked, where a row's image lies outside the
+    directory and the further roots, and, unless `allow_missing`, where more than a fifth of the images are missing.
     """
     for option, directory in [("--images-dir", images_dir), *(("--image-root", root) for root in image_roots)]:
         # os.path here and below: Path's own tests raise on a name too long and on a parent that may not be entered.
-        if not os.path.isdir(directory):
+        if not is_url(directory) and not os.path.isdir(directory):
             problem = "is not a directory" if os.path.exists(directory) else "does not exist"
             raise UserError(f"{option} {directory} {problem}: name the directory that holds the images")
-    images_dir, image_roots = images_dir.resolve(), [root.resolve() for root in image_roots]
+    images_dir = resolve_location(images_dir)
+    roots = [images_dir, *map(resolve_location, image_roots)]
     images = dict.fromkeys(question.image_id for question in questions)
-    missing: list[str] = []
+    places: dict[str, str] = {}
     outside: dict[str, str] = {}
     for image_id in images:
         try:
-            path = resolve_image(image_id, images_dir, image_roots)
+            places[image_id] = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as e:
             outside[image_id] = str(e)
-        else:
-            if not os.path.isfile(path):
-                missing.append(image_id)
     if outside:
         raise UserError(_outside_message(questions, outside, images_dir))
+    gone = _missing(places.values(), roots)
+    missing = [image_id for image_id, place in places.items() if place in gone]
     if len(missing) > _MAX_MISSING * len(images) and not allow_missing:
         raise UserError(
             f"{len(missing):,} of {len(images):,} images are missing in {images_dir}, such as "
@@ -49,7 +55,22 @@ def check_images(
     return len(missing)
 
 
-def _outside_message(questions: Sequence[Question], outside: dict[str, str], images_dir: Path) -> str:
+def _missing(places: Iterable[str], roots: Sequence[str]) -> set[str]:
+    """Return those of some locations that have no file or object. An object store is asked once for all below a root."""
+    gone: set[str] = set()
+    below: dict[str, set[str]] = {}
+    for place in places:
+        if is_url(place):
+            root = next(root for root in roots if is_within(place, root))
+            below.setdefault(root, set()).add(place)
+        elif not os.path.isfile(place):
+            gone.add(place)
+    for root, wanted in below.items():
+        gone |= missing_objects(root, wanted)
+    return gone
+
+
+def _outside_message(questions: Sequence[Question], outside: dict[str, str], images_dir: str) -> str:
     faults = Faults()
     for question in questions:
         if question.image_id in outside:

@@ -1,50 +1,80 @@
-"""Who serves a run's queues right now: asked of the broker, and never needed for the account."""
+"""Who serves a run right now, and what stalls it: asked of the broker and of the disk, and never needed for the account."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from storage.run import Run
-
-_TIMEOUT = 1.0
+from storage.space import obstacle
+from workers.presence import Presence
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Names of the workers that serve a run's model, and a sentence on what stalls the run, if anything does."""
+    """The workers that serve a run's model, and a sentence on each thing that stalls the run."""
 
-    names: list[str]
-    problem: str | None
+    workers: list[Presence]
+    problems: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the workers."""
+        return [worker.name for worker in self.workers]
 
 
 def listening_workers(run: Run) -> Listeners:
-    """Ask the workers what they serve, for about a second."""
+    """Ask the broker who serves the run, and look for what stalls it."""
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
+    from workers.broker import trouble
     from workers.celery import app
-    from workers.feed import queues_of
-    from workers.queues import COLLECT
+    from workers.feed import broker_trouble, queues_of, redis_client
+    from workers.presence import present
 
+    disk = [f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.location)] if text]
+    address = app.connection_for_write().as_uri()
     try:
-        with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=_TIMEOUT)
-            answers = app.control.inspect(timeout=_TIMEOUT, connection=connection).active_queues() or {}
-            address = connection.as_uri()
+        with redis_client() as client:
+            everybody = present(client)
     except (OperationalError, RedisError, OSError) as error:
-        address = app.connection_for_write().as_uri()
-        return Listeners([], f"The broker {address} does not answer ({error}); the account is from the files.")
-    served = {worker: {queue["name"] for queue in queues} for worker, queues in answers.items()}
-    wanted = set(queues_of(run).lanes)
-    names = sorted(worker for worker, queues in served.items() if wanted <= queues)
-    if not names:
-        settings = run.settings
-        command = f"workers extract --model {settings.model} --dtype {settings.dtype}"
-        if settings.revision != "main":
-            command += f" --revision {settings.revision}"
-        return Listeners([], f"No worker at {address} serves this run's model. Start one: {command}")
-    if not any(COLLECT in queues for queues in served.values()):
-        return Listeners(
-            names, f"No collector at {address} packs this run. Start one: workers collect {run.output_dir}"
+        return Listeners([], [*disk, f"The broker {address} {trouble(error)}; the account is from the files."])
+    full = broker_trouble()
+    serving = [presence for presence in everybody if presence.serves == queues_of(run).prefix]
+    problems = [*disk, *([f"The broker {full}"] if full else [])]
+    return Listeners(serving, [*problems, *_problems(run, address, serving, everybody)])
+
+
+def _problems(run: Run, address: str, serving: list[Presence], everybody: list[Presence]) -> Iterator[str]:
+    from workers.settings import settings
+
+    if not serving:
+        wanted = run.settings
+        command = f"workers extract --model {wanted.model} --dtype {wanted.dtype}"
+        if wanted.revision != "main":
+            command += f" --revision {wanted.revision}"
+        yield f"No worker at {address} serves this run's model. Start one: {command}"
+    elif not any(presence.collects for presence in everybody):
+        yield f"No collector at {address} packs this run. Start one: workers collect {run.location}"
+    for worker in serving:
+        if worker.busy_since is not None and time.time() - worker.busy_since > settings().engine_timeout + 60:
+            yield f"{worker.name} has been busy with one batch for {time.time() - worker.busy_since:.0f} s"
+    waiting = _waiting_parts(run)
+    if waiting >= (settings().staging_limit or float("inf")):
+        yield (
+            f"{waiting} finished parts wait for the collector, and no further ones are computed until it has packed some "
+            "(HALP_STAGING_LIMIT): see its log"
         )
-    return Listeners(names, None)
+
+
+def _waiting_parts(run: Run) -> int:
+    """Return how many unpublished parts have every question staged."""
+    published = run.parts_with_sidecar()
+    staging = set(run.staging_directories())
+    return sum(
+        len(run.staged(piece.part)) >= piece.size
+        for piece in run.slices
+        if run.label(piece.part) in staging and piece.part not in published
+    )

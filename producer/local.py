@@ -15,10 +15,11 @@ from pathlib import Path
 from producer.server import EmbeddedServer
 from storage.account import Account, Bookkeeper
 from storage.errors import UserError
+from storage.location import is_url
 from storage.run import Run
 from workers.parent import PARENT_VARIABLE
 
-_POLL = 0.3
+_POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
@@ -45,7 +46,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         environment = {
             **os.environ,
             "HALP_BROKER_URL": server.url,
-            "HALP_DATA_ROOTS": str(run.output_dir),
+            "HALP_DATA_ROOTS": run.location,
             "HALP_SWEEP_INTERVAL": "1",
             "HALP_MODEL": run.settings.model,
             "HALP_REVISION": run.settings.revision,
@@ -54,7 +55,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
             PARENT_VARIABLE: str(os.getpid()),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
-        logs = run.output_dir / ".run" / "logs"
+        logs = _local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Child("collector", ["collect", "--name", "collector"], environment, logs)]
         for gpu in gpus():
@@ -161,7 +162,7 @@ def _supervise(run: Run, processes: list[_Child], show: Callable[[Account], None
                 )
             process.start()
             wipe(run)  # what the dead worker had taken would come back only after the visibility timeout
-        time.sleep(_POLL)
+        time.sleep(_REMOTE_POLL if is_url(run.location) else _POLL)
 
 
 def _done(account: Account) -> int:
@@ -178,10 +179,20 @@ def _end(processes: list[_Child]) -> None:
 
 @contextmanager
 def _only_one(run: Run) -> Iterator[None]:
-    """Hold the directory's lock, which the kernel releases with this process."""
-    with (run.output_dir / ".run" / "lock").open("w") as file:
+    """Hold the run's lock on this machine, which the kernel releases with this process."""
+    with (_local_state(run) / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another `producer run` is at work on {run.output_dir}: wait for it, or stop it") from None
+            raise UserError(f"another `producer run` is at work on {run.location}: wait for it, or stop it") from None
         yield
+
+
+def _local_state(run: Run) -> Path:
+    """Return the directory for what only this machine needs of a run: its lock and its logs."""
+    if not is_url(run.location):
+        return run.output_dir / ".run"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    directory = state / "halp-extractor" / run.run_id
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory

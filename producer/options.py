@@ -21,9 +21,9 @@ class RunOptions:
     """What the user asks for: the options of `enqueue` and `run`."""
 
     csv: Path
-    images_dir: Path
-    output_dir: Path
-    image_roots: tuple[Path, ...]
+    images_dir: str  # a directory or a URL, as are the next two
+    output_dir: str
+    image_roots: tuple[str, ...]
     model: str
     revision: str
     dtype: Dtype
@@ -51,10 +51,13 @@ def _run_options(
         typer.Argument(metavar="CSV", help="Questions: question_id,image_id,question,answer. `.csv` or `.csv.gz`."),
     ] = None,
     vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as CSV.")] = None,
-    images_dir: Annotated[Path, typer.Option(help="Directory that the image ids are relative to.")] = ...,  # type: ignore[assignment]
+    images_dir: Annotated[str, typer.Option(help="Directory or URL that the image ids are relative to.")] = ...,  # type: ignore[assignment]
     output_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the parts go. [default: ./output, with --test ./output-test]", show_default=False),
+        str | None,
+        typer.Option(
+            help="Where the parts go: a directory or a URL. [default: ./output, with --test ./output-test]",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
     revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
@@ -99,8 +102,8 @@ def _run_options(
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="Take three rows, chosen at random with a fixed seed.")] = False,
     image_root: Annotated[
-        list[Path] | None,
-        typer.Option(help="A further directory that images may lie in; repeatable.", show_default=False),
+        list[str] | None,
+        typer.Option(help="A further directory or URL that images may lie in; repeatable.", show_default=False),
     ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Run even if over a fifth of the images are missing.")
@@ -119,7 +122,7 @@ def _run_options(
     return RunOptions(
         csv=csv or vqa_dataset,  # type: ignore[arg-type]
         images_dir=images_dir,
-        output_dir=output_dir or Path("output-test" if test else "output"),
+        output_dir=output_dir or ("output-test" if test else "output"),
         image_roots=tuple(image_root or ()),
         model=model,
         revision=revision,

@@ -14,11 +14,12 @@ from producer.options import RunOptions
 from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
 from storage.errors import UserError
+from storage.location import resolve_location
 from storage.naming import model_slug
-from storage.part import is_part_of
 from storage.plan import write_generation
+from storage.probe import is_part_of
 from storage.repair import repair
-from storage.run import Run, is_run
+from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
 
@@ -46,13 +47,12 @@ def plan_run(options: RunOptions) -> Run:
     return run
 
 
-def _repair(output_dir: Path, settings: RunSettings) -> None:
+def _repair(output_dir: str, settings: RunSettings) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
     for name, reason in repair(run).items():
-        print(
-            f"{name} will be computed again, its files are in {output_dir / '.run/damaged'}: {reason}", file=sys.stderr
-        )
+        aside = run.store.address(".run/damaged")
+        print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
 
 
 def _settings(options: RunOptions, *, slices: int) -> RunSettings:
@@ -79,8 +79,8 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         max_pixels=options.max_pixels,
         dataset=options.csv.name,
         dataset_sha256=file_sha256(options.csv),
-        images_dir=str(options.images_dir.resolve()),
-        image_roots=tuple(str(root.resolve()) for root in options.image_roots),
+        images_dir=resolve_location(options.images_dir),
+        image_roots=tuple(map(resolve_location, options.image_roots)),
         order=options.order,
         limit=options.limit,
         test=options.test,
@@ -98,10 +98,11 @@ def _check_layers(options: RunOptions) -> None:
         raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
 
 
-def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
+def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
     """Raise UserError where the directory holds another run, or parts that are not this run's."""
-    parts = sorted(output_dir.glob("*.h5")) if output_dir.is_dir() else []
-    if not is_run(output_dir):
+    location = resolve_location(output_dir)
+    parts = part_names(location)
+    if not is_run(location):
         if parts:
             raise UserError(
                 f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir"
@@ -110,9 +111,17 @@ def _refuse_other_content(output_dir: Path, settings: RunSettings) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
     own = {run.part_name(piece.part): piece.part for piece in run.slices}
-    foreign = [path for path in parts if path.name not in own or not is_part_of(path, run.run_id, own[path.name])]
+    foreign = [name for name in parts if name not in own or not _is_own(run, own[name])]
     if foreign:
         raise UserError(f"{output_dir} holds parts that are not this run's ({_names(foreign)}): move them elsewhere")
+
+
+def _is_own(run: Run, part: int) -> bool:
+    """Tell whether what has a part's name is that part. A described one was: `storage verify` compares its content."""
+    if run.store.exists(run.sidecar_key(part)):
+        return True
+    with run.local_part(part) as path:
+        return is_part_of(path, run.run_id, part)
 
 
 def _refuse_differences(run: Run, settings: RunSettings) -> None:
@@ -122,7 +131,7 @@ def _refuse_differences(run: Run, settings: RunSettings) -> None:
             f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items()
         )
         raise UserError(
-            f"{run.output_dir} holds a run with other settings:\n{lines}\n"
+            f"{run.location} holds a run with other settings:\n{lines}\n"
             "Use the same settings to finish it, or another --output-dir for a new run."
         )
 
@@ -135,5 +144,5 @@ def _show(value: Any) -> str:
     return "the default" if value is None else str(value)
 
 
-def _names(paths: list[Path]) -> str:
-    return ", ".join(p.name for p in paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -33,7 +33,7 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     """
     run.refresh()
     if run.is_cancelled():
-        raise UserError(f"{run.output_dir} is cancelled: resume it first, by the command that it was begun with")
+        raise UserError(f"{run.location} is cancelled: resume it first, by the command that it was begun with")
     failures = published_failures(run)
     staged = sum(_wanted(failed, reasons, ids) for failed in staged_failures(run))
     _refuse_unknown(run, failures, reasons, ids, staged)
@@ -44,8 +44,8 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     _refuse_overflow(run, first + len(slices) - 1)
     if not write_generation(run.store, slices, generation=generation, first_part=first):
         raise UserError(
-            f"another retry of {run.output_dir} was planned at the same moment, and this one was not: "
-            f"see `producer status {run.output_dir}`"
+            f"another retry of {run.location} was planned at the same moment, and this one was not: "
+            f"see `producer status {run.location}`"
         )
     run.withdraw_summary()  # else no collector looks at the run again
     run.refresh()
@@ -61,7 +61,7 @@ def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], id
     waiting = f"{staged:,} more failed, but their parts are not published yet: retry them later" if staged else ""
     if not failures:
         raise UserError(
-            f"nothing to retry: no published part of {run.output_dir} has a failure{'; ' * bool(waiting)}{waiting}"
+            f"nothing to retry: no published part of {run.location} has a failure{'; ' * bool(waiting)}{waiting}"
         )
     counts = Counter(failed.failure.reason for failed in failures)
     there = ", ".join(f"{reason} ({number:,})" for reason, number in counts.most_common())
@@ -75,7 +75,7 @@ def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], id
         more = f" and {len(failed_ids) - _MAX_NAMED:,} more" if len(failed_ids) > _MAX_NAMED else ""
         raise UserError(
             f"--id {', '.join(map(short, unknown))}: has not failed, or not in a published part; "
-            f"failed are {listed}{more} (`producer status {run.output_dir} --failed` lists all). {waiting}".rstrip()
+            f"failed are {listed}{more} (`producer status {run.location} --failed` lists all). {waiting}".rstrip()
         )
     if not any(_wanted(failed, reasons, ids) for failed in failures):
         raise UserError(
@@ -87,6 +87,6 @@ def _refuse_overflow(run: Run, last: int) -> None:
     digits = run.settings.part_digits
     if last >= 10**digits:
         raise UserError(
-            f"this retry would make part {last:,}, but the parts of {run.output_dir} have numbers of {digits} digits: "
+            f"this retry would make part {last:,}, but the parts of {run.location} have numbers of {digits} digits: "
             "retry fewer at a time (--reason, --id), or run the failed rows as a CSV of their own into another --output-dir"
         )

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storage.errors import DamagedError, UnfinishedWarning, UserError
-    from storage.load import Loaded, StoredSample, iter_chunks, iter_samples, load, load_frame
-    from storage.torch_dataset import torch_dataset
+    from storage.reading import Loaded, StoredSample, iter_chunks, iter_samples, load, load_frame
+    from storage.torch_adapter import torch_dataset
 
 _HOMES = {
-    "load": "storage.load",
-    "load_frame": "storage.load",
-    "iter_chunks": "storage.load",
-    "iter_samples": "storage.load",
-    "Loaded": "storage.load",
-    "StoredSample": "storage.load",
-    "torch_dataset": "storage.torch_dataset",
+    "load": "storage.reading",
+    "load_frame": "storage.reading",
+    "iter_chunks": "storage.reading",
+    "iter_samples": "storage.reading",
+    "Loaded": "storage.reading",
+    "StoredSample": "storage.reading",
+    "torch_dataset": "storage.torch_adapter",
     "UserError": "storage.errors",
     "DamagedError": "storage.errors",
     "UnfinishedWarning": "storage.errors",

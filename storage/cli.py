@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,32 +25,62 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A part.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|DIR",
+            help="A part (a file, or a URL such as s3://bucket/run/part.h5), or a run's output directory.",
+        ),
+    ],
     question: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="The question to show whole. [default: the first]", show_default=False),
+        typer.Option(
+            metavar="ID", help="The question of a part to show whole. [default: the first]", show_default=False
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Questions in the table.")] = 10,
+    rows: Annotated[int, typer.Option(min=1, help="Questions in a part's table.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw norms by layer and main components into a new file.")
+    ] = None,
+    colour_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="A column that colours the plot, such as finish_reason.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a part's metadata, its questions, and one question's shapes, dtypes and statistics.
+    """Show a part with one question's shapes, dtypes and statistics; or a whole run: settings, counts, norms, drift.
 
     Example: storage inspect output/qwen25vl_7b_embeddings_part_001.h5 --question 17
     """
+    if colour_by is not None and plot is None:
+        raise UserError("--colour-by needs --plot, as in: --plot run.png")
     from storage.inspect import describe_part, part_json, part_tables
+    from storage.overview import overview, overview_tables
+    from storage.plot import plot as draw
+    from storage.store import local_file
 
-    summary = describe_part(file, question)
+    is_directory = Path(file).is_dir()
+    if question is not None and is_directory:
+        raise UserError("--question needs a part, not a directory")
+    with local_file(file) as path:
+        if is_directory:
+            whole = overview(path, progress=sys.stderr.isatty())
+            body, tables = asdict(whole), overview_tables(whole)
+        else:
+            summary = replace(describe_part(path, question), file=file)
+            body, tables = part_json(summary), part_tables(summary, rows)
+        if plot is not None:
+            draw(path, whole if is_directory else overview(path), colour_by, plot)
     if as_json:
-        print(json.dumps(part_json(summary)))
+        print(json.dumps(body))
         return
     console = Console()
-    for table in part_tables(summary, rows):
+    for table in tables:
         console.print(table)
 
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also check every stored vector's checksum, and the texts against the plan.")
     ] = False,
@@ -80,9 +111,64 @@ def verify(
     raise SystemExit(1 if findings else 0)
 
 
+@app.command("export")
+def export_command(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="npz, parquet, safetensors or csv.")],
+    field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="The vectors, such as query_token_representation. [default: answers alone]",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, metavar="N", help="Layer of a token representation.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="A new file. [default: answers.FORMAT or FIELD.FORMAT]", show_default=False),
+    ] = None,
+) -> None:
+    """Write one field's vectors, or the answers, into a file of another format. A file that exists is not replaced.
+
+    Example: storage export output/ --to npz --field query_token_representation --layer 21
+    """
+    from storage.export import FORMATS, export
+
+    if to not in FORMATS:
+        raise UserError(f"--to {to}: the formats are {', '.join(FORMATS)}")
+    if layer is not None and field is None:
+        raise UserError("--layer needs --field, as in: --field query_token_representation --layer 21")
+    print(export(source, to, field, layer, output, progress=sys.stderr.isatty()))
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run's output directory, or a part.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    rows: Annotated[int, typer.Option(min=1, help="Questions in each table.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs question by question. Exit code 0: the same questions, answers and vectors; 1: they differ.
+
+    Example: storage diff output/ output-exact/
+    """
+    from storage.diff import compare, difference_tables
+
+    difference = compare(first, second, progress=sys.stderr.isatty())
+    if as_json:
+        print(json.dumps({"same": difference.same, **asdict(difference)}))
+    else:
+        console = Console()
+        for table in difference_tables(difference, rows):
+            console.print(table)
+        print("the same" if difference.same else "different")
+    raise SystemExit(0 if difference.same else 1)
+
+
 @app.command()
 def probe(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output directory, or one with parts.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or one with parts.")],
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -142,9 +228,11 @@ def probe(
     )
     with Console(stderr=True).status("reading the parts") as status:
         experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
-    draw(experiment, plot or directory / "probe.svg")
+    home = Path(directory) if Path(directory).is_dir() else Path(directory).parent
+    figure = plot or home / "probe.svg"
+    draw(experiment, figure)
     body = json.dumps(experiment_json(experiment), indent=1)
-    (directory / "probe.json").write_text(body + "\n", encoding="utf-8")
+    (home / "probe.json").write_text(body + "\n", encoding="utf-8")
     if as_json:
         print(body)
         return
@@ -155,11 +243,12 @@ def probe(
         console.print(table)
     for line in closing_lines(experiment):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"figure: {plot or directory / 'probe.svg'}", highlight=False, soft_wrap=True)
+    console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
     except (UserError, DamagedError) as error:

@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.chunks import CODEC, decode_chunk, join_planes
-from storage.errors import DamagedError, UserError
+from storage.errors import ADVICE, DamagedError, UserError
 from storage.naming import group_key, question_id
 
 COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a column
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
 Vectors = npt.NDArray[np.float32]
-ADVICE = "`storage verify` finds what is damaged, `producer enqueue … --repair` computes it again"
 _SMALL_GAP = 65536  # reading over it is cheaper than a second read
 
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+# What to do about a damaged part.
+ADVICE = "`storage verify` finds what is damaged, `producer enqueue … --repair` computes it again"
+
 
 class UserError(Exception):
     """A mistake of the user's: the message says what is wrong, where, and how to mend it. Exit code 2."""
+
+
+class ObjectStoreError(UserError, OSError):
+    """An object store refused a request or did not answer: for a person to mend, or for a worker to try again."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class DamagedError(Exception):

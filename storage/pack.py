@@ -1,8 +1,8 @@
 """Packing: a slice whose questions are all staged becomes a published part, once.
 
-Write a temporary file, flush it, link it to its final name unless that exists, describe it in a sidecar computed from the
-published file, and only then remove the staged files. A crash at any step, or a second collector at the same time, neither
-loses a question nor writes one twice.
+Write a temporary file, flush it, give it its final name unless that exists, describe it in a sidecar computed from what was
+published, and only then remove the staged files. A crash at any step, or a second collector at the same time, neither loses
+a question nor writes one twice.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
-from storage.part import is_part_of, read_header, write_part
+from storage.part import read_header, write_part
 from storage.plan import Question
+from storage.probe import is_part_of
 from storage.run import Run
 from storage.sample import Failure, Sample
 from storage.store import sync
@@ -40,19 +42,21 @@ def pack(run: Run, part: int) -> bool:
 
     Raises DamagedError where a staged file does not hold what was written: it has been removed, to be computed again.
     """
+    name = run.part_name(part)
     if not run.store.exists(run.sidecar_key(part)):
-        if not run.part_path(part).exists():
+        sidecar = None
+        if not run.store.exists(name):
             staged = run.staged(part)
             if len(staged) < run.slice(part).size:
                 return False
             try:
-                _publish(run, part, staged)
+                sidecar = _publish(run, part, staged)
             except FileNotFoundError:
-                if not run.part_path(part).exists():  # else another collector published it and removed the staged files
+                if not run.store.exists(name):  # else another collector published it and removed the staged files
                     if run.staged(part) == staged:
                         raise
                     return False  # another collector removed a damaged one
-        _describe(run, part)
+        _describe(run, part, sidecar)
     run.delete_staging(part)
     return True
 
@@ -65,9 +69,8 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
         failures = tuple(Failure(**f) for f in body.pop("failures"))
         return Sidecar(**{**body, "question_ids": tuple(body["question_ids"]), "failures": failures})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        path = run.store.path(key)
         raise DamagedError(
-            f"{path} is damaged ({error}): the same `producer enqueue … --repair` computes its part again"
+            f"{run.store.address(key)} is damaged ({error}): the same `producer enqueue … --repair` computes its part again"
         ) from error
 
 
@@ -77,19 +80,19 @@ def sidecars(run: Run) -> Iterator[Sidecar]:
         yield read_sidecar(run, part)
 
 
-def _publish(run: Run, part: int, staged: dict[int, bool]) -> None:
+def _publish(run: Run, part: int, staged: dict[int, bool]) -> Sidecar | None:
+    """Write a part and publish it; return what describes it, or None where another collector's is there."""
     questions = run.questions(part)
-    again = _planned_again(run, part, questions)
-    staged = {sequence: result and sequence not in again for sequence, result in staged.items()}
-    failed = [
-        again.get(sequence) or run.read_failure(part, sequence)
-        for sequence, result in sorted(staged.items())
-        if not result
-    ]
+    failures = _planned_again(run, part, questions)
+    staged = {sequence: result and sequence not in failures for sequence, result in staged.items()}
+    unread = sorted(sequence for sequence, result in staged.items() if not result and sequence not in failures)
+    failures |= zip(unread, run.read_failures(part, unread))
+    failed = [failures[sequence] for sequence in sorted(failures)]
     with run.store.partial() as temporary:
         write_part(temporary, run.settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
         sync(temporary)
-        run.store.publish(temporary, run.part_name(part))
+        sidecar = _sidecar(run, part, temporary)
+        return sidecar if run.store.publish(temporary, run.part_name(part)) else None
 
 
 def _planned_again(run: Run, part: int, questions: tuple[Question, ...]) -> dict[int, Failure]:
@@ -112,19 +115,30 @@ def _samples(
     run: Run, part: int, questions: tuple[Question, ...], staged: dict[int, bool]
 ) -> Iterator[tuple[Question, Sample]]:
     # In key order: HDF5 appends to its group index instead of splitting it.
-    for sequence in sorted(
-        (s for s, result in staged.items() if result), key=lambda s: group_key(questions[s].question_id)
-    ):
-        yield questions[sequence], run.read_sample(part, sequence)
+    sequences = sorted((s for s, result in staged.items() if result), key=lambda s: group_key(questions[s].question_id))
+    for sequence, sample in zip(sequences, run.read_samples(part, sequences)):
+        yield questions[sequence], sample
 
 
-def _describe(run: Run, part: int) -> None:
-    path = run.part_path(part)
-    if not is_part_of(path, run.run_id, part):
-        raise UserError(f"{path} is not part {part} of this run: move it elsewhere")
+def _read_back(run: Run, part: int) -> Sidecar:
+    """Return what describes the part that is published. Raises UserError where that is something else."""
+    with run.local_part(part) as path:
+        if not is_part_of(path, run.run_id, part):
+            address = run.store.address(run.part_name(part))
+            raise UserError(f"{address} is not part {part} of this run: move it elsewhere")
+        return _sidecar(run, part, path)
+
+
+def _sidecar(run: Run, part: int, path: Path) -> Sidecar:
     header = read_header(path)
     assert header is not None
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    sidecar = Sidecar(part, run.run_id, path.name, path.stat().st_size, digest, header.question_ids, header.failures)
+    size = path.stat().st_size
+    return Sidecar(part, run.run_id, run.part_name(part), size, digest, header.question_ids, header.failures)
+
+
+def _describe(run: Run, part: int, sidecar: Sidecar | None = None) -> None:
+    """Write a part's sidecar: what this process has published, or else what it reads back."""
+    sidecar = sidecar or _read_back(run, part)
     run.store.put_new(run.sidecar_key(part), json.dumps(asdict(sidecar), ensure_ascii=False, indent=1).encode())

@@ -101,15 +101,6 @@ def read_header(path: Path) -> PartHeader | None:
         )
 
 
-def is_part_of(path: Path, run_id: str, part: int) -> bool:
-    """Tell whether a file is this run's part, by its own word and not by its name."""
-    try:
-        with h5py.File(path, "r") as file:
-            return bool(file.attrs.get("run_id") == run_id and file.attrs.get("part") == part)
-    except OSError:
-        return False
-
-
 def _texts(question: Question, sample: Sample) -> dict[str, str]:
     values = question.question, question.image_id, sample.answer, question.ground_truth_answer
     return dict(zip(TEXTS, values, strict=True))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 
 from storage.errors import DamagedError
-from storage.store import DirectoryStore
+from storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Slice:
 
 
 def write_generation(
-    store: DirectoryStore, slices: Iterable[Sequence[Question]], *, generation: int = 0, first_part: int = 1
+    store: Store, slices: Iterable[Sequence[Question]], *, generation: int = 0, first_part: int = 1
 ) -> bool:
     """Append a generation to the plan; return False where another process has written that generation.
 
@@ -62,21 +62,23 @@ def write_generation(
     return False
 
 
-def read_slices(store: DirectoryStore) -> tuple[Slice, ...]:
+def read_slices(store: Store) -> tuple[Slice, ...]:
     """Return the slices of all generations in order; empty where nothing is planned yet."""
     return tuple(
         Slice(**s) for name in generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"]
     )
 
 
-def read_questions(store: DirectoryStore, piece: Slice) -> tuple[Question, ...]:
+def read_questions(store: Store, piece: Slice) -> tuple[Question, ...]:
     """Return a slice's questions; a question's sequence is its index here."""
     data = store.get(piece.key)
     if hashlib.sha256(data).hexdigest() != piece.sha256:
-        raise DamagedError(f"{store.path(piece.key)}: the plan's slice {piece.part} was changed after it was written")
+        raise DamagedError(
+            f"{store.address(piece.key)}: the plan's slice {piece.part} was changed after it was written"
+        )
     return tuple(Question(**json.loads(line)) for line in data.splitlines())
 
 
-def generations(store: DirectoryStore) -> list[str]:
+def generations(store: Store) -> list[str]:
     """Return the names of the plan's generations in order: that of generation k is the k-th."""
     return [name for name in store.list(".run/plan") if name.endswith(".json")]

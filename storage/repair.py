@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shlex
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ def repair_command(run: Run) -> str:
     """Return the command that computes the damaged parts again. Other options must be those of the first call."""
     settings = run.settings
     call = ["producer", "enqueue", settings.dataset, "--images-dir", settings.images_dir]
-    return shlex.join([*call, "--output-dir", str(run.output_dir)]) + " … --repair"
+    return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
 
 
 def _reasons(run: Run, piece: Slice) -> Iterator[str]:
@@ -51,8 +50,4 @@ def _reasons(run: Run, piece: Slice) -> Iterator[str]:
 
 
 def _move_aside(run: Run, key: str) -> None:
-    source = run.store.path(key)
-    target = run.store.path(f"{_ASIDE}/{secrets.token_hex(4)}-{source.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.exists():
-        os.rename(source, target)
+    run.store.move(key, f"{_ASIDE}/{secrets.token_hex(4)}-{key.rpartition('/')[2]}")

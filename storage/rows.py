@@ -1,7 +1,7 @@
 """The rows of a part: the texts and attributes of all its questions once more, in one root attribute. Format: docs/format.md.
 
-HDF5 takes a millisecond to give out a question's four texts and twenty attributes, forty times what one of its vectors takes by
-the column index. Packed as columns of JSON they take hundredths of that, and 1 % of a part's size at most.
+HDF5 gives out a question's four texts and twenty attributes one by one, which takes many times what one of its vectors takes by
+the column index. Packed as columns of JSON they are one read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from storage.errors import DamagedError
+from storage.errors import ADVICE, DamagedError
 from storage.objects import clean
 
 ROWS = "rows"  # the root attribute
@@ -40,12 +40,29 @@ def read_rows(file: h5py.File, keys: list[str], ids: list[str]) -> Columns:
     packed = file.attrs.get(ROWS)
     texts, attributes = _unpack(file, packed) if packed is not None else _from_groups(file, keys)
     lengths = {len(values) for values in [*texts.values(), *attributes.values()]}
-    if attributes.get("question_id", ids) != ids or lengths - {len(ids)}:
-        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` does not fit its questions; try `storage verify`")
+    cleaned = [clean(question) for question in ids]
+    if attributes.get("question_id", cleaned) != cleaned or lengths - {len(ids)}:
+        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` does not fit its questions; {ADVICE}")
     columns: Columns = {"question_id": ids, **texts}
     for name, values in attributes.items():
         columns[name if name not in texts else name + _CARRIED_TWICE] = values
     return columns | {"question_id": ids}
+
+
+def rows_problem(file: h5py.File, keys: list[str]) -> str | None:
+    """Return what is wrong with an open part's root attribute, compared with its groups; None where nothing is."""
+    packed = file.attrs.get(ROWS)
+    if packed is None:
+        return None
+    try:
+        found = _unpack(file, packed)
+    except DamagedError as error:
+        return str(error)
+    for kind, here, there in zip(("texts", "attributes"), found, _from_groups(file, keys), strict=True):
+        for name in here.keys() | there.keys():
+            if json.dumps(here.get(name)) != json.dumps(there.get(name)):  # as text: not a number is equal to itself
+                return f"the {kind} `{name}` differ between the attribute `{ROWS}` and the questions' groups"
+    return None
 
 
 def _unpack(file: h5py.File, packed: Any) -> tuple[Columns, Columns]:
@@ -53,7 +70,7 @@ def _unpack(file: h5py.File, packed: Any) -> tuple[Columns, Columns]:
         body = json.loads(zlib.decompress(np.ascontiguousarray(packed, np.uint8).tobytes()))
         return body["texts"], body["attributes"]
     except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` is damaged ({error})") from error
+        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` is damaged ({error}); {ADVICE}") from error
 
 
 def _from_groups(file: h5py.File, keys: list[str]) -> tuple[Columns, Columns]:

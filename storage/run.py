@@ -1,10 +1,11 @@
-"""A run: one output directory with its settings, its plan, its staging area and its parts."""
+"""A run: one directory, or one prefix of an object store, with its settings, its plan, its staging area and its parts."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 
 from storage import plan
 from storage.errors import DamagedError, UserError
+from storage.location import join, resolve_location
 from storage.naming import part_label, part_name
 from storage.plan import Question, Slice
 from storage.sample import Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
 from storage.settings import ModelFacts, RunSettings
-from storage.store import DirectoryStore
+from storage.store import DirectoryStore, open_store
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
 _CANCELLED = ".run/cancelled.json"
@@ -27,41 +29,51 @@ T = TypeVar("T")
 
 
 class Run:
-    """Access to a run directory. Holds no state that the files do not: any number of processes may have one open."""
+    """Access to a run. Holds no state that the files do not: any number of processes may have one open."""
 
-    def __init__(self, output_dir: Path, settings: RunSettings) -> None:
-        self.output_dir = output_dir
+    def __init__(self, location: str, settings: RunSettings) -> None:
+        self.location = location
         self.settings = settings
-        self.store = _store(output_dir)
+        self.store = open_store(location)
         self._generations: list[str] = []
         self._slices: tuple[Slice, ...] = ()
         self._retried: dict[str, int] | None = None
         self._questions = lru_cache(maxsize=8)(self._read_questions)
 
     @classmethod
-    def open(cls, output_dir: Path) -> Run:
-        """Open an existing run. Raises UserError where the directory holds none."""
-        output_dir = output_dir.resolve()
+    def open(cls, location: str | Path) -> Run:
+        """Open an existing run, by its directory or URL. Raises UserError where there is none."""
+        location = resolve_location(location)
+        store = open_store(location)
         try:
-            data = _store(output_dir).get(_RUN)
+            data = store.get(_RUN)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{output_dir} holds no run: there is no {_RUN} in it") from None
+            raise UserError(f"{location} holds no run: there is no {_RUN} in it") from None
         try:
-            return cls(output_dir, RunSettings.model_validate_json(data))
+            return cls(location, RunSettings.model_validate_json(data))
         except ValidationError as error:
-            raise UserError(f"{output_dir / _RUN} was written by another version of this software: {error}") from error
+            raise UserError(
+                f"{store.address(_RUN)} was written by another version of this software: {error}"
+            ) from error
 
     @classmethod
-    def create(cls, output_dir: Path, settings: RunSettings) -> Run:
+    def create(cls, location: str | Path, settings: RunSettings) -> Run:
         """Create a run, or open the one that is there. The caller compares the settings."""
-        output_dir = output_dir.resolve()
-        _store(output_dir).put_new(_RUN, settings.model_dump_json(indent=1).encode())
-        return cls.open(output_dir)
+        location = resolve_location(location)
+        open_store(location).put_new(_RUN, settings.model_dump_json(indent=1).encode())
+        return cls.open(location)
 
     @property
     def run_id(self) -> str:
         """The run's unique id."""
         return self.settings.run_id
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's directory. Raises UserError where it lies in an object store."""
+        if not isinstance(self.store, DirectoryStore):
+            raise UserError(f"{self.location} is no directory of this machine: that is not possible in an object store")
+        return self.store.root
 
     # The plan
 
@@ -92,9 +104,9 @@ class Run:
     def slice(self, part: int) -> Slice:
         """Return one slice, of a new generation too. Raises KeyError."""
         while True:
-            for piece in self.slices:
-                if piece.part == part:
-                    return piece
+            pieces = self.slices
+            if 1 <= part <= len(pieces) and pieces[part - 1].part == part:  # they are numbered from 1, without gaps
+                return pieces[part - 1]
             if not self.refresh():
                 raise KeyError(part)
 
@@ -188,21 +200,25 @@ class Run:
     def _deaths(self, part: int, sequence: int) -> list[str]:
         return [n for n in self.store.list(self._staging_directory(part)) if n.startswith(f"{sequence:06d}{_DEATH}")]
 
-    def read_sample(self, part: int, sequence: int) -> Sample:
-        """Return a staged result. A damaged one is removed, so that it is computed again: DamagedError."""
-        return self._read_staged(self._staged_key(part, sequence, _RESULT), decode_sample)
+    def read_samples(self, part: int, sequences: Iterable[int]) -> Iterator[Sample]:
+        """Yield staged results in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
+        return self._read_staged([self._staged_key(part, s, _RESULT) for s in sequences], decode_sample)
 
     def read_failure(self, part: int, sequence: int) -> Failure:
-        """Return a staged failure. A damaged one is removed, so that it is computed again: DamagedError."""
-        return self._read_staged(self._staged_key(part, sequence, _FAILURE), decode_failure)
+        """Return one staged failure, as `read_failures` does."""
+        return next(self.read_failures(part, [sequence]))
 
-    def _read_staged(self, key: str, decode: Callable[[bytes], T]) -> T:
-        data = self.store.get(key)
-        try:
-            return decode(data)
-        except DamagedError as error:
-            self.store.delete(key)
-            raise DamagedError(f"{self.store.path(key)}: {error}; removed, to be computed again") from error
+    def read_failures(self, part: int, sequences: Iterable[int]) -> Iterator[Failure]:
+        """Yield staged failures in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
+        return self._read_staged([self._staged_key(part, s, _FAILURE) for s in sequences], decode_failure)
+
+    def _read_staged(self, keys: Sequence[str], decode: Callable[[bytes], T]) -> Iterator[T]:
+        for key, data in zip(keys, self.store.get_many(keys)):
+            try:
+                yield decode(data)
+            except DamagedError as error:
+                self.store.delete(key)
+                raise DamagedError(f"{self.store.address(key)}: {error}; removed, to be computed again") from error
 
     def delete_staging(self, part: int) -> None:
         """Remove a published slice's staged files."""
@@ -229,8 +245,12 @@ class Run:
         return part_name(self.settings.model_slug, part, self.settings.part_digits)
 
     def part_path(self, part: int) -> Path:
-        """Return where a part is published."""
+        """Return where a part is published. Raises UserError where the run lies in an object store: see `local_part`."""
         return self.output_dir / self.part_name(part)
+
+    def local_part(self, part: int) -> AbstractContextManager[Path]:
+        """Yield a published part as a file of this machine, to be read only. Raises FileNotFoundError."""
+        return self.store.local_copy(self.part_name(part))
 
     def sidecar_key(self, part: int) -> str:
         """Return the key of a part's sidecar."""
@@ -273,10 +293,22 @@ class Run:
         self.store.delete(_CANCELLED)
 
 
-def is_run(directory: Path) -> bool:
-    """Tell whether a directory holds a run."""
-    return (directory / _RUN).is_file()
+def is_run(location: str | Path) -> bool:
+    """Tell whether a resolved location holds a run."""
+    return open_store(location).exists(_RUN)
 
 
-def _store(output_dir: Path) -> DirectoryStore:
-    return DirectoryStore(output_dir, ".run/tmp")
+def part_names(location: str) -> list[str]:
+    """Return the names of all that a reader of a resolved location takes for parts, whosever they are."""
+    return [name for name in open_store(location).list("") if name.endswith(".h5")]
+
+
+def find_runs(location: str, depth: int) -> list[str]:
+    """Return the locations of the runs at or below a resolved location, so many levels deep. Raises OSError."""
+    store = open_store(location)
+    if store.exists(_RUN):
+        return [location]
+    if depth == 0:
+        return []
+    below = [join(location, name) for name in store.directories("") if not name.startswith(".")]
+    return [run for place in below for run in find_runs(place, depth - 1)]

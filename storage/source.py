@@ -15,17 +15,16 @@ import numpy as np
 
 from storage.columns import COLUMN, Column, column_of, open_part
 from storage.errors import UnfinishedWarning, UserError
+from storage.location import is_url, resolve_location
 from storage.naming import field_order, question_id
 from storage.rows import Columns, read_rows
 from storage.run import Run, is_run
+from storage.settings import ModelFacts
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Root attributes that say what a vector is. Files that differ in one of them do not belong into one array.
-KIND = (
-    "model_name", "revision", "config_sha256", "dtype", "layers", "positions", "vision_only_definition", "prompt",
-    "template_sha256", "min_pixels", "max_pixels", "exact", "repetition_penalty", "max_new_tokens",
-)  # fmt: skip
+KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,11 @@ class OpenPart:
 
     def column(self, field: str) -> Column:
         """Return one field. Raises UserError, naming the fields that there are, where this one is not."""
-        if self.keys and COLUMN + field not in self.file.attrs and field not in self.file[self.keys[0]]:
+        if (
+            self.keys
+            and COLUMN + field not in self.file.attrs
+            and not isinstance(self.file[self.keys[0]].get(field), h5py.Dataset)
+        ):
             raise UserError(f"{self.path} has no {field}; it has {', '.join(self.fields())}")
         return column_of(self.file, self.keys, self.ids, field)
 
@@ -59,6 +62,11 @@ class OpenPart:
         """Return the texts and attributes of the questions."""
         return read_rows(self.file, self.keys, self.ids)
 
+    def run_id(self) -> str | None:
+        """Return the run that the part is of; None in files of the reference script."""
+        value = self.file.attrs.get("run_id")
+        return None if value is None else str(value)
+
     def kind(self) -> dict[str, Any]:
         """Return what says which kind of vectors these are."""
         return {name: _plain(self.file.attrs[name]) for name in KIND if name in self.file.attrs}
@@ -71,12 +79,14 @@ class Source:
         self.run: Run | None = None
         if isinstance(source, (str, os.PathLike)) and (directory := Path(source)).is_dir():
             self.files = sorted(directory.glob("*.h5"))
-            self.run = Run.open(directory) if is_run(directory) else None
+            self.run = Run.open(directory) if is_run(resolve_location(directory)) else None
             if not self.files:
                 what = "no part of this run is published yet" if self.run else "there is no *.h5 in it"
                 raise UserError(f"{directory}: {what}")
         else:
-            paths = [source] if isinstance(source, (str, os.PathLike)) else source
+            paths = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+            if urls := [path for path in paths if isinstance(path, str) and is_url(path)]:
+                raise UserError(f"{urls[0]}: copy the parts of an object store to this machine to read them as arrays")
             self.files = [Path(path) for path in paths]
             if not self.files:
                 raise UserError("there is no file to read")
@@ -91,8 +101,7 @@ class Source:
     def warn_if_unfinished(self) -> None:
         """Warn where the run goes on: what is loaded is not all of it."""
         if self.run is not None and (missing := self.missing()):
-            planned = sum(piece.size for piece in self.run.slices)
-            text = f"{self.run.output_dir} is not finished: {missing:,} of {planned:,} questions are not published yet"
+            text = f"{self.run.location} is not finished: {missing:,} questions are not published yet"
             warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
     def parts(self) -> Iterator[OpenPart]:
@@ -100,15 +109,18 @@ class Source:
 
         Raises UserError where two files are not of one kind, or hold the same question.
         """
-        first: tuple[Path, dict[str, Any]] | None = None
+        first: OpenPart | None = None
+        kind: dict[str, Any] = {}
+        run_id: str | None = None
         seen: dict[str, Path] = {}
         for path in self.files:
             with _open(path) as part:
                 if not part.keys:  # of failures alone
                     continue
-                kind = part.kind()
-                first = first or (path, kind)
-                _refuse_mixture(first, (path, kind))
+                if first is None:
+                    first, kind, run_id = part, part.kind(), part.run_id()
+                elif run_id is None or part.run_id() != run_id:  # a run is of one kind, whichever versions wrote it
+                    _refuse_mixture(first.path, kind, path, part.kind())
                 for question in part.ids:
                     if (other := seen.setdefault(question, path)) is not path:
                         raise UserError(f"question {question} is in {other} and in {path}: give the files of one run")
@@ -132,12 +144,11 @@ def _open(path: Path) -> Iterator[OpenPart]:
         yield OpenPart(path, file, keys, [question_id(key) for key in keys])
 
 
-def _refuse_mixture(first: tuple[Path, dict[str, Any]], second: tuple[Path, dict[str, Any]]) -> None:
+def _refuse_mixture(first: Path, ours: dict[str, Any], second: Path, theirs: dict[str, Any]) -> None:
     for name in KIND:
-        ours, theirs = first[1].get(name), second[1].get(name)
-        if ours != theirs:
-            lines = "; ".join(f"{path} has {_show(value)}" for path, value in [(first[0], ours), (second[0], theirs)])
-            raise UserError(f"these files hold different things and must not be mixed: for {name}, {lines}")
+        if ours.get(name) != theirs.get(name):
+            values = f"{first} has {_show(ours.get(name))}; {second} has {_show(theirs.get(name))}"
+            raise UserError(f"these files hold different things and must not be mixed: for {name}, {values}")
 
 
 def _show(value: Any) -> str:

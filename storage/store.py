@@ -1,7 +1,7 @@
-"""The store: every read and write of a run directory goes through these few operations.
+"""The store: every read and write of a run goes through these few operations, in a directory or in an object store.
 
 Keys are `/`-separated paths relative to the root. Objects appear whole or not at all, so a reader never sees a half-written
-one. The operations are those that an object store has too (create-only PUT, GET, LIST, DELETE).
+one. The operations are those that an object store has (create-only PUT, GET, LIST, DELETE).
 """
 
 from __future__ import annotations
@@ -11,13 +11,112 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
+
+from storage.errors import UserError
+from storage.location import is_url, join, split_url
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Store(Protocol):
+    """What a run needs of the place it lies in. Where that is away for a moment, every operation raises OSError."""
+
+    def address(self, key: str) -> str:
+        """Return an object's path or URL, for messages."""
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes. Raises FileNotFoundError."""
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError."""
+
+    def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+        """Yield the bytes of many objects in order, several fetched at once where that is faster."""
+
+    def exists(self, key: str) -> bool:
+        """Tell whether an object exists."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the sorted names directly below a prefix, "" being the root; empty where there is no such prefix."""
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        """Return those of the names that have others below them."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Create an object; return False, changing nothing, where it exists already."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Create or replace an object."""
+
+    def partial(self) -> AbstractContextManager[Path]:
+        """Yield a new path for unfinished content on this machine; whatever is left there at the end is removed."""
+
+    def publish(self, temporary: Path, key: str) -> bool:
+        """Make a finished file of `partial` the object `key`; return False where the object exists already."""
+
+    def delete_partials(self, older_than: float) -> None:
+        """Remove the unfinished files that nobody has written to for `older_than` seconds: a killed process left them."""
+
+    def local_copy(self, key: str) -> AbstractContextManager[Path]:
+        """Yield a path with an object's content on this machine, to be read only. Raises FileNotFoundError."""
+
+    def move(self, key: str, target: str) -> None:
+        """Give an object another key, if it is there."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+
+    def delete_directory(self, prefix: str) -> None:
+        """Remove the objects directly below a prefix, and the prefix with them."""
+
+
+def open_store(location: str | Path, scratch: str = ".run/tmp") -> Store:
+    """Return the store at a resolved location. `scratch`: where in a directory unfinished files lie."""
+    if is_url(location):
+        from storage.object_store import ObjectStore
+
+        return ObjectStore(str(location))
+    return DirectoryStore(Path(location), scratch)
+
+
+@contextmanager
+def local_file(location: str) -> Iterator[Path]:
+    """Yield a path with the content of the file or object at a location. Raises UserError where a URL has no object."""
+    if not is_url(location):
+        yield Path(location)
+        return
+    bucket, key = split_url(location)
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(open_store(bucket).local_copy(key))
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from None
+        yield path
+
+
+def read_bounded(location: str, limit: int) -> bytes | None:
+    """Return the bytes of the file or object at a location; None, unread, where they are more than `limit`. Raises OSError."""
+    if is_url(location):
+        from storage.object_store import ObjectStore
+
+        bucket, key = split_url(location)
+        return ObjectStore(bucket).get_bounded(key, limit)
+    path = Path(location)
+    return path.read_bytes() if path.stat().st_size <= limit else None
+
+
+def missing_objects(root: str, urls: Collection[str]) -> set[str]:
+    """Return those of some URLs below the URL `root` that no object has."""
+    from storage.object_store import ObjectStore
+
+    keys = {url[len(root) + 1 :]: url for url in urls}
+    return {keys[key] for key in ObjectStore(root).missing(keys)}
 
 
 class DirectoryStore:
@@ -31,9 +130,23 @@ class DirectoryStore:
         """Return where an object lies."""
         return self.root / key
 
+    def address(self, key: str) -> str:
+        """Return an object's path, for messages."""
+        return join(str(self.root), key)
+
     def get(self, key: str) -> bytes:
         """Return an object's bytes. Raises FileNotFoundError."""
         return self.path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError."""
+        with self.path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+        """Yield the bytes of many objects in order. Raises FileNotFoundError."""
+        return map(self.get, keys)
 
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""
@@ -44,6 +157,14 @@ class DirectoryStore:
         try:
             return sorted(os.listdir(self.path(prefix)))
         except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def directories(self, prefix: str) -> Sequence[str]:
+        """Return the sorted names of the directories directly below a prefix; links are not followed."""
+        try:
+            with os.scandir(self.path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except OSError:  # no such directory, or none that we may look into
             return []
 
     def put_new(self, key: str, data: bytes) -> bool:
@@ -87,6 +208,20 @@ class DirectoryStore:
             with suppress(FileNotFoundError):
                 if path.stat().st_mtime < limit:
                     path.unlink()
+
+    @contextmanager
+    def local_copy(self, key: str) -> Iterator[Path]:
+        """Yield where an object lies. Raises FileNotFoundError."""
+        path = self.path(key)
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield path
+
+    def move(self, key: str, target: str) -> None:
+        """Give an object another key, if it is there."""
+        self.path(target).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.rename(self.path(key), self.path(target))
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""

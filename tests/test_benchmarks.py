@@ -87,3 +87,23 @@ def test_memory() -> None:
         assert float(row["run, s"]) > 0.5
         for role in ("producer", "collector", "worker", "engine", "queue"):
             assert 1 < float(row[f"{role}, MB"]) < 5000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's figures in /proc")
+def test_queueing() -> None:
+    planned, fed, overhead, scaling = tables_of("queueing.py", "--quick")
+    assert [row["planned questions"] for row in planned] == ["2,000"]
+    assert [row["fed questions"] for row in fed] == ["2,000"]
+    assert 5 < float(fed[0]["CPU us each"]) < 10_000
+    assert 0.05 < float(overhead[0]["queue and staging, CPU ms each"]) < 100
+    assert [row["workers"] for row in scaling] == ["1", "2"]
+    assert all(1 < float(row["each"]) <= 60 for row in scaling)
+
+
+def test_object_store() -> None:
+    [rows] = tables_of("object_store.py", "--samples", "20")
+    table = {row["what"]: row for row in rows}
+    assert table["requests of a question: worker"]["object store"] == "6 HEAD, 1 PUT"
+    assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
+    for place in ("object store", "directory"):
+        assert 1 < float(table["packing"][place].split()[0]) < 100_000

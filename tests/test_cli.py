@@ -14,7 +14,7 @@ from processes import BIN, command, environment, write_csv
 COMMANDS = {
     "producer": ("enqueue", "run", "status", "retry", "cancel", "demo"),
     "workers": ("extract", "collect", "flower", "selfcheck"),
-    "storage": ("inspect", "verify", "probe"),
+    "storage": ("inspect", "verify", "export", "diff", "probe"),
 }
 
 
@@ -41,7 +41,9 @@ def test_help_takes_less_than_a_second(tool: str) -> None:
     [
         "producer.cli, producer.planning, producer.local, producer.demo, producer.display, producer.listeners",
         "workers.cli, workers.celery, workers.tasks, workers.collector, workers.feed",
-        "storage.cli, storage.verify, storage.inspect, storage.pack, storage.probing.report, storage.probing.figure",
+        "storage.cli, storage.verify, storage.inspect, storage.pack",
+        "storage.reading, storage.export, storage.diff, storage.overview, storage.plot, storage.torch_adapter",
+        "storage.probing.report, storage.probing.figure, producer.gallery",
     ],
 )
 def test_torch_is_not_imported(modules: str) -> None:

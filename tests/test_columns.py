@@ -300,11 +300,19 @@ def test_an_index_beyond_the_end_of_the_file_is_damage(tmp_path):
 def test_h5dump_reads_every_value(tmp_path):
     assert shutil.which("h5dump"), "h5dump is not installed: apt-get install hdf5-tools"
     path = write(tmp_path / "part.h5", samples := pairs(2), WIDE)
+    target = tmp_path / "values"
     for question, sample in samples:
-        target = tmp_path / "values"
-        command = ["h5dump", "-d", f"/{question.question_id}/{FIELD}", "-b", "LE", "-o", target, path]
-        subprocess.run(command, capture_output=True, check=True)
-        assert target.read_bytes() == sample.vectors[FIELD].astype(np.float32).tobytes()
+        for field, vector in sample.vectors.items():
+            command = ["h5dump", "-d", f"/{question.question_id}/{field}", "-b", "LE", "-o", target, path]
+            subprocess.run(command, capture_output=True, check=True)
+            assert target.read_bytes() == vector.astype(np.float32).tobytes()
+        texts = [
+            f"/{question.question_id}/{name}" for name in ("question", "image_id", "answer", "ground_truth_answer")
+        ]
+        command = ["h5dump", *(word for text in texts for word in ("-d", text)), path]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        values = [question.question, question.image_id, sample.answer, question.ground_truth_answer]
+        assert re.findall(r'\(0\): "(.*)"', shown) == values
     done = subprocess.run(["h5dump", "-pH", "-d", f"/q1/{FIELD}", path], capture_output=True, text=True, check=True)
     assert re.search(r"PREPROCESSING SHUFFLE\s+COMPRESSION DEFLATE", done.stdout)
 

@@ -89,7 +89,7 @@ def test_environment_makes_settings(name: str, monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(variable, value)
     config = WorkerSettings()
     assert config.broker_url == "redis://:hush@redis:6379/0"
-    assert config.data_roots == (Path("/data"),)
+    assert config.data_roots == ("/data",)
 
 
 def test_secrets_are_required() -> None:
@@ -102,6 +102,14 @@ def test_published_ports_are_on_this_machine_alone() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert published == {"flower": ["127.0.0.1:5555:5555"]}
     assert OURS["flower"]["environment"]["FLOWER_BASIC_AUTH"] == "me:secret"
+
+
+@pytest.mark.parametrize("name", ["worker", "collector"])
+def test_health_is_checked_by_a_command_of_ours(name: str) -> None:
+    kind, *command = OURS[name]["healthcheck"]["test"]
+    assert kind == "CMD"
+    assert command == ["workers", "health"]
+    assert parses(command)
 
 
 def test_only_the_worker_reserves_a_gpu() -> None:

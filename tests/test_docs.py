@@ -55,6 +55,10 @@ def options_of(app: typer.Typer, name: str) -> list[str]:
         (workers.cli.app, "extract"),
         (workers.cli.app, "collect"),
         (workers.cli.app, "flower"),
+        (storage.cli.app, "inspect"),
+        (storage.cli.app, "verify"),
+        (storage.cli.app, "export"),
+        (storage.cli.app, "diff"),
         (storage.cli.app, "probe"),
     ],
 )

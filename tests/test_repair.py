@@ -19,6 +19,7 @@ from storage.columns import COLUMN
 from storage.errors import DamagedError, UserError
 from storage.pack import _describe, pack
 from storage.repair import repair
+from storage.rows import ROWS, encode_rows
 from storage.run import Run
 from storage.sample import decode_failure, encode_failure
 from storage.verify import verify
@@ -67,6 +68,42 @@ def test_damage_anywhere_is_found_and_only_that_part_named(run, kind, where):
         assert damaged(run) == ({1} if data != whole else set())
     finally:
         path.write_bytes(whole)
+
+
+def test_every_zeroed_page_and_every_truncation_at_one_is_found(run):
+    path = run.part_path(1)
+    whole = path.read_bytes()
+    unnoticed = []
+    for start in range(0, len(whole), PAGE):
+        end = min(start + PAGE, len(whole))
+        for data in (whole[:start] + bytes(end - start) + whole[end:], whole[:start], whole[: end - 1]):
+            path.write_bytes(data)
+            if data != whole and damaged(run) != {1}:
+                unnoticed.append((start, len(data)))
+    assert len(whole) > 4 * PAGE
+    assert unnoticed == []
+
+
+def other_row(file: h5py.File) -> None:
+    file.attrs[ROWS] = encode_rows([({}, {"question_id": "q1"}), ({}, {"question_id": "q3"})])
+
+
+def damaged_rows(file: h5py.File) -> None:
+    file.attrs[ROWS] = file.attrs[ROWS][:-3]
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (other_row, "differ between the attribute `rows` and the questions' groups"),
+        (damaged_rows, "the attribute `rows` is damaged"),
+    ],
+)
+def test_rows_that_are_not_the_questions_are_found(run, edit, problem):
+    change(run, 1, edit)
+    [line] = found(run, deep=True)
+    assert line.startswith(f"{FIRST}: ")
+    assert problem in line
 
 
 def test_damage_is_found_before_hdf5_sees_the_file(run, monkeypatch):

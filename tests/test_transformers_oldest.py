@@ -5,14 +5,12 @@ The environment shares torch and everything else with this one; only transformer
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
+from environments import python_with
 from processes import environment
 
 OLDEST = "4.57.1"
@@ -23,22 +21,8 @@ RUN = ("tests/test_engine.py", "tests/test_prompt.py", "tests/test_small_model.p
 
 @pytest.fixture(scope="module")
 def oldest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of the second environment. Without the package registry: skip, in CI fail."""
-    directory = tmp_path_factory.mktemp("oldest") / "venv"
-    venv.create(directory, with_pip=False, symlinks=True)
-    python = directory / "bin" / "python"
-    own = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
-    (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    result = subprocess.run(
-        [*pip, "install", "--quiet", "--no-deps", *PINNED], capture_output=True, text=True, timeout=200, check=False
-    )
-    if result.returncode:
-        reason = f"transformers {OLDEST} cannot be installed: {(result.stderr.strip().splitlines() or ['?'])[-1]}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return python
+    """Return the Python of the second environment."""
+    return python_with(tmp_path_factory.mktemp("oldest") / "venv", *PINNED)
 
 
 def test_the_oldest_transformers_computes_the_same(oldest: Path) -> None:

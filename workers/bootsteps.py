@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.signals import worker_shutdown
 from celery.worker import state
 
+from storage.errors import UserError
 from workers.errors import EngineStartError
-from workers.queues import COLLECT
+from workers.presence import Announcer, Presence, of_this_process
+from workers.queues import COLLECT, EXTRACT
 from workers.settings import settings
 
 if TYPE_CHECKING:
+    from workers.collector import Collector
     from workers.extractor import Extractor
 
 logger = logging.getLogger(__name__)
 _POOL = "celery.worker.components:Pool"
 
 _extractor: Extractor | None = None
+_collector: Collector | None = None
+_announcer: Announcer | None = None
 
 
 def current_extractor() -> Extractor:
@@ -30,10 +36,55 @@ def current_extractor() -> Extractor:
     return _extractor
 
 
+class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Notes that this process lives, from before the model is loaded until the last task has ended."""
+
+    requires = (_POOL,)
+
+    def start(self, worker: Any) -> None:
+        """Begin to tell; end the worker with the reason where the notes cannot be kept."""
+        global _announcer  # noqa: PLW0603  (one per process)
+        from workers.celery import model_queues
+        from workers.feed import redis_client
+
+        consumed = worker.app.amqp.queues.consume_from
+        config = settings()
+        first = replace(
+            of_this_process(worker.hostname),
+            serves=model_queues(config).prefix if any(name != COLLECT for name in consumed) else "",
+            collects=COLLECT in consumed,
+        )
+        if first.serves:
+            first = replace(first, model=config.model, dtype=config.dtype)
+        try:
+            _announcer = Announcer(lambda: _now(first), config.runtime_dir, redis_client)
+        except UserError as error:
+            logger.critical("%s", error)
+            raise SystemExit(1) from None
+        _announcer.start()
+
+
+def _now(first: Presence) -> Presence:
+    """Return this process's presence as it is now."""
+    taken = state.total_count.get(EXTRACT, 0) - sum(request.name == EXTRACT for request in set(state.active_requests))
+    presence = replace(first, done=max(0, taken), swept=_collector.swept if _collector else None)
+    if _extractor is None:
+        return presence
+    engine, facts = _extractor.engine, _extractor.card.environment
+    return replace(
+        presence,
+        device=facts["device"],
+        gpu=facts["gpu"],
+        loading_since=engine.loading_since,
+        busy_since=engine.busy_since,
+        answered=engine.answered,
+    )
+
+
 class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Loads the model before the worker consumes."""
 
-    requires = (_POOL,)
+    requires = (_POOL, PresenceStep)
 
     def include_if(self, worker: Any) -> bool:
         """Tell whether the worker serves anything but the collector's queue."""
@@ -57,6 +108,8 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
 @worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _close_extractor(**_: Any) -> None:
     """Stop the engine after the last task: the pool is drained before this signal."""
+    if _announcer is not None:
+        _announcer.stop()
     if _extractor is not None:
         _extractor.close()
 
@@ -92,9 +145,10 @@ class CollectorStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._thread.join()
 
     def _sweep(self) -> None:
+        global _collector  # noqa: PLW0603  (one per process)
         from workers.collector import Collector
 
         config = settings()
-        collector = Collector(config.data_roots)
+        _collector = Collector(config.data_roots)
         while not self._ended.wait(config.sweep_interval):
-            collector.sweep()
+            _collector.sweep()

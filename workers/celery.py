@@ -9,9 +9,11 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
+from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
-from workers.bootsteps import CollectorStep, EngineStep
+from workers.bootsteps import CollectorStep, EngineStep, PresenceStep
+from workers.broker import tls
 from workers.checkpoint import checkpoint_digest
 from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import WorkerSettings, settings
@@ -25,6 +27,7 @@ def model_queues(config: WorkerSettings) -> ModelQueues:
 def _configuration(config: WorkerSettings) -> dict[str, Any]:
     return {
         "broker_url": config.broker_url,
+        "broker_use_ssl": tls(config.broker_url, config.broker_ca),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # a broker that is away for an hour costs an hour, not the worker
         "broker_transport_options": {
@@ -58,9 +61,11 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
     }
 
 
+# `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
+TRANSPORT_ALIASES.update(redis="workers.transport:Transport", rediss="workers.transport:Transport")
 app = Celery("workers")
 app.conf.update(_configuration(settings()))
-app.steps["worker"].update({EngineStep, CollectorStep})
+app.steps["worker"].update({PresenceStep, EngineStep, CollectorStep})
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

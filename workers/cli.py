@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 
 from storage.errors import UserError
+from storage.location import is_url, resolve_location
 from workers.checkpoint import local_directory
 from workers.engine import EngineSpec
 from workers.parent import die_with_named_parent
@@ -47,8 +49,8 @@ def extract(
         int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
     ] = None,
     data_root: Annotated[
-        list[Path] | None,
-        typer.Option(help="Directory that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]"),
+        list[str] | None,
+        typer.Option(help="Directory or URL that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]"),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")
@@ -80,8 +82,10 @@ def extract(
 def collect(
     context: typer.Context,
     directory: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[DIR]...", help="Directories to look for runs in. [HALP_DATA_ROOTS, default: here]"),
+        list[str] | None,
+        typer.Argument(
+            metavar="[DIR]...", help="Directories and URLs to look for runs in. [HALP_DATA_ROOTS, default: here]"
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")
@@ -118,6 +122,31 @@ def flower(
     _become_celery(
         "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
     )
+
+
+@app.command()
+def health(
+    name: Annotated[str | None, typer.Option(help="Look at this worker only, as it was named with --name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether the workers and collectors of this user on this machine live and work. Exit code 1 if one does not.
+
+    Example: workers health
+    """
+    from workers.feed import broker_trouble
+    from workers.health import checks
+    from workers.presence import present_here
+    from workers.settings import settings
+
+    here = present_here(settings().runtime_dir)
+    found = checks([p for p in here if name in (None, p.name.partition("@")[0])], broker_trouble(), settings())
+    healthy = all(check.healthy for check in found)
+    if as_json:
+        typer.echo(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in found]}))
+    else:
+        for check in found:
+            typer.echo(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}")
+    raise SystemExit(0 if healthy else 1)
 
 
 @app.command()
@@ -179,11 +208,11 @@ def _set_environment(**values: object) -> None:
             os.environ[f"HALP_{name}"] = str(value)
 
 
-def _set_roots(directories: list[Path] | None) -> None:
-    if missing := [d for d in directories or [] if not d.is_dir()]:
-        raise UserError(f"no such directory: {', '.join(map(str, missing))}")
-    if directories:
-        os.environ["HALP_DATA_ROOTS"] = ":".join(str(d.resolve()) for d in directories)
+def _set_roots(locations: list[str] | None) -> None:
+    if missing := [place for place in locations or [] if not is_url(place) and not Path(place).is_dir()]:
+        raise UserError(f"no such directory: {', '.join(missing)}")
+    if locations:
+        os.environ["HALP_DATA_ROOTS"] = ":".join(map(resolve_location, locations))
 
 
 def _become_celery(*arguments: str) -> None:

@@ -7,84 +7,99 @@ shortens the wait.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
+
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
+from storage.location import is_within
 from storage.pack import pack
-from storage.run import Run, is_run
+from storage.run import Run, find_runs, part_names
+from storage.space import describe
+from workers.broker import trouble
 from workers.feed import feed
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
 _PARTIAL_AGE = 600.0
+_REPEAT = 300.0  # seconds between two equal lines in the log
 
 
 class Collector:
     """Sweeps the runs below some directories."""
 
-    def __init__(self, roots: tuple[Path, ...]) -> None:
+    def __init__(self, roots: tuple[str, ...]) -> None:
         self._roots = roots
-        self._runs: dict[Path, Run] = {}
+        self._runs: dict[str, Run] = {}
         self._next_scan = float("-inf")
+        self._complaints: dict[str, tuple[str, float]] = {}
+        self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
         if time.monotonic() >= self._next_scan:
             self._scan()
-        for path, run in list(self._runs.items()):
+        for location, run in list(self._runs.items()):
             try:
                 if collect_run(run):
-                    del self._runs[path]
-            except Exception:  # a full disk, a broker that is away: this run waits for the next sweep
-                logger.exception("cannot bring %s forward now", path)
+                    del self._runs[location]
+            except OSError as error:  # the next sweep tries again
+                self._complain(location, f"waits: cannot write {describe(error, location)}")
+            except (OperationalError, RedisError) as error:
+                self._complain(location, f"waits: the broker {trouble(error)}")
+            except Exception:
+                logger.exception("cannot bring %s forward now", location)
+            else:
+                self._complaints.pop(location, None)
+            self.swept = time.time()
+        self.swept = time.time()
+
+    def _complain(self, location: str, line: str) -> None:
+        """Log why a run waits: once, and again when it changes or lasts."""
+        said, when = self._complaints.get(location, ("", float("-inf")))
+        if said != line or time.monotonic() - when > _REPEAT:
+            logger.error("%s %s", location, line)
+            self._complaints[location] = line, time.monotonic()
 
     def _scan(self) -> None:
         begun = time.monotonic()
-        found = {path for root in self._roots for path in find_runs(root)}
-        self._runs = {path: run for path, run in self._runs.items() if path in found}
-        for path in found - self._runs.keys():
+        for root in self._roots:
             try:
-                run = Run.open(path)
-                if not run.is_finished():
-                    self._runs[path] = run
-            except UserError as error:
-                logger.warning("%s", error)
+                self._scan_root(root)
+            except OSError as error:  # an object store that is away: its runs stay those that are known
+                logger.warning("cannot look for runs now: %s", error)
         ended = time.monotonic()
         self._next_scan = ended + (ended - begun) / _SCAN_SHARE
 
-
-def find_runs(root: Path, depth: int = _SCAN_DEPTH) -> list[Path]:
-    """Return the run directories at or below a directory, a few levels deep."""
-    if is_run(root):
-        return [root]
-    if depth == 0:
-        return []
-    try:
-        with os.scandir(root) as entries:
-            below = [Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [run for path in below for run in find_runs(path, depth - 1)]
+    def _scan_root(self, root: str) -> None:
+        found = set(find_runs(root, _SCAN_DEPTH))
+        self._runs = {place: run for place, run in self._runs.items() if place in found or not is_within(place, root)}
+        for location in found - self._runs.keys():
+            try:
+                run = Run.open(location)
+                if not run.is_finished():
+                    self._runs[location] = run
+            except UserError as error:
+                logger.warning("%s", error)
 
 
 def collect_run(run: Run) -> bool:
     """Bring a run one sweep forward. Return whether every part is published."""
     run.refresh()
     published = run.parts_with_sidecar()
-    staging = set(run.staging_directories())
+    staging, present = set(run.staging_directories()), set(part_names(run.location))
     for piece in run.slices:
-        label = run.label(piece.part)
-        if label in staging or (piece.part not in published and run.part_path(piece.part).exists()):
+        name = run.part_name(piece.part)
+        if run.label(piece.part) in staging or (piece.part not in published and name in present):
             try:
                 if pack(run, piece.part) and piece.part not in published:
-                    logger.info("published %s", run.part_path(piece.part))
+                    logger.info("published %s", run.store.address(name))
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)

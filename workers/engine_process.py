@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,14 +47,25 @@ class _BatchError:
 class EngineProcess:
     """The parent's end. Not thread-safe: the batcher's thread alone calls it after `start`."""
 
-    def __init__(self, spec: EngineSpec, step_timeout: float) -> None:
+    def __init__(self, spec: EngineSpec, step_timeout: float, load_timeout: float = 3600.0) -> None:
         self._spec = spec
         self._timeout = step_timeout
+        self._load_timeout = load_timeout
+        self.loading_since: float | None = None  # on the wall clock, as the next two: another process reads them
+        self.busy_since: float | None = None
+        self.answered: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
     def start(self) -> ModelCard:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
+        self.loading_since = time.time()
+        try:
+            return self._start()
+        finally:
+            self.loading_since = None
+
+    def _start(self) -> ModelCard:
         ours, theirs = socket.socketpair()
         # A batch is larger than the socket's buffer: a stopped child would block `send` for ever.
         whole, fraction = divmod(self._timeout, 1)
@@ -67,6 +79,11 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         try:
             self._connection.send(self._spec)
+            if not self._connection.poll(self._load_timeout):
+                self.stop()
+                raise EngineStartError(
+                    f"{self._spec.model} was not loaded after {self._load_timeout:g} s (HALP_LOAD_TIMEOUT)"
+                )
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise EngineStartError(
@@ -85,6 +102,7 @@ class EngineProcess:
             self.start()
         connection = self._connection
         assert connection is not None
+        self.busy_since = time.time()
         try:
             connection.send(list(requests))
             if not connection.poll(self._timeout):
@@ -95,6 +113,9 @@ class EngineProcess:
             raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped") from error
         except (EOFError, OSError) as error:
             raise EngineDiedError(f"the engine's process ended with {self._ended()}") from error
+        finally:
+            self.busy_since = None
+        self.answered = time.time()
         if isinstance(answer, _BatchError):
             raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
         return list(answer)

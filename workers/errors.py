@@ -40,3 +40,11 @@ class EngineStartError(Exception):
 
 class RunRefusedError(Exception):
     """This worker cannot compute this run: another checkpoint, or settings that the model cannot satisfy."""
+
+
+class MessageRefusedError(Exception):
+    """A message that is not as we write them, or is of a run that is gone: it is dropped."""
+
+
+class WorkerEndsError(Exception):
+    """The worker was asked to end while a question waited: the question goes back into the queue."""

@@ -9,27 +9,30 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable
-from concurrent.futures import Future
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
+from storage.store import read_bounded
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
+from workers.image_cache import ImageCache
 from workers.prompt import QuestionTokenizer
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
+MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
-_CACHED_IMAGES = 64
+_IMAGE_BYTES = 1 << 30  # of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "AVIF")
 Image.init()
@@ -51,6 +54,11 @@ class PreparedImage:
     original_size: tuple[int, int]
 
     @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return self.pixels.nbytes
+
+    @property
     def resized_size(self) -> tuple[int, int]:
         """Width and height that the model sees."""
         return self.pixels.shape[1], self.pixels.shape[0]
@@ -63,43 +71,38 @@ class Preprocessor:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
         self._factor = card.patch_size * card.merge_size
-        self._images: OrderedDict[Hashable, Future[PreparedImage]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES)
 
-    def image(
+    @contextmanager
+    def hold(
         self,
         image_id: str,
-        images_dir: Path,
-        roots: tuple[Path, ...],
+        images_dir: str | Path,
+        roots: tuple[str | Path, ...],
         limits: tuple[int, int],
         *,
         halp_compat: bool = False,
         exif_rotation: bool = False,
-    ) -> PreparedImage:
-        """Return an image within pixel limits (minimum, maximum). Raises PermanentError, TransientError."""
+    ) -> Iterator[PreparedImage]:
+        """Yield an image within pixel limits (minimum, maximum), which takes its memory until the block ends.
+
+        Raises PermanentError, TransientError.
+        """
         try:
-            path = resolve_image(image_id, images_dir, roots)
+            location = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
-        key = (path, *limits, halp_compat, exif_rotation)
-        with self._lock:
-            future = self._images.get(key)
-            mine = future is None
-            if future is None:
-                future = self._images[key] = Future()
-            self._images.move_to_end(key)
-            while len(self._images) > _CACHED_IMAGES:
-                self._images.popitem(last=False)
-        if mine:
-            try:
-                future.set_result(
-                    load_image(path, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
-                )
-            except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
-                with self._lock:
-                    self._images.pop(key, None)
-                future.set_exception(error)
-        return future.result()
+
+        def load() -> PreparedImage:
+            return load_image(location, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
+
+        with self._images.hold((location, *limits, halp_compat, exif_rotation), load) as image:
+            yield image
+
+    def image(self, *arguments: Any, **options: Any) -> PreparedImage:
+        """Return what `hold` yields, to a caller that bounds its memory itself."""
+        with self.hold(*arguments, **options) as image:
+            return image
 
     def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
         """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
@@ -117,9 +120,9 @@ class Preprocessor:
 
 
 def load_image(
-    path: Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
+    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
 ) -> PreparedImage:
-    """Read, check, decode and resize an image file. Raises PermanentError, TransientError.
+    """Read, check, decode and resize an image, from a file or an object's URL. Raises PermanentError, TransientError.
 
     `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
     `exif_rotation` turns the image upright first, which the recipe does not.
@@ -169,21 +172,25 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rounded_height, rounded_width
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_bounded(str(path), MAX_IMAGE_BYTES)
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
+    except ObjectStoreError as error:  # access denied too: credentials expire in the middle of a run
+        raise TransientError(str(error)) from error
     except OSError as error:
         raise TransientError(f"{path}: {error.strerror}") from error
+    if data is None:
+        raise PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
     if not data:
         raise PermanentError("image_empty", f"{path} has no bytes: replace it")
     return data
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: str | Path, width: int, height: int) -> None:
     if width * height > MAX_IMAGE_PIXELS:
         raise PermanentError(
             "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kombu import Exchange, Queue
 
@@ -17,8 +18,10 @@ from kombu import Exchange, Queue
 # orders 5.2 to 5.7, 128 keep 5.7, 256 keep 5.8. Each worker waits on all of them in one BRPOP.
 LANES = 128
 COLLECT = "halp.collect"
+EXTRACT = "workers.extract"  # the task whose messages are in a model's queues
 
 
+@lru_cache(maxsize=4096)  # a feeder names one for each message
 def declaration(name: str) -> Queue:
     """Return a queue as Celery declares it: bound to an exchange of its own, or it would share the default queue's."""
     return Queue(name, exchange=Exchange(name, type="direct"), routing_key=name)
@@ -35,21 +38,23 @@ class ModelQueues:
     @property
     def retry(self) -> str:
         """The queue of questions that are tried again: served first."""
-        return f"{self._prefix}.retry"
+        return f"{self.prefix}.retry"
 
     @property
     def lanes(self) -> tuple[str, ...]:
         """The lanes."""
-        return tuple(f"{self._prefix}.{lane:03d}" for lane in range(LANES))
+        return tuple(f"{self.prefix}.{lane:03d}" for lane in range(LANES))
 
     def lane(self, run_id: str, image_id: str) -> str:
         """Return the lane of an image's questions in a run."""
-        return self.lanes[int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES]
+        number = int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES
+        return f"{self.prefix}.{number:03d}"
 
     def in_order_of(self, worker: str) -> tuple[str, ...]:
         """Return the queues as a worker serves them: retries, then the lanes, in a random order of its own."""
         return (self.retry, *random.Random(worker).sample(self.lanes, LANES))
 
     @property
-    def _prefix(self) -> str:
+    def prefix(self) -> str:
+        """What the names of these queues begin with."""
         return f"halp.{self.slug}.{self.dtype}.{self.digest}"

@@ -54,7 +54,7 @@ def given(table: Path, images_dir: Path, number: int) -> list[Case]:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(itertools.islice(csv.DictReader(file), number))
         root = images_dir.resolve(strict=True)
-        cases = [Case(resolve_image(r.get("image_id") or r["image_name"], root, ()), r["question"]) for r in rows]
+        cases = [Case(Path(resolve_image(r.get("image_id") or r["image_name"], root, ())), r["question"]) for r in rows]
     except (OSError, UnicodeDecodeError, csv.Error, OutsideRootError) as error:
         raise UserError(f"{table} with --images-dir {images_dir} cannot be read: {error}") from error
     except KeyError as error:

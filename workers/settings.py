@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from storage.errors import UserError
+from storage.location import resolve_location, split_roots
 from storage.settings import Dtype
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -22,20 +24,33 @@ _CPU_BATCH_SIZE = 32
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux's driver; Windows' for Linux
 
 
+def _runtime_dir() -> Path:
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given) / "halp" if given else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
+
+
 class WorkerSettings(BaseSettings):
     """What a process on this machine needs to know besides the run."""
 
     model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True)
 
     broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
+    broker_ca: Path | None = Field(None, description="Certificates (PEM) that a `rediss://` server must be signed by.")
+    runtime_dir: Path = Field(
+        default_factory=_runtime_dir,
+        description="Private directory where processes here note that they live.",
+    )
     visibility_timeout: int = Field(
         600,
         ge=1,
         description="Seconds after which an unacknowledged question is given to another worker; one value per Redis.",
     )
     queue_limit: int = Field(2000, ge=0, description="Questions of one run in the queue at once; 0 is no bound.")
-    data_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (Path(),), description="Directories, separated by `:`, that runs may lie in; the collector scans them."
+    staging_limit: int = Field(
+        20, ge=0, description="Parts of one run that are computed ahead of the first unpublished one; 0 is no bound."
+    )
+    data_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        (".",), description="Directories and URLs, separated by `:`, that runs may lie in; the collector scans them."
     )
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between two sweeps of the collector.")
 
@@ -51,6 +66,7 @@ class WorkerSettings(BaseSettings):
     engine_timeout: float = Field(
         300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted."
     )
+    load_timeout: float = Field(3600.0, gt=0, description="Seconds that loading a model may take.")
     max_batch_size: int = Field(0, ge=0, description="Questions in one batch; 0 is 128 on a GPU and 32 on a CPU.")
     max_batch_tokens: int = Field(
         0, ge=0, description="Prompt tokens in one batch; 0 follows the memory that the loaded model leaves free."
@@ -68,12 +84,12 @@ class WorkerSettings(BaseSettings):
     @field_validator("data_roots", mode="before")
     @classmethod
     def _split_roots(cls, value: object) -> object:
-        return tuple(Path(p) for p in value.split(":") if p) if isinstance(value, str) else value
+        return tuple(split_roots(value)) if isinstance(value, str) else value
 
     @field_validator("data_roots")
     @classmethod
-    def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(p.resolve() for p in value)
+    def _resolve_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(resolve_location, value))
 
 
 def sees_gpu() -> bool:

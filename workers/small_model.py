@@ -1,4 +1,4 @@
-"""Build a small, genuine Qwen2.5-VL checkpoint offline, for tests, the demo and CPU benchmarks.
+"""Build a small, genuine Qwen2.5-VL checkpoint offline, for tests and CPU benchmarks; the demo's is trained from one.
 
 The directory holds the published checkpoints' files with their names and keys (flat `config.json`, `visual.*` and
 `model.*` weights), so every supported transformers loads it as it loads the 7B. The vocabulary is the first 8,192 ranks

@@ -10,47 +10,63 @@ from __future__ import annotations
 import logging
 import random
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from celery import Task
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
 
 from storage.run import Run
 from storage.sample import Failure
 from workers.bootsteps import current_extractor
 from workers.celery import app, model_queues
 from workers.collector import collect_run
-from workers.errors import BatchFailedError, EngineStartError, PermanentError, RunRefusedError, TransientError
+from workers.errors import (
+    BatchFailedError,
+    EngineStartError,
+    MessageRefusedError,
+    PermanentError,
+    RunRefusedError,
+    TransientError,
+    WorkerEndsError,
+)
 from workers.extractor import open_run_in_roots
 from workers.feed import hint_collector
-from workers.queues import declaration
+from workers.message import QuestionMessage, RunMessage
+from workers.queues import EXTRACT, declaration
 from workers.settings import settings
+from workers.staging import keep
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
+MAX_PASSES = 20  # of a question from a worker that refuses its run to whoever serves the retry queue
+_EXPECTED = (MessageRefusedError,)  # Celery logs these in a line, without a traceback
 # What leaves a task in Celery's threads pool without an acknowledgement, and costs the worker a thread for good.
 _ESCAPING = (MemoryError, SystemExit, KeyboardInterrupt)
 _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", BatchFailedError: "engine_error"}
 
 
-@app.task(bind=True, name="workers.extract", max_retries=None)  # type: ignore[untyped-decorator]
-def extract(self: Task, *, run_dir: str, run_id: str, part: int, sequence: int, question_id: str, image_id: str) -> str:
-    """Compute one question and stage its result, or its failure. `question_id` and `image_id` are for people to read."""
+@app.task(bind=True, name=EXTRACT, max_retries=None, throws=_EXPECTED)  # type: ignore[untyped-decorator]
+def extract(self: Task, *_: Any, **arguments: Any) -> str:
+    """Compute one question and stage its result, or its failure."""
+    message = QuestionMessage.decode(arguments)
     try:
-        return _extract(self, run_dir, run_id, part, sequence)
+        return _extract(self, message)
     except (OSError, *_ESCAPING) as error:  # a full disk, no memory: not the question's fault, however long it lasts
         raise _retry(self, _harmless(error)) from error
 
 
-def _extract(self: Task, run_dir: str, run_id: str, part: int, sequence: int) -> str:
+def _extract(self: Task, message: QuestionMessage) -> str:
+    part, sequence = message.part, message.sequence
     extractor = current_extractor()
-    opened = _open_run(self, extractor, run_dir, run_id)
+    opened = _open_run(self, extractor, message)
     run = opened.run
     if run.has_finished(part, sequence):
         return "finished before"
     if run.is_cancelled():
         return "cancelled"
+    _check_planned(run, part, sequence)
     try:
         sample = extractor.extract(opened, part, sequence)
     except PermanentError as error:
@@ -58,6 +74,8 @@ def _extract(self: Task, run_dir: str, run_id: str, part: int, sequence: int) ->
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
+    except OSError:  # of marks in the run directory: what concerns an image is a TransientError
+        raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
         if self.request.retries >= settings().max_retries:
@@ -65,29 +83,63 @@ def _extract(self: Task, run_dir: str, run_id: str, part: int, sequence: int) ->
             _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
             raise failure from failure.__cause__
         raise _retry(self, failure) from caught
-    run.stage_sample(part, sequence, sample)
+    _keep(run, lambda: run.stage_sample(part, sequence, sample))
     hint_collector(run, part)
     return "written"
 
 
-@app.task(name="workers.collect")  # type: ignore[untyped-decorator]
-def collect(*, run_dir: str, run_id: str) -> str:
+@app.task(name="workers.collect", throws=_EXPECTED)  # type: ignore[untyped-decorator]
+def collect(*_: Any, **arguments: Any) -> str:
     """Bring a run forward: pack its complete slices, feed what is missing, summarise it at its end."""
+    message = RunMessage.decode(arguments)
     try:
-        run = open_run_in_roots(run_dir, run_id, settings().data_roots)
+        run = open_run_in_roots(message.run_dir, message.run_id, settings().data_roots)
         return "finished" if collect_run(run) else "not finished yet"
     except _ESCAPING as error:
         raise _harmless(error) from error
 
 
-def _open_run(task: Task, extractor: Any, run_dir: str, run_id: str) -> Any:
+def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     try:
-        return extractor.open_run(run_dir, run_id)
+        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir)
     except RunRefusedError as error:
-        logger.error("refusing %s: %s", run_dir, error)
-        raise
+        logger.error("refusing %s: %s", message.run_dir, error)
+        raise _pass_on(task, error) from error
+    except WorkerEndsError as error:
+        raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
         raise _retry(task, error) from error
+
+
+def _check_planned(run: Run, part: int, sequence: int) -> None:
+    try:
+        planned = sequence < run.slice(part).size
+    except KeyError:
+        planned = False
+    if not planned:
+        raise MessageRefusedError(f"{run.location} has no question {sequence} in part {part}")
+
+
+def _keep(run: Run, write: Callable[[], None]) -> None:
+    """Stage something, however long the disk refuses; when the worker ends meanwhile the question goes back."""
+    try:
+        keep(write, run.location)
+    except WorkerEndsError as error:
+        raise Reject(error, requeue=True) from error
+
+
+def _pass_on(task: Task, error: RunRefusedError) -> Exception:
+    """Offer a question of a run that this worker refuses to others: again and again, a while later, for some minutes."""
+    passed = task.request.get("halp_passed")
+    passed = passed if type(passed) is int else 0
+    if passed < MAX_PASSES:
+        app.send_task(
+            EXTRACT, kwargs=task.request.kwargs, task_id=task.request.id, retries=task.request.retries,
+            countdown=min(30.0, settings().visibility_timeout / 2) * random.uniform(0.5, 1.0),
+            queue=declaration(model_queues(settings()).retry), headers={"halp_passed": passed + 1},
+        )  # fmt: skip
+    ignored: Exception = Ignore(str(error))  # acknowledged, and said in one line: the reason stands above it
+    return ignored
 
 
 def _harmless(error: BaseException) -> Exception:
@@ -119,5 +171,5 @@ def _fail(task: Task, run: Run, part: int, sequence: int, reason: str, message: 
         worker=task.request.hostname or "",
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    run.stage_failure(part, sequence, failure)
+    _keep(run, lambda: run.stage_failure(part, sequence, failure))
     hint_collector(run, part)

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from storage.errors import UserError
-from storage.load import load, load_frame
 from storage.probing.answers import is_right
 from storage.probing.baselines import baseline_scores
 from storage.probing.judge import Breakdown, Judge, Scored, quality
@@ -22,6 +21,7 @@ from storage.probing.labels import Labels, read_labels
 from storage.probing.probes import ProbeName, fit
 from storage.probing.score import Bools, Floats
 from storage.probing.split import Rows, Split, SplitName, check_classes, grouped_split, published_split
+from storage.reading import load, load_frame
 from storage.source import Source
 
 _EXACT_MATCH = "exact match with the ground truth, after normalisation"
@@ -78,7 +78,7 @@ class _Questions:
 
 
 def run_experiment(
-    directory: Path, settings: ProbeSettings, show: Callable[[str], None] = lambda _: None
+    directory: Path | str, settings: ProbeSettings, show: Callable[[str], None] = lambda _: None
 ) -> Experiment:
     """Fit and score everything; `show` is called with the name of each field before its probes are fitted.
 
@@ -167,7 +167,7 @@ def _split(questions: _Questions, settings: ProbeSettings) -> Split:
     return published_split(questions.wrong, frame["question_id"].tolist(), rows)
 
 
-def _fields(directory: Path) -> list[str]:
+def _fields(directory: Path | str) -> list[str]:
     for part in Source(directory).parts():
         return part.fields()
     raise UserError(f"{directory}: its parts hold no question")

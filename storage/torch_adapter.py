@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.columns import Column
 from storage.errors import UserError
-from storage.load import field_name, part_frame
+from storage.reading import field_name, part_frame
 from storage.source import Paths, Source
 
 if TYPE_CHECKING:

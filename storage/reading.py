@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from rich.console import Console
+from rich.progress import track
 
 from storage.columns import Column, Vectors
 from storage.errors import UserError
@@ -25,6 +30,7 @@ FIRST = (
 
 _SAMPLE_TEXTS = ("question_id", "image_id", "question", "answer", "ground_truth_answer")
 _SAMPLES_AT_ONCE = 64
+_READERS = min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,13 @@ class StoredSample:
 
 
 def load(
-    source: Paths, field: str, layer: int | None = None, *, order: Order = "plan", columns: Sequence[str] | None = None
+    source: Paths,
+    field: str,
+    layer: int | None = None,
+    *,
+    order: Order = "plan",
+    columns: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Loaded:
     """Return one field of a run's directory, of a directory of parts, of a file or of several.
 
@@ -60,6 +72,7 @@ def load(
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
         them. Without a plan, `plan` is `file`.
     columns: of the frame; all if None.
+    progress: show a bar on stderr.
 
     Raises UserError where the field is not there, or the files do not belong together; DamagedError. Warns with
     UnfinishedWarning where parts of the run are not published yet.
@@ -76,7 +89,7 @@ def load(
     frame = _joined(frames)
     rows = _ordered(opened, ids, frame, order)
     frame = frame.iloc[rows].reset_index(drop=True)
-    vectors = _read(name, found, rows)
+    vectors = _read(name, found, rows, progress)
     return Loaded(name, [ids[row] for row in rows], vectors, _selected(frame, columns), opened.missing())
 
 
@@ -136,7 +149,7 @@ def _chunks(source: Source, field: str) -> Iterator[Loaded]:
         yield Loaded(field, column.ids, column.read(), part_frame(part), 0)
 
 
-def _read(field: str, found: list[Column], rows: list[int]) -> Vectors:
+def _read(field: str, found: list[Column], rows: list[int], progress: bool) -> Vectors:
     """Return the vectors of several parts in an order, each decoded where it belongs."""
     widths = sorted({column.width for column in found})
     if len(widths) > 1:
@@ -145,11 +158,16 @@ def _read(field: str, found: list[Column], rows: list[int]) -> Vectors:
     place[rows] = np.arange(len(rows))
     places = place.tolist()
     vectors = np.empty((len(rows), widths[0] if widths else 0), np.float32)
-    start = 0
-    for column in found:
-        number = len(column.ids)
-        column.read_into(vectors, places[start : start + number], range(number))
-        start += number
+    starts = [0, *accumulate(len(column.ids) for column in found)]
+
+    def read(column: Column, start: int) -> None:
+        column.read_into(vectors, places[start : start + len(column.ids)], range(len(column.ids)))
+
+    with ThreadPoolExecutor(_READERS) as pool:  # inflating and numpy leave the interpreter to one another
+        reads = pool.map(read, found, starts)
+        bar = Console(stderr=True)
+        for _ in track(reads, "reading", len(found), console=bar, disable=not progress, transient=True):
+            pass
     return vectors
 
 

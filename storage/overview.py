@@ -1,0 +1,140 @@
+"""A whole run at a glance: its settings, its account, its fields with widths and norms, its drift."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from storage.account import Account, Bookkeeper
+from storage.columns import Column
+from storage.naming import field_order
+from storage.source import OpenPart, Source
+
+
+@dataclass(frozen=True, slots=True)
+class FieldOverview:
+    """One field over all questions, by the Euclidean norms of its vectors."""
+
+    field: str
+    width: int
+    questions: int
+    norm_mean: float
+    norm_std: float
+    norm_min: float
+    norm_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class DriftOverview:
+    """The drift certificates of all parts, a field in each: root mean squares of z, as docs/format.md defines them."""
+
+    field: str
+    parts: int
+    drift_mean: float
+    drift_max: float
+    noise_floor_mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A run, or any files of the layout. `account` is None where there is no plan."""
+
+    source: str
+    parts: int
+    questions: int
+    settings: dict[str, Any]
+    account: Account | None
+    fields: tuple[FieldOverview, ...]
+    drift: tuple[DriftOverview, ...]
+    answers_disagree: int  # parts whose certified answer is not the exact one
+
+
+def overview(path: Path, *, progress: bool = False) -> Overview:
+    """Return what there is to say of a run or of files. Reads every vector. Raises UserError, DamagedError."""
+    source = Source(path)
+    settings: dict[str, Any] = {}
+    columns: dict[str, list[Column]] = {}
+    certificates: list[dict[str, Any]] = []
+    parts = questions = 0
+    for part in source.parts():
+        parts, questions = parts + 1, questions + len(part.keys)
+        settings = settings or part.kind()
+        certificates += _certificate(part)
+        for field in part.fields():
+            columns.setdefault(field, []).append(part.column(field))
+    names = sorted(columns, key=field_order)
+    shown = track(names, "reading", console=Console(stderr=True), disable=not progress, transient=True)
+    return Overview(
+        source=str(path),
+        parts=parts,
+        questions=questions,
+        settings=settings,
+        account=Bookkeeper(source.run).account() if source.run else None,
+        fields=tuple(_field(columns[name]) for name in shown),
+        drift=tuple(_drift(certificates)),
+        answers_disagree=sum(not c["answers_agree"] for c in certificates),
+    )
+
+
+def overview_tables(found: Overview) -> list[Table]:
+    """Return the overview as tables for a terminal."""
+    head = _table(f"{found.source}: {found.questions:,} questions in {found.parts:,} parts", [])
+    for name, value in found.settings.items():
+        head.add_row(name, Text(str(value)))
+    tables = [head]
+    if (account := found.account) is not None:
+        counts = _table("planned = written + failed + staged + outstanding", ["", "questions"])
+        for name in ("planned", "written", "failed", "staged", "outstanding"):
+            counts.add_row(name, f"{getattr(account, name):,}")
+        for reason, number in account.reasons.items():
+            counts.add_row(Text(f"failed: {reason}"), f"{number:,}")
+        tables.append(counts)
+    fields = _table("norms", ["field", "width", "questions", "mean", "std", "min", "max"])
+    for f in found.fields:
+        numbers = (f"{x:.4g}" for x in (f.norm_mean, f.norm_std, f.norm_min, f.norm_max))
+        fields.add_row(f.field, str(f.width), f"{f.questions:,}", *numbers)
+    tables.append(fields)
+    if found.drift:
+        title = f"drift (rms of z); exact answers that differ: {found.answers_disagree} of {found.drift[0].parts}"
+        drift = _table(title, ["field", "mean", "max", "noise floor"])
+        for d in found.drift:
+            drift.add_row(d.field, f"{d.drift_mean:.3g}", f"{d.drift_max:.3g}", f"{d.noise_floor_mean:.3g}")
+        tables.append(drift)
+    return tables
+
+
+def _table(title: str, header: list[str]) -> Table:
+    table = Table(title=Text(title), title_justify="left", show_header=bool(header))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _field(columns: list[Column]) -> FieldOverview:
+    norms = np.concatenate([np.linalg.norm(column.read().astype(np.float64), axis=1) for column in columns])
+    numbers = (float(x) for x in (norms.mean(), norms.std(), norms.min(), norms.max()))
+    return FieldOverview(columns[0].field, columns[0].width, len(norms), *numbers)
+
+
+def _certificate(part: OpenPart) -> list[dict[str, Any]]:
+    drift = part.file.attrs.get("drift")
+    return [] if drift is None else [json.loads(drift)]
+
+
+def _drift(certificates: list[dict[str, Any]]) -> Iterator[DriftOverview]:
+    names = sorted({name for c in certificates for name in c["fields"]}, key=field_order)
+    for name in names:
+        measured = [f for c in certificates if (f := c["fields"].get(name)) and f["drift"] and f["noise_floor"]]
+        if measured:
+            drifts = [f["drift"]["rms"] for f in measured]
+            floor = sum(f["noise_floor"]["rms"] for f in measured) / len(measured)
+            yield DriftOverview(name, len(measured), sum(drifts) / len(drifts), max(drifts), floor)

