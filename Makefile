@@ -9,11 +9,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check soak bench lock clean tools
+.PHONY: help install demo demo-model test check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 install: $(INSTALLED)  ## Make .venv with everything in it: the pinned requirements.txt, then this project, editable
 
@@ -33,6 +33,9 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
+
+demo-model: install  ## Train the demo's model anew, in build/ (minutes on one core; a GPU is used) [ARGS='--seed 1']
+	$(BIN)/python -m workers.demo_model build/Qwen2.5-VL-Demo $(ARGS)
 
 test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
@@ -78,7 +81,7 @@ bench: install  ## Print every benchmark's table that this machine can measure (
 
 lock: install  ## Compile requirements.txt from pyproject.toml, keeping its pins [ARGS=--upgrade to renew them]
 	@$(PIP) install uv
-	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --python-version 3.11 --universal \
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra probe --extra dev --python-version 3.11 --universal \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -q -o requirements.txt $(ARGS)
 
 clean:  ## Remove caches and build output; .venv and runs stay

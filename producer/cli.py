@@ -295,18 +295,18 @@ def cancel(directory: Directory, as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's files go.")] = Path("demo-output"),
-    questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 2000,
 ) -> None:
-    """Run the main job on real questions about real images with a small model built here, and show what is in a part.
+    """Run the main job on real questions about real images with a small trained model, and show its answers.
 
     Example: producer demo --questions 50
     """
-    from producer.demo import plan_demo, show_part
+    from producer.demo import plan_demo, show_demo
 
     run = plan_demo(output_dir, questions)
     code = run_to_end(run, output_dir / "model_cache")
     if code == 0:
-        show_part(run)
+        show_demo(run)
     raise SystemExit(code)
 
 

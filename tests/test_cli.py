@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from storage.pack import pack
 COMMANDS = {
     "producer": ("enqueue", "run", "check", "status", "retry", "cancel", "demo"),
     "workers": ("extract", "collect", "health", "flower", "selfcheck"),
-    "storage": ("inspect", "verify", "export", "diff", "report"),
+    "storage": ("inspect", "verify", "export", "diff", "report", "probe"),
 }
 
 
@@ -112,6 +113,7 @@ def test_help_takes_less_than_a_second(tool: str) -> None:
         "workers.cli, workers.celery, workers.tasks, workers.collector, workers.feed",
         "storage.cli, storage.verify, storage.inspect, storage.pack",
         "storage.reading, storage.export, storage.diff, storage.overview, storage.plot, storage.torch_adapter",
+        "storage.probing.report, storage.probing.figure, producer.gallery",
     ],
 )
 def test_torch_is_not_imported(modules: str) -> None:
@@ -124,6 +126,18 @@ def test_the_layers_are_kept() -> None:
     root = Path(__file__).parent.parent
     result = subprocess.run([BIN / "lint-imports"], capture_output=True, text=True, cwd=root, check=False)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_wheel_has_every_package_and_all_their_data() -> None:
+    root = Path(__file__).parent.parent
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name: root / name.replace(".", "/") for name in setuptools["packages"]}
+    wanted = {path for name in ("storage", "workers", "producer") for path in (root / name).rglob("*.py")}
+    wanted |= {path for path in (root / "workers" / "data").rglob("*") if path.is_file()}
+    shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
+    for name, patterns in setuptools["package-data"].items():
+        shipped |= {path for pattern in patterns for path in packages[name].glob(pattern)}
+    assert wanted <= shipped
 
 
 @pytest.fixture
