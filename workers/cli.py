@@ -250,8 +250,8 @@ def _set_roots(locations: list[str] | None) -> None:
 
 
 def _become_celery(*arguments: str) -> None:
-    # glibc keeps a heap for each few of a worker's threads, and what is freed in one serves no other: over 12,000 questions a worker
-    # grew from 129 to 162 MB, and further (benchmarks/RESULTS.md). With two heaps it stayed at 136.
+    # glibc keeps a heap for each few of a worker's threads, and what is freed in one serves no other: over 12,000 questions
+    # a worker grew from 129 to 162 MB, and went on. With two heaps it stayed at 136.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     command = [sys.executable, "-m", "celery", "-A", "workers", *arguments]
     typer.echo(shlex.join(["celery", *command[3:]]), err=True)
