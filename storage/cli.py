@@ -111,6 +111,22 @@ def verify(
     raise SystemExit(1 if findings else 0)
 
 
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html into a run's directory: counts, failures, charts and samples in one page. The collector does, too.
+
+    Example: storage report output/
+    """
+    from storage.report import write_report
+    from storage.run import Run
+
+    address = write_report(Run.open(directory))
+    print(json.dumps({"report": address}) if as_json else address)
+
+
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],

@@ -107,3 +107,10 @@ def test_object_store() -> None:
     assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
+
+
+def test_flower() -> None:
+    [[row]] = tables_of("flower.py", "--quick")
+    assert (row["tasks"], row["remembered"]) == ("1,000", "500")
+    assert float(row["events/s"].replace(",", "")) > 10
+    assert 30 < float(row["memory, MB"]) < 1000

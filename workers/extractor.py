@@ -18,6 +18,7 @@ from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
+from workers.metrics import measured
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
 
@@ -63,7 +64,7 @@ class Extractor:
         self.card: ModelCard = self.engine.start()
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
-            self.engine.extract,
+            measured(self.engine.extract),
             max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
