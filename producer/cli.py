@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +39,7 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output 
 
 @app.command()
 @with_run_options
-def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
+def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check a dataset, plan a run over it and put its questions into the queue. Again: finish what is missing.
 
     Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
@@ -60,7 +62,11 @@ def enqueue(options: RunOptions, quiet: Quiet = False) -> None:
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
-    if not quiet:
+    if as_json:
+        from producer.display import account_json
+
+        print(json.dumps({**account_json(run, account), "queued": number}))
+    elif not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
@@ -79,6 +85,7 @@ def run(
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Do everything on this machine: an embedded queue, a worker per GPU (or one on the CPU), the collector.
@@ -92,18 +99,20 @@ def run(
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
-    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet))
+    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
+def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
-    from producer.display import LiveAccount
+    from producer.display import account_json
+    from producer.listeners import serving_workers
+    from producer.live import LiveAccount
     from producer.local import RunStoppedError, run_locally
 
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet or as_json)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with LiveAccount(console) as live:
+        with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             account = run_locally(run, cache_dir=cache_dir, show=live.show)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
@@ -111,7 +120,9 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
     except RunStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    if not quiet:
+    if as_json:
+        print(json.dumps(account_json(run, account)))
+    elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
         print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
@@ -121,10 +132,52 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False) -> int:
 
 
 @app.command()
+@partial(with_run_options, leave_out=("repair",))
+def check(
+    options: RunOptions,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image whole, not its header alone.")] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Questions to run through the model, for speed and memory. 0 loads no model.")
+    ] = 0,
+    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look at a dataset before a run, with the options of that run; write nothing.
+
+    Exit code 0: nothing found. 1: questions would fail, or the data may not be what is meant. 2: `run` would refuse it.
+
+    Example: producer check vqa.csv --images-dir images/ --sample 64
+    """
+    from rich.progress import Progress
+
+    from producer.check import check as look
+    from producer.check_report import check_json, print_check
+    from workers.trial import TRIAL_ERRORS
+
+    console = Console(stderr=True, quiet=quiet or as_json)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def progress(total: int) -> Callable[[], object]:
+            task = bar.add_task("images", total=total)
+            return lambda: bar.advance(task)
+
+        try:
+            checked = look(options, decode=decode, sample=sample, cache_dir=cache_dir, progress=progress)
+        except TRIAL_ERRORS as error:
+            raise UserError(f"--sample {sample}: {error}") from None
+    if as_json:
+        print(json.dumps(check_json(checked)))
+    elif not quiet:
+        print_check(checked, Console())
+    raise SystemExit(checked.exit_code)
+
+
+@app.command()
 def status(
     directory: Directory,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Stay, with a bar and the time left, until the run ends.")
+        bool, typer.Option("--watch", help="Stay, with bars, rate, time left and workers, until the run ends.")
     ] = False,
     failed: Annotated[bool, typer.Option("--failed", help="List the failed questions instead.")] = False,
     as_json: AsJson = False,
@@ -133,8 +186,9 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import LiveAccount, account_json, account_table, workers_table
-    from producer.listeners import listening_workers
+    from producer.display import account_json, account_table, workers_table
+    from producer.listeners import listening_workers, serving_workers
+    from producer.live import LiveAccount
     from storage.account import Bookkeeper
     from storage.run import Run
 
@@ -147,7 +201,7 @@ def status(
     if watch:
         console = Console(stderr=True, quiet=as_json)
         looked = float("-inf")
-        with LiveAccount(console) as live:
+        with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
                     _print_hints(console, listening_workers(run).problems)
@@ -217,7 +271,7 @@ def retry(
 
 
 @app.command()
-def cancel(directory: Directory) -> None:
+def cancel(directory: Directory, as_json: AsJson = False) -> None:
     """Stop a run: workers drop its queued questions and begin no other. What is finished is kept; other runs go on.
 
     Example: producer cancel output/
@@ -229,7 +283,11 @@ def cancel(directory: Directory) -> None:
     account = Bookkeeper(run).account()
     if account.finished:
         raise UserError(f"{run.location} is finished: there is nothing to cancel")
-    was = "is cancelled" if run.cancel() else "was cancelled before"
+    newly = run.cancel()
+    if as_json:
+        print(json.dumps({"newly_cancelled": newly, "outstanding": account.outstanding}))
+        return
+    was = "is cancelled" if newly else "was cancelled before"
     print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
     print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
@@ -237,18 +295,18 @@ def cancel(directory: Directory) -> None:
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's files go.")] = Path("demo-output"),
-    questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 200,
+    questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 2000,
 ) -> None:
-    """Run the main job on real questions about real images with a small model built here, and show what is in a part.
+    """Run the main job on real questions about real images with a small trained model, and show its answers.
 
     Example: producer demo --questions 50
     """
-    from producer.demo import plan_demo, show_part
+    from producer.demo import plan_demo, show_demo
 
     run = plan_demo(output_dir, questions)
     code = run_to_end(run, output_dir / "model_cache")
     if code == 0:
-        show_part(run)
+        show_demo(run)
     raise SystemExit(code)
 
 

@@ -1,16 +1,12 @@
-"""How a run looks on the terminal: tables, a live bar with rate and time left, plain lines where there is no terminal."""
+"""How a run looks on the terminal: its account, its workers, its failures as tables."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeftColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,63 +16,6 @@ from storage.run import Run
 
 if TYPE_CHECKING:
     from workers.presence import Presence
-
-_LINE_INTERVAL = 10.0
-_SILENCE = 60.0  # seconds without a finished question or part before it is mentioned
-
-
-class LiveAccount:
-    """A progress bar that is fed accounts, for the length of a `with` block."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._begun: tuple[float, int] | None = None
-        self._last_line = 0.0
-        self._last: tuple[int, int] = (-1, -1)
-        self._moved = time.monotonic()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeLeftColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("loading the model", total=None, rate="")
-
-    def __enter__(self) -> LiveAccount:
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def show(self, account: Account) -> None:
-        """Show an account."""
-        done = account.written + account.failed + account.staged
-        now = time.monotonic()
-        if self._begun is None or (
-            done > self._begun[1] and self._progress.tasks[self._task].completed == self._begun[1]
-        ):
-            self._begun = (now, done)  # the rate counts from the first new question: loading the model is not speed
-        elapsed = now - self._begun[0]
-        rate = f"{(done - self._begun[1]) / elapsed:.1f}/s" if elapsed > 0 and done > self._begun[1] else ""
-        if self._last != (done, account.parts_published):
-            self._last, self._moved = (done, account.parts_published), now
-        failed = f", {account.failed} failed" if account.failed else ""
-        silent = f", nothing new for {now - self._moved:.0f} s" if now - self._moved > _SILENCE else ""
-        text = f"{account.parts_published}/{account.parts_planned} parts{failed}{silent}"
-        self._progress.update(self._task, completed=done, total=account.planned, rate=rate, description=text)
-        if not self._console.is_terminal and now - self._last_line >= _LINE_INTERVAL:
-            self._console.print(f"{done}/{account.planned} questions, {text} {rate}", highlight=False)
-            self._last_line = now
 
 
 def account_table(run: Run, account: Account) -> Table:
@@ -95,16 +34,32 @@ def account_table(run: Run, account: Account) -> Table:
 
 
 def workers_table(workers: Sequence[Presence]) -> Table:
-    """Return who serves a run: what each is, when it was last heard of, what it has done."""
-    table = Table("worker", "state", "model", "on", "last heard of", "questions", title="workers", title_justify="left")
+    """Return who serves a run: what each is, when it was last heard of, what it has done; of GPUs, how they are used."""
+    columns = ["worker", "state", "model", "on", "last heard of", "questions", "per batch", "per prefix"]
+    on_gpus = any(worker.gpu_memory_total for worker in workers)
+    table = Table(*columns, *(["GPU memory", "GPU busy"] if on_gpus else []), title="workers", title_justify="left")
     now = time.time()
     for worker in workers:
-        model = f"{worker.model} ({worker.dtype})"
-        where = worker.gpu or worker.device
-        table.add_row(
-            worker.name, worker.state, model, where, f"{max(0.0, now - worker.seen):.0f} s ago", f"{worker.done:,}"
-        )
+        cells = [
+            worker.name,
+            worker.state,
+            f"{worker.model} ({worker.dtype})",
+            worker.gpu or worker.device,
+            f"{max(0.0, now - worker.seen):.0f} s ago",
+            f"{worker.done:,}",
+            _ratio(worker.computed, worker.batches),
+            _ratio(worker.computed, worker.prefixes),
+        ]
+        if on_gpus:
+            used, total, busy = worker.gpu_memory_used, worker.gpu_memory_total, worker.gpu_busy
+            cells.append(f"{used / 1e9:.1f} of {total / 1e9:.1f} GB" if used is not None and total else "")
+            cells.append("" if busy is None else f"{busy:.0%}")
+        table.add_row(*map(Text, cells))
     return table
+
+
+def _ratio(number: int, of: int) -> str:
+    return f"{number / of:.1f}" if of else ""
 
 
 def account_json(run: Run, account: Account) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from storage.location import is_url, is_within, resolve_location
 from storage.plan import Question
 from storage.store import missing_objects
 
-_MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
+MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
 
 
 def check_images(
@@ -47,7 +47,7 @@ def check_images(
         raise UserError(_outside_message(questions, outside, images_dir))
     gone = _missing(places.values(), roots)
     missing = [image_id for image_id, place in places.items() if place in gone]
-    if len(missing) > _MAX_MISSING * len(images) and not allow_missing:
+    if len(missing) > MAX_MISSING * len(images) and not allow_missing:
         raise UserError(
             f"{len(missing):,} of {len(images):,} images are missing in {images_dir}, such as "
             f"{', '.join(map(short, missing[:3]))}: is --images-dir right? --allow-missing runs anyway"

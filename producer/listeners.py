@@ -24,6 +24,21 @@ class Listeners:
         return [worker.name for worker in self.workers]
 
 
+def serving_workers(run: Run) -> list[Presence]:
+    """Return the workers that serve a run's model; none while the broker does not answer."""
+    from kombu.exceptions import OperationalError
+    from redis.exceptions import RedisError
+
+    from workers.feed import queues_of, redis_client
+    from workers.presence import present
+
+    try:
+        with redis_client() as client:
+            return [presence for presence in present(client) if presence.serves == queues_of(run).prefix]
+    except (OperationalError, RedisError, OSError):
+        return []
+
+
 def listening_workers(run: Run) -> Listeners:
     """Ask the broker who serves the run, and look for what stalls it."""
     from kombu.exceptions import OperationalError

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,7 +14,8 @@ from storage.account import Account, Bookkeeper
 from storage.errors import UserError
 from storage.location import is_url
 from storage.run import Run
-from workers.parent import PARENT_VARIABLE
+from workers.children import Child
+from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
@@ -52,74 +50,30 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
             "HALP_REVISION": run.settings.revision,
             "HALP_DTYPE": run.settings.dtype,
             "HALP_CACHE_DIR": str(cache_dir),
-            PARENT_VARIABLE: str(os.getpid()),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
         logs = _local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
-        processes = [_Child("collector", ["collect", "--name", "collector"], environment, logs)]
-        for gpu in gpus():
-            name = "worker" if gpu is None else f"worker-gpu{gpu}"
-            own = environment if gpu is None else {**environment, "CUDA_VISIBLE_DEVICES": gpu}
-            processes.append(_Child(name, ["extract", "--name", name], own, logs))
+        processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]
+        workers = {f"worker-gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
+        for name, own in workers.items():
+            processes.append(_Logged(name, ["extract", "--name", name], environment | own, logs))
         stack.callback(_end, processes)
         for process in processes:
-            process.start()
+            process.start_logged()
         return _supervise(run, processes, show)
 
 
-def gpus() -> list[str | None]:
-    """Return the GPUs to start a worker on, as CUDA names them; one None where there is none and the CPU computes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        chosen = [name.strip() for name in visible.split(",") if name.strip()]
-        return [*chosen] or [None]
-    try:
-        listing = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return [None]
-    return [*listing.stdout.split()] or [None]
+class _Logged(Child):
+    """A supervised process with its log file."""
 
-
-class _Child:
-    """One supervised `workers` process with its log file."""
-
-    def __init__(self, name: str, arguments: list[str], environment: dict[str, str], logs: Path) -> None:
-        self.name = name
-        self.deaths = 0
-        self._command = [sys.executable, "-m", "workers.cli", *arguments]
-        self._environment = environment
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
+        super().__init__(name, arguments, environment)
         self.log = logs / f"{name}.log"
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start_logged(self) -> None:
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
-                start_new_session=True,  # Ctrl-C is for the supervisor, which then ends them in order
-            )  # fmt: skip
-
-    def exit_code(self) -> int | None:
-        return self._process.poll() if self._process is not None else None
-
-    def ask_to_end(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def end(self, deadline: float) -> None:
-        if self._process is None:
-            return
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.start(log)
 
     def last_words(self) -> str:
         """Return the end of the log: the reason that a process ended with."""
@@ -128,7 +82,7 @@ class _Child:
         return "\n".join(lines[critical[-1] :][:20] if critical else lines[-20:])
 
 
-def _supervise(run: Run, processes: list[_Child], show: Callable[[Account], None]) -> Account:
+def _supervise(run: Run, processes: list[_Logged], show: Callable[[Account], None]) -> Account:
     from workers.feed import wipe
 
     bookkeeper = Bookkeeper(run)
@@ -160,7 +114,7 @@ def _supervise(run: Run, processes: list[_Child], show: Callable[[Account], None
                     f"{process.name} ended {process.deaths} times without finishing a question, last with {code}:\n"
                     f"{process.last_words()}\nFull log: {process.log}"
                 )
-            process.start()
+            process.start_logged()
             wipe(run)  # what the dead worker had taken would come back only after the visibility timeout
         time.sleep(_REMOTE_POLL if is_url(run.location) else _POLL)
 
@@ -169,7 +123,7 @@ def _done(account: Account) -> int:
     return account.written + account.failed + account.staged
 
 
-def _end(processes: list[_Child]) -> None:
+def _end(processes: list[_Logged]) -> None:
     for process in processes:
         process.ask_to_end()
     deadline = time.monotonic() + _GRACE

@@ -146,9 +146,10 @@ def _run_options(
     )
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the shared options: it is called with one RunOptions in their place."""
-    shared = signature(_run_options, eval_str=True).parameters
+def with_run_options(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
+    """Give a command the shared options, but those of `leave_out`: it is called with one RunOptions in their place."""
+    every = signature(_run_options, eval_str=True).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in leave_out}
     own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "options"}
 
     @wraps(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from producer.table import file_sha256, read_questions
 from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
-from storage.plan import write_generation
+from storage.plan import Question, write_generation
 from storage.probe import is_part_of
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
@@ -45,6 +46,12 @@ def plan_run(options: RunOptions) -> Run:
     except OSError as error:
         raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
     return run
+
+
+def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
+    """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
+    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    _refuse_other_content(options.output_dir, settings)
 
 
 def _repair(output_dir: str, settings: RunSettings) -> None:

@@ -60,9 +60,10 @@ class Bookkeeper:
     def account(self) -> Account:
         """Return the account as the files show it now."""
         self._run.refresh()
-        if self._run.slices is not self._slices:
+        described = self._run.parts_with_sidecar()
+        if self._run.slices is not self._slices or self._published.keys() - described:  # a repair takes sidecars away
             self._forget()
-        for part in self._run.parts_with_sidecar() - self._published.keys():
+        for part in described - self._published.keys():
             self._published[part] = self._take(read_sidecar(self._run, part))
         slices = self._run.slices
         planned = sum(piece.size for piece in slices if piece.generation == 0)

@@ -1,4 +1,4 @@
-"""`storage`: look into parts, and check a run."""
+"""`storage`: look into parts, check a run, probe it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Look into HDF5 parts and check runs.",
+    help="Look into HDF5 parts, check runs, probe them.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -111,6 +111,22 @@ def verify(
     raise SystemExit(1 if findings else 0)
 
 
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html into a run's directory: counts, failures, charts and samples in one page. The collector does, too.
+
+    Example: storage report output/
+    """
+    from storage.report import write_report
+    from storage.run import Run
+
+    address = write_report(Run.open(directory))
+    print(json.dumps({"report": address}) if as_json else address)
+
+
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],
@@ -164,6 +180,86 @@ def diff(
             console.print(table)
         print("the same" if difference.same else "different")
     raise SystemExit(0 if difference.same else 1)
+
+
+@app.command()
+def probe(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or one with parts.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Which answers are wrong: question_id and a column of true and false; with model_answer, only answers "
+            "that are the run's count. [default: those that differ from the ground truth]",
+            show_default=False,
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The column that says an answer is wrong. "
+            "[default: is_hallucinating_manual, or the only one of true and false]",
+            show_default=False,
+        ),
+    ] = None,
+    keep_mismatches: Annotated[
+        bool, typer.Option("--keep-mismatches", help="Keep labels that were given to another answer than the run's.")
+    ] = False,
+    split: Annotated[
+        Literal["grouped", "published"],
+        typer.Option(help="By image, 60/20/20; or 80/20 as the HALP scripts split, an image on both sides."),
+    ] = "grouped",
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Also score the best probes for each value of a column.")
+    ] = None,
+    mlp: Annotated[
+        bool, typer.Option("--mlp/--no-mlp", help="Train the published MLP too, or the linear probe alone.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the MLP and the intervals.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The figure: .svg, .png or .pdf. [default: DIR/probe.svg]", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well each representation and layer predicts that an answer is wrong; write probe.json and a figure to DIR.
+
+    Example: storage probe output/ --labels qwen25vl_manually_reviewed.csv --by answer_type
+    """
+    from storage.probing.experiment import ProbeSettings, run_experiment
+    from storage.probing.figure import draw
+    from storage.probing.report import closing_lines, experiment_json, report_lines, report_tables
+
+    settings = ProbeSettings(
+        labels=labels,
+        label_column=label_column,
+        keep_mismatches=keep_mismatches,
+        split=split,
+        probes=("linear", "mlp") if mlp else ("linear",),
+        by=by,
+        seed=seed,
+    )
+    with Console(stderr=True).status("reading the parts") as status:
+        experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
+    home = Path(directory) if Path(directory).is_dir() else Path(directory).parent
+    figure = plot or home / "probe.svg"
+    draw(experiment, figure)
+    body = json.dumps(experiment_json(experiment), indent=1)
+    (home / "probe.json").write_text(body + "\n", encoding="utf-8")
+    if as_json:
+        print(body)
+        return
+    console = Console()
+    for line in report_lines(experiment):
+        console.print(line, highlight=False, soft_wrap=True)
+    for table in report_tables(experiment):
+        console.print(table)
+    for line in closing_lines(experiment):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 _RETRY_SECONDS = 20  # a request is tried again for so long; then the caller's own retries begin
 _SMALL, _LARGE = 30, 600  # seconds for one request: of a staged result, of a part
 _CONCURRENCY = 16
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _FEW = 100  # so many objects are asked for one by one rather than listed
 _PUT_ID = "put-id"  # metadata of a created object: which PUT made it
 _PARTIAL, _COPY = "halp-partial-", "halp-copy-"
@@ -204,7 +205,7 @@ class ObjectStore:
 @lru_cache(maxsize=32)
 def connect(bucket: str, timeout: int) -> Any:
     """Return obstore's client of a bucket; it keeps its connections, and is used by many threads."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
     return from_url(
         bucket,
         client_options={

@@ -1,7 +1,7 @@
 """The rows of a part: the texts and attributes of all its questions once more, in one root attribute. Format: docs/format.md.
 
-HDF5 takes a millisecond to give out a question's four texts and twenty attributes, forty times what one of its vectors takes by
-the column index. Packed as columns of JSON they take hundredths of that, and 1 % of a part's size at most.
+HDF5 gives out a question's four texts and twenty attributes one by one, which takes many times what one of its vectors takes by
+the column index. Packed as columns of JSON they are one read.
 """
 
 from __future__ import annotations

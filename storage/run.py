@@ -19,7 +19,7 @@ from storage.naming import part_label, part_name
 from storage.plan import Question, Slice
 from storage.sample import Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
 from storage.settings import ModelFacts, RunSettings
-from storage.store import DirectoryStore, open_store
+from storage.store import SCRATCH, DirectoryStore, open_store
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
 _CANCELLED = ".run/cancelled.json"
@@ -238,6 +238,10 @@ class Run:
     def _staged_key(self, part: int, sequence: int, suffix: str) -> str:
         return f"{self._staging_directory(part)}/{sequence:06d}{suffix}"
 
+    def has_leftovers(self) -> bool:
+        """Tell whether a staged or unfinished file is there: of a run that is finished, what a killed process left."""
+        return bool(self.staging_directories() or self.store.list(SCRATCH))
+
     # The parts
 
     def part_name(self, part: int) -> str:
@@ -293,7 +297,7 @@ class Run:
         self.store.delete(_CANCELLED)
 
 
-def is_run(location: str) -> bool:
+def is_run(location: str | Path) -> bool:
     """Tell whether a resolved location holds a run."""
     return open_store(location).exists(_RUN)
 

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import secrets
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Protocol
 from storage.errors import UserError
 from storage.location import is_url, join, split_url
 
+SCRATCH = ".run/tmp"  # where a run has its unfinished files
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,12 +76,12 @@ class Store(Protocol):
         """Remove the objects directly below a prefix, and the prefix with them."""
 
 
-def open_store(location: str, scratch: str = ".run/tmp") -> Store:
+def open_store(location: str | Path, scratch: str = SCRATCH) -> Store:
     """Return the store at a resolved location. `scratch`: where in a directory unfinished files lie."""
     if is_url(location):
         from storage.object_store import ObjectStore
 
-        return ObjectStore(location)
+        return ObjectStore(str(location))
     return DirectoryStore(Path(location), scratch)
 
 
@@ -203,8 +203,12 @@ class DirectoryStore:
 
     def delete_partials(self, older_than: float) -> None:
         """Remove the unfinished files that nobody has written to for `older_than` seconds: a killed process left them."""
-        limit = time.time() - older_than
-        for path in self.scratch.glob("*.partial"):
+        paths = list(self.scratch.glob("*.partial"))
+        if not paths:
+            return
+        os.utime(self.scratch)  # to the file server's clock: by our own, if it is ahead, files in the making would go
+        limit = self.scratch.stat().st_mtime - older_than
+        for path in paths:
             with suppress(FileNotFoundError):
                 if path.stat().st_mtime < limit:
                     path.unlink()

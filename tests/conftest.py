@@ -38,6 +38,16 @@ PHOTOGRAPHS = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", action="store_true", help="renew the pictures in docs/ that come from a browser")
+
+
+@pytest.fixture(scope="session")
+def screenshots(request: pytest.FixtureRequest) -> Path | None:
+    """Where the browser tests leave their pictures; None unless `--screenshots` asks for them."""
+    return Path(__file__).parents[1] / "docs" if request.config.getoption("--screenshots") else None
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2.5-VL checkpoint of 1.5 million parameters whose values show position and mask errors."""

@@ -1,8 +1,9 @@
 """A real S3-compatible server (moto) in a process of its own, with the faults that a network has.
 
-`python s3_server.py PORT` serves. Create-only PUTs are serialised: S3 decides them atomically, moto checks and then writes in
-threads. `/_control` sets faults (`lose`: so many answers to PUTs are lost after the object is written; `deny`: a method that
-is refused; `away`: every connection is cut) and tells how many requests of each kind there were.
+`python s3_server.py PORT` serves. Requests are computed one after the other: S3 decides create-only PUTs atomically, while
+moto's threads check and then write; and a GET during a PUT of the same object fails there now and then. `/_control` tells how
+many requests of each kind there were, and sets faults: `lose`, so many answers to PUTs are lost after the object is written;
+`deny`, a method that is refused; `away`, every connection is cut.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _Faulty:
 
     def __init__(self, application: Any) -> None:
         self._application = application
-        self._creating = threading.Lock()
+        self._computing = threading.Lock()
         self._counts: Counter[str] = Counter()
         self.faults: dict[str, Any] = {}
 
@@ -111,11 +112,9 @@ class _Faulty:
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             key = CREDENTIALS["AWS_ACCESS_KEY_ID"]
             return [f"<Error><Code>AccessDenied</Code><AWSAccessKeyId>{key}</AWSAccessKeyId></Error>".encode()]
-        if method != "PUT":
-            return self._application(environ, start_response)
-        with self._creating:
+        with self._computing:
             answer = list(self._application(environ, start_response))
-        if self.faults.get("lose", 0) > 0:
+        if method == "PUT" and self.faults.get("lose", 0) > 0:
             self.faults["lose"] -= 1
             start_response("500 Internal Server Error", [("Content-Length", "0")], (None, None, None))
             return [b""]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import storage.pack
 from storage.account import Account, Bookkeeper
 from storage.pack import pack, sidecars
+from storage.repair import repair
 from storage.run import Run
 
 
@@ -79,6 +80,17 @@ def test_between_the_steps_of_packing_nothing_counts_twice(run, monkeypatch, ste
     assert counts(Bookkeeper(run).account()) == ((0, 0, 3, 4) if step == "_describe" else (2, 1, 0, 4))
     pack(run, 1)
     assert counts(Bookkeeper(run).account()) == (2, 1, 0, 4)
+
+
+def test_a_part_that_a_repair_takes_away_counts_no_more(run):
+    """`producer status --watch` goes on while another process repairs the run."""
+    keeper = Bookkeeper(run)
+    stage(run, 1, failed=[1])
+    pack(run, 1)
+    assert counts(keeper.account()) == (2, 1, 0, 4)
+    run.part_path(1).unlink()
+    repair(Run.open(run.output_dir))
+    assert counts(keeper.account()) == (0, 0, 0, 7)
 
 
 def test_reasons_are_those_of_published_failures(run):

@@ -98,3 +98,19 @@ def test_queueing() -> None:
     assert 0.05 < float(overhead[0]["queue and staging, CPU ms each"]) < 100
     assert [row["workers"] for row in scaling] == ["1", "2"]
     assert all(1 < float(row["each"]) <= 60 for row in scaling)
+
+
+def test_object_store() -> None:
+    [rows] = tables_of("object_store.py", "--samples", "20")
+    table = {row["what"]: row for row in rows}
+    assert table["requests of a question: worker"]["object store"] == "6 HEAD, 1 PUT"
+    assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
+    for place in ("object store", "directory"):
+        assert 1 < float(table["packing"][place].split()[0]) < 100_000
+
+
+def test_flower() -> None:
+    [[row]] = tables_of("flower.py", "--quick")
+    assert (row["tasks"], row["remembered"]) == ("1,000", "500")
+    assert float(row["events/s"].replace(",", "")) > 10
+    assert 30 < float(row["memory, MB"]) < 1000

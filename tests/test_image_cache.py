@@ -40,7 +40,7 @@ class Loads:
 
 def test_no_more_are_loaded_at_a_time_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    cache: ImageCache[Picture] = ImageCache(10**9)
+    cache: ImageCache[Picture] = ImageCache(10**9, 0)
     loads = Loads(1, 0.02)
 
     def use(number: int) -> None:
@@ -54,7 +54,7 @@ def test_no_more_are_loaded_at_a_time_than_there_are_cores(monkeypatch: pytest.M
 
 
 def test_nothing_is_loaded_while_those_in_use_exceed_the_bound() -> None:
-    cache: ImageCache[Picture] = ImageCache(100)
+    cache: ImageCache[Picture] = ImageCache(100, 100)
     loads = Loads(60)
     third = threading.Event()
 
@@ -77,7 +77,7 @@ def test_nothing_is_loaded_while_those_in_use_exceed_the_bound() -> None:
 
 
 def test_one_that_is_larger_than_the_bound_is_loaded_and_not_kept() -> None:
-    cache: ImageCache[Picture] = ImageCache(100)
+    cache: ImageCache[Picture] = ImageCache(100, 100)
     loads = Loads(1000)
     for _ in range(2):
         with cache.hold("a", lambda: loads.of("a")) as picture:
@@ -86,7 +86,7 @@ def test_one_that_is_larger_than_the_bound_is_loaded_and_not_kept() -> None:
 
 
 def test_one_that_cannot_be_loaded_costs_no_place() -> None:
-    cache: ImageCache[Picture] = ImageCache(100)
+    cache: ImageCache[Picture] = ImageCache(100, 100)
 
     def fail() -> Picture:
         raise MemoryError("no room")

@@ -439,6 +439,14 @@ def test_delete_partials_removes_only_old_ones(store, root):
     assert set(files(root)) == {"key.partial", ".scratch/new.partial", ".scratch/other"}
 
 
+def test_a_clock_that_is_ahead_deletes_no_partial_that_is_being_written(store, root, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)
+    with store.partial() as path:
+        path.write_bytes(b"half")
+        store.delete_partials(older_than=50)
+        assert path.exists()
+
+
 # File systems of other kinds
 
 

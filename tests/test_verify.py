@@ -449,7 +449,11 @@ def test_inspect_of_what_is_no_part(run, tmp_path, storage, kind, as_json):
         part = run.part_path(1).read_bytes()
         path.write_bytes({"empty": b"", "text": b"question_id,image_id\n", "truncated": part[: len(part) // 2]}[kind])
     output = storage("inspect", path, *as_json)
-    reason = {"missing": "no such file", "another HDF5 file": "not a part"}.get(kind, "not a readable HDF5 file")
+    reason = {
+        "missing": "no such file",
+        "a directory": "there is no *.h5 in it",
+        "another HDF5 file": "not a part",
+    }.get(kind, "not a readable HDF5 file")
     assert (output.code, output.out) == (2, "")
     assert output.err.startswith(f"error: {path}: {reason}")
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.signals import worker_shutdown
 from celery.worker import state
+from celery.worker.request import Request
 
 from storage.errors import UserError
 from workers.errors import EngineStartError
+from workers.gpus import GpuWatch
+from workers.metrics import tally
 from workers.presence import Announcer, Presence, of_this_process
 from workers.queues import COLLECT, EXTRACT
 from workers.settings import settings
@@ -26,6 +30,7 @@ _POOL = "celery.worker.components:Pool"
 
 _extractor: Extractor | None = None
 _collector: Collector | None = None
+_gpu: GpuWatch | None = None
 _announcer: Announcer | None = None
 
 
@@ -57,28 +62,51 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if first.serves:
             first = replace(first, model=config.model, dtype=config.dtype)
         try:
-            _announcer = Announcer(lambda: _now(first), config.runtime_dir, redis_client)
+            _announcer = Announcer(lambda: _now(worker, first), config.runtime_dir, redis_client)
         except UserError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from None
         _announcer.start()
 
 
-def _now(first: Presence) -> Presence:
+def _now(worker: Any, first: Presence) -> Presence:
     """Return this process's presence as it is now."""
-    taken = state.total_count.get(EXTRACT, 0) - sum(request.name == EXTRACT for request in set(state.active_requests))
+    taken = state.total_count.get(EXTRACT, 0) - sum(r.name == EXTRACT for r in _living(state.active_requests))
     presence = replace(first, done=max(0, taken), swept=_collector.swept if _collector else None)
     if _extractor is None:
         return presence
     engine, facts = _extractor.engine, _extractor.card.environment
+    use = _gpu.last if _gpu is not None else None
     return replace(
         presence,
+        computed=tally.computed,
+        batches=tally.batches,
+        prefixes=tally.prefixes,
+        retrying=_retrying(worker.consumer) if worker.consumer else {},
+        gpu_memory_used=use.memory_used if use else None,
+        gpu_memory_total=use.memory_total if use else None,
+        gpu_busy=use.utilisation if use else None,
         device=facts["device"],
         gpu=facts["gpu"],
         loading_since=engine.loading_since,
         busy_since=engine.busy_since,
         answered=engine.answered,
     )
+
+
+def _retrying(consumer: Any) -> dict[str, int]:
+    """Return how many questions of each run wait here for the time of their next attempt. A task's id begins with its run's."""
+    entries = [scheduled.entry for scheduled in list(consumer.timer.schedule.queue)]
+    waiting = [entry.args[0] for entry in entries if entry.args and not entry.canceled]
+    ids = {
+        r.id for r in waiting if isinstance(r, Request) and r.name == EXTRACT
+    }  # a task may have been delivered twice
+    return dict(Counter(task_id.partition("-")[0] for task_id in ids))
+
+
+def _living(requests: Any) -> set[Any]:
+    """Return what a WeakSet holds. Iterating over it would raise where another thread adds to it; its set is copied at once."""
+    return {request for reference in requests.data.copy() if (request := reference()) is not None}
 
 
 class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -92,7 +120,7 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Load the model; end the worker with the reason where that fails."""
-        global _extractor  # noqa: PLW0603  (one engine per process)
+        global _extractor, _gpu  # noqa: PLW0603  (one engine per process)
         from workers.extractor import Extractor
 
         config = settings()
@@ -102,6 +130,8 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except EngineStartError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from None
+        if _extractor.card.environment["device"].startswith("cuda"):
+            _gpu = GpuWatch()
         logger.info("loaded %s on %s", config.model, _extractor.card.environment["device"])
 
 

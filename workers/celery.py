@@ -15,6 +15,7 @@ from storage.naming import model_slug
 from workers.bootsteps import CollectorStep, EngineStep, PresenceStep
 from workers.broker import tls
 from workers.checkpoint import checkpoint_digest
+from workers.metrics import MetricsStep
 from workers.queues import COLLECT, ModelQueues, declaration
 from workers.settings import WorkerSettings, settings
 
@@ -65,7 +66,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
 TRANSPORT_ALIASES.update(redis="workers.transport:Transport", rediss="workers.transport:Transport")
 app = Celery("workers")
 app.conf.update(_configuration(settings()))
-app.steps["worker"].update({PresenceStep, EngineStep, CollectorStep})
+app.steps["worker"].update({PresenceStep, EngineStep, CollectorStep, MetricsStep})
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

@@ -19,7 +19,9 @@ from storage.errors import UserError
 from storage.location import is_url, resolve_location
 from workers.checkpoint import local_directory
 from workers.engine import EngineSpec
+from workers.gpus import chosen_gpus
 from workers.parent import die_with_named_parent
+from workers.per_gpu import run_workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="GPU workers, the collector, and Flower. Arguments after `--` go to Celery as they are.",
 )
+_THIS_MACHINE = {"127.0.0.1", "::1", "localhost"}
+_SAVE_INTERVAL = 300_000  # milliseconds; Flower shows nothing new while it saves
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
 LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
 
@@ -55,11 +59,15 @@ def extract(
     name: Annotated[
         str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Run one worker on each of these GPUs: `all`, or numbers as in 0,2. [default: one worker]"),
+    ] = None,
     loglevel: LogLevel = "INFO",
 ) -> None:
-    """Serve one model: load it, then consume questions. Start one per GPU, on any machine that sees the data.
+    """Serve one model: load it, then consume questions. One worker uses one GPU; --gpus runs one on each of several.
 
-    Example: CUDA_VISIBLE_DEVICES=0 workers extract --model Qwen/Qwen2.5-VL-7B-Instruct
+    Example: workers extract --gpus all --model Qwen/Qwen2.5-VL-7B-Instruct
     """
     _set_environment(
         MODEL=model, REVISION=revision, DTYPE=dtype, CACHE_DIR=cache_dir, MAX_BATCH_SIZE=max_batch_size,
@@ -69,11 +77,19 @@ def extract(
     from workers.celery import model_queues
     from workers.settings import settings
 
+    if gpus is not None:
+        if name is not None:
+            raise UserError("--gpus names the workers by their GPU: leave out --name")
+        model_queues(settings())  # a mistake is said once, and not by each worker
+        threads = () if concurrency is None else ("--concurrency", str(concurrency))
+        arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
+        raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
+
     node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
     queues = model_queues(settings()).in_order_of(node)
-    threads = concurrency or 2 * settings().batch_size
+    number = concurrency or 2 * settings().batch_size
     _become_celery(
-        "worker", "--pool", "threads", "--concurrency", str(threads), "--hostname", node, "--queues", ",".join(queues),
+        "worker", "--pool", "threads", "--concurrency", str(number), "--hostname", node, "--queues", ",".join(queues),
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
     )  # fmt: skip
 
@@ -113,15 +129,33 @@ def collect(
 def flower(
     context: typer.Context,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5555,
-    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    address: Annotated[str, typer.Option(help="Address to listen on; others than this machine need a password.")] = (
+        "127.0.0.1"
+    ),
+    basic_auth: Annotated[
+        str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for these. [FLOWER_BASIC_AUTH, which `ps` hides]")
+    ] = None,
+    db: Annotated[
+        Path | None, typer.Option(help="File to keep the tasks in over restarts. [default: memory only]")
+    ] = None,
+    max_tasks: Annotated[int, typer.Option(min=1, help="Tasks to remember; 6 to 8 KB each.")] = 20_000,
 ) -> None:
     """Show tasks, retries and workers in a browser. Read-only, and on this machine alone unless told otherwise.
 
     Example: workers flower --port 5555
     """
+    if basic_auth is not None:
+        os.environ["FLOWER_BASIC_AUTH"] = basic_auth  # not as an argument, which every user of the machine can see
+    protected = bool(os.environ.get("FLOWER_BASIC_AUTH")) or any("auth" in argument for argument in context.args)
+    if address not in _THIS_MACHINE and not protected:
+        raise UserError(
+            f"--address {address} would show questions and file names to the network: set FLOWER_BASIC_AUTH=user:password"
+        )
+    kept = [] if db is None else ["--persistent=True", f"--db={db}", f"--state_save_interval={_SAVE_INTERVAL}"]
     _become_celery(
-        "flower", f"--address={address}", f"--port={port}", "--read_only=True", "--max_tasks=20000", *context.args
-    )
+        "flower", f"--conf={Path(__file__).with_name('flowerconfig.py')}", f"--address={address}", f"--port={port}",
+        f"--max_tasks={max_tasks}", *kept, *context.args,
+    )  # fmt: skip
 
 
 @app.command()
@@ -216,6 +250,9 @@ def _set_roots(locations: list[str] | None) -> None:
 
 
 def _become_celery(*arguments: str) -> None:
+    # glibc keeps a heap for each few of a worker's threads, and what is freed in one serves no other: over 12,000 questions
+    # a worker grew from 129 to 162 MB, and went on. With two heaps it stayed at 136.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     command = [sys.executable, "-m", "celery", "-A", "workers", *arguments]
     typer.echo(shlex.join(["celery", *command[3:]]), err=True)
     sys.stderr.flush()

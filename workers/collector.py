@@ -7,6 +7,9 @@ shortens the wait.
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,12 +25,20 @@ from storage.pack import pack
 from storage.run import Run, find_runs, part_names
 from storage.space import describe
 from workers.broker import trouble
-from workers.feed import feed
+from workers.feed import feed, queue_lengths
+from workers.metrics import after_sweep
+from workers.parent import PARENT_VARIABLE
+from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
 _SCAN_DEPTH = 3
-_PARTIAL_AGE = 600.0
+_REPORT = (
+    "import sys; from workers.parent import die_with_named_parent; die_with_named_parent(); "
+    "from storage.report import write_report; from storage.run import Run; "
+    "write_report(Run.open(sys.argv[1]))"
+)
+_REPORT_SECONDS = 120
 _REPEAT = 300.0  # seconds between two equal lines in the log
 
 
@@ -37,13 +48,15 @@ class Collector:
     def __init__(self, roots: tuple[str, ...]) -> None:
         self._roots = roots
         self._runs: dict[str, Run] = {}
+        self._books: dict[str, Bookkeeper] = {}  # of the same runs, for the metrics
         self._next_scan = float("-inf")
         self._complaints: dict[str, tuple[str, float]] = {}
         self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
         """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
-        if time.monotonic() >= self._next_scan:
+        begun = time.monotonic()
+        if begun >= self._next_scan:
             self._scan()
         for location, run in list(self._runs.items()):
             try:
@@ -59,6 +72,16 @@ class Collector:
                 self._complaints.pop(location, None)
             self.swept = time.time()
         self.swept = time.time()
+        if settings().metrics_port:
+            self._show_metrics(time.monotonic() - begun)
+
+    def _show_metrics(self, seconds: float) -> None:
+        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in self._runs.items()}
+        try:
+            accounts = [(run, self._books[location].account()) for location, run in self._runs.items()]
+            after_sweep(seconds, accounts, queue_lengths)
+        except (OSError, DamagedError, OperationalError, RedisError) as error:
+            logger.warning("metrics are not up to date: %s", error)
 
     def _complain(self, location: str, line: str) -> None:
         """Log why a run waits: once, and again when it changes or lasts."""
@@ -83,7 +106,7 @@ class Collector:
         for location in found - self._runs.keys():
             try:
                 run = Run.open(location)
-                if not run.is_finished():
+                if not run.is_finished() or run.has_leftovers():
                     self._runs[location] = run
             except UserError as error:
                 logger.warning("%s", error)
@@ -103,13 +126,15 @@ def collect_run(run: Run) -> bool:
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
                 logger.warning("%s", error)
-    run.store.delete_partials(_PARTIAL_AGE)
+    run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
     feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
     return finished
 
 
 def _finish(run: Run) -> bool:
+    if not run.is_finished():
+        _write_report(run)  # before the account: a retry may be planned meanwhile
     account = Bookkeeper(run).account()
     if not account.finished:  # a retry has planned more at this moment
         return False
@@ -120,3 +145,21 @@ def _finish(run: Run) -> bool:
     run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     return True
+
+
+def _write_report(run: Run) -> None:
+    """Have the report written by a process of its own: a run's end needs it in no way, and a stranger's images are decoded."""
+    try:
+        subprocess.run(
+            [sys.executable, "-c", _REPORT, run.location],
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_REPORT_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        logger.warning("%s: no report.html:\n%s", run.location, error.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("%s: no report.html: %s", run.location, error)

@@ -12,12 +12,13 @@ from storage.errors import UserError
 from storage.location import is_within, resolve_location
 from storage.run import Run
 from storage.sample import Sample
-from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts
+from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts, RunSettings
 from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
+from workers.metrics import measured
 from workers.preprocess import Preprocessor
 from workers.settings import WorkerSettings
 
@@ -63,7 +64,7 @@ class Extractor:
         self.card: ModelCard = self.engine.start()
         self._preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
-            self.engine.extract,
+            measured(self.engine.extract),
             max_batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
@@ -90,36 +91,32 @@ class Extractor:
         deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
         if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
             raise killed_worker(f"the engine died {deaths.alone} times")
-        image = self._preprocess.image(
+        with self._preprocess.hold(
             question.image_id,
             settings.images_dir,
             settings.image_roots,
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,
-        )
-        text = settings.prompt.replace(QUESTION, question.question)
-        recipe = Recipe(
-            layers=facts.layers,
-            max_new_tokens=settings.max_new_tokens,
-            repetition_penalty=facts.repetition_penalty,
-            vision_encoder=settings.vision_encoder,
-            exact=settings.exact,
-            halp_compat=settings.halp_compat,
-        )
-        request = self._preprocess.request(image, text, recipe)
-        sample = self._compute(settings.run_id, request, deaths)
-        if sequence == 0 and not settings.exact and not settings.halp_compat:
-            exact = self._compute(settings.run_id, replace(request, recipe=replace(recipe, exact=True)), deaths)
-            other = replace(recipe, exact=True, math_kernel=True, max_new_tokens=0)
-            other_exact = self._compute(settings.run_id, replace(request, recipe=other), deaths)
-            sample = with_certificate(sample, exact, other_exact)
+        ) as image:
+            text = settings.prompt.replace(QUESTION, question.question)
+            request = self._preprocess.request(image, text, _recipe(settings, facts))
+            sample = self._compute(settings.run_id, request, deaths)
+            if sequence == 0 and not settings.exact and not settings.halp_compat:
+                sample = self._with_certificate(settings.run_id, request, sample, deaths)
         facts_of_image = {
             "image_sha256": image.sha256,
             "image_size": list(image.original_size),
             "resized_size": list(image.resized_size),
         }
         return replace(sample, facts={**sample.facts, **facts_of_image})
+
+    def _with_certificate(self, run_id: str, request: Request, sample: Sample, deaths: Deaths) -> Sample:
+        """Add how far a sample is from its exact result, and that from itself under another attention kernel."""
+        exact = replace(request.recipe, exact=True)
+        other = replace(exact, math_kernel=True, max_new_tokens=0)
+        results = [self._compute(run_id, replace(request, recipe=recipe), deaths) for recipe in (exact, other)]
+        return with_certificate(sample, *results)
 
     def _compute(self, run_id: str, request: Request, deaths: Deaths) -> Sample:
         return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
@@ -175,6 +172,17 @@ class Extractor:
             )
             raise RunRefusedError(f"this worker's model is not the one that the run began with ({differing})")
         return facts
+
+
+def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:
+    return Recipe(
+        layers=facts.layers,
+        max_new_tokens=settings.max_new_tokens,
+        repetition_penalty=facts.repetition_penalty,
+        vision_encoder=settings.vision_encoder,
+        exact=settings.exact,
+        halp_compat=settings.halp_compat,
+    )
 
 
 def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:

@@ -29,7 +29,10 @@ from workers.settings import settings
 logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
 _LOCK_SECONDS = 60
-_GRACE = 60.0  # seconds beyond the visibility timeout before a silent slice is fed again
+_GRACE = (
+    15.0,
+    60.0,
+)  # seconds beyond the visibility timeout before a silent slice is fed again: as many more, within these
 _HINT_INTERVAL = 1.0
 _MAX_REPR = 1024  # characters of a message's arguments that Flower shows
 
@@ -86,6 +89,17 @@ def wipe(run: Run) -> None:
     with redis_client() as client:
         client.flushdb()
     feed(run)
+
+
+def queue_lengths(run: Run) -> dict[str, int]:
+    """Return how many questions wait in the queues of a run's model, whosever they are: in the lanes, and to be retried."""
+    queues = queues_of(run)
+    with redis_client() as client:
+        pipeline = client.pipeline(transaction=False)
+        for name in (queues.retry, *queues.lanes):
+            pipeline.llen(name)
+        retried, *lanes = pipeline.execute()
+    return {queues.retry: retried, f"{queues.retry.removesuffix('.retry')}.lanes": sum(lanes)}
 
 
 def hint_collector(run: Run, part: int) -> None:
@@ -156,7 +170,8 @@ class _Feeder:
 
     def _stalled(self, part: int, entry: _Fed) -> bool:
         """Tell whether a slice's messages seem lost: long silence, and no longer queue before them that would explain it."""
-        silent = self._now - entry.moved > settings().visibility_timeout + _GRACE
+        timeout = settings().visibility_timeout
+        silent = self._now - entry.moved > timeout + min(max(timeout, _GRACE[0]), _GRACE[1])
         overtaken = part < self._last_published
         return silent and entry.finished < entry.upto and (overtaken or self._queues_are_empty())
 

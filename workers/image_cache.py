@@ -35,17 +35,18 @@ class _Entry(Generic[T]):
 
 
 class ImageCache(Generic[T]):
-    """Images in use, and those used last as far as `max_bytes` allow. Thread-safe.
+    """Images in use, at most `max_bytes` and one more, and those used last, at most `idle_bytes`. Thread-safe.
 
     As many are loaded at a time as there are cores. While those in use exceed the bound, none is loaded: questions wait in
     their threads, the engine frees what it finishes.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, idle_bytes: int) -> None:
         self._max_bytes = max_bytes
+        self._idle_bytes = idle_bytes
         self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
-        self._total = 0  # bytes of all entries
-        self._in_use = 0  # bytes of those with users
+        self._in_use = 0  # bytes of the entries with users
+        self._idle = 0  # bytes of those without
         self._changed = threading.Condition()
         self._loaders = threading.BoundedSemaphore(max(2, len(os.sched_getaffinity(0))))
 
@@ -61,6 +62,7 @@ class ImageCache(Generic[T]):
             if entry is None:
                 entry = self._entries[key] = _Entry()
             if not entry.users:
+                self._idle -= entry.nbytes
                 self._in_use += entry.nbytes
             entry.users += 1
             self._entries.move_to_end(key)
@@ -73,7 +75,8 @@ class ImageCache(Generic[T]):
                 entry.users -= 1
                 if not entry.users:
                     self._in_use -= entry.nbytes
-                self._drop_idle()
+                    self._idle += entry.nbytes
+                    self._drop_idle()
                 self._changed.notify_all()
 
     def _load(self, key: Hashable, entry: _Entry[T], load: Callable[[], T]) -> None:
@@ -89,16 +92,14 @@ class ImageCache(Generic[T]):
                 return
         with self._changed:
             entry.nbytes = image.nbytes
-            self._total += entry.nbytes
             self._in_use += entry.nbytes
-            self._drop_idle()
         entry.loaded.set_result(image)
 
     def _drop_idle(self) -> None:
         """Drop the idle images that were used longest ago until the bound holds."""
-        if self._total <= self._max_bytes:
+        if self._idle <= self._idle_bytes:
             return
         for key in [key for key, entry in self._entries.items() if not entry.users]:
-            self._total -= self._entries.pop(key).nbytes
-            if self._total <= self._max_bytes:
+            self._idle -= self._entries.pop(key).nbytes
+            if self._idle <= self._idle_bytes:
                 return

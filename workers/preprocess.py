@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
+from storage.location import is_url
 from storage.store import read_bounded
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
@@ -32,7 +34,9 @@ MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
-_IMAGE_BYTES = 1 << 30  # of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k
+# Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, are in use; the last 64 MB wait for further questions.
+_IMAGE_BYTES = 1 << 30
+_IDLE_IMAGE_BYTES = 64 << 20
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "AVIF")
 Image.init()
@@ -71,7 +75,7 @@ class Preprocessor:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
         self._factor = card.patch_size * card.merge_size
-        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES)
+        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
     @contextmanager
     def hold(
@@ -129,30 +133,26 @@ def load_image(
     """
     data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                _check_size(path, *image.size)
-                upright = ImageOps.exif_transpose(image) if exif_rotation else image
-                rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
-                width, height = rgb.size
-                resized_height, resized_width = smart_resize(height, width, factor, *limits)
-                pixels = np.array(rgb.resize((resized_width, resized_height)))
-    except PermanentError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
-    except UnidentifiedImageError as error:
-        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
-    except MemoryError as error:
-        raise TransientError(f"{path}: not enough memory to decode it") from error
-    except Exception as error:
-        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. The bytes are in
-        # memory, so no I/O error is among them.
-        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+    with _decoding(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        _check_size(path, *image.size)
+        upright = ImageOps.exif_transpose(image) if exif_rotation else image
+        rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
+        width, height = rgb.size
+        resized_height, resized_width = smart_resize(height, width, factor, *limits)
+        pixels = np.array(rgb.resize((resized_width, resized_height)))
     key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}{':upright' * exif_rotation}"
     return PreparedImage(key, pixels, digest, (width, height))
+
+
+def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, int]:
+    """Return the width and height that an image's header says, checked as `load_image` checks them; decodes no pixels.
+
+    An object is fetched whole. Raises PermanentError, TransientError.
+    """
+    with _opened(path) as file, _decoding(path), Image.open(file, formats=_FORMATS) as image:
+        _check_size(path, *image.size)
+        turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -173,8 +173,31 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def _read(path: str | Path) -> bytes:
-    try:
+    with _reading(path):
         data = read_bounded(str(path), MAX_IMAGE_BYTES)
+    if data is None:
+        raise _too_many_bytes(path)
+    if not data:
+        raise _empty(path)
+    return data
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    """Return an image's file, or an object's bytes."""
+    if is_url(path):
+        return io.BytesIO(_read(path))
+    with _reading(path):
+        size = os.stat(path).st_size
+        if 0 < size <= MAX_IMAGE_BYTES:
+            return Path(path).open("rb")
+    raise _too_many_bytes(path) if size else _empty(path)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raise what the file system or an object store raises as our errors."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -183,11 +206,35 @@ def _read(path: str | Path) -> bytes:
         raise TransientError(str(error)) from error
     except OSError as error:
         raise TransientError(f"{path}: {error.strerror}") from error
-    if data is None:
-        raise PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
-    if not data:
-        raise PermanentError("image_empty", f"{path} has no bytes: replace it")
-    return data
+
+
+@contextmanager
+def _decoding(path: str | Path) -> Iterator[None]:
+    """Raise what decoders raise as our errors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except PermanentError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
+    except UnidentifiedImageError as error:
+        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
+    except MemoryError as error:
+        raise TransientError(f"{path}: not enough memory to decode it") from error
+    except Exception as error:
+        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. What `load_image`
+        # decodes is in memory, so no I/O error is among them.
+        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+
+
+def _empty(path: str | Path) -> PermanentError:
+    return PermanentError("image_empty", f"{path} has no bytes: replace it")
+
+
+def _too_many_bytes(path: str | Path) -> PermanentError:
+    return PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
 
 
 def _check_size(path: str | Path, width: int, height: int) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ class Presence:
     answered: float | None = None
     done: int = 0  # questions since it began
     swept: float | None = None
+    computed: int = (
+        0  # questions that the engine computed, in so many batches, with so many image prefixes of their own
+    )
+    batches: int = 0
+    prefixes: int = 0
+    retrying: dict[str, int] = field(default_factory=dict)  # run id to its questions that wait here for another attempt
+    gpu_memory_used: int | None = None  # bytes, of the GPU, by whomever
+    gpu_memory_total: int | None = None
+    gpu_busy: float | None = None  # of the last second or so
 
     @property
     def state(self) -> str:

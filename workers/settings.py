@@ -76,6 +76,9 @@ class WorkerSettings(BaseSettings):
     )
     max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")
 
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus' /metrics; 0 serves none.")
+    metrics_address: str = Field("127.0.0.1", description="Address that /metrics is served on.")
+
     @property
     def batch_size(self) -> int:
         """Questions in one batch at most."""

@@ -1,4 +1,4 @@
-"""Build a small, genuine Qwen2.5-VL checkpoint offline, for tests, the demo and CPU benchmarks.
+"""Build a small, genuine Qwen2.5-VL checkpoint offline, for tests and CPU benchmarks; the demo's is trained from one.
 
 The directory holds the published checkpoints' files with their names and keys (flat `config.json`, `visual.*` and
 `model.*` weights), so every supported transformers loads it as it loads the 7B. The vocabulary is the first 8,192 ranks
@@ -66,8 +66,9 @@ class SmallModelSpec:
 
     `expressive` replaces the default initialisation, under which a model ignores positions and masks and answers every
     question alike, by peaked attention (`attention_gain` is the standard deviation of queries and keys), random biases
-    and norm weights. `end_gain` enlarges the end-of-turn row of the head: higher values end more answers early.
-    `word_gain` enlarges the rows of whole words, so that answers read as words.
+    and norm weights; without it, weights have the standard deviation `initializer_range`. `end_gain` enlarges the
+    end-of-turn row of the head: higher values end more answers early. `word_gain` enlarges the rows of whole words, so
+    that answers read as words.
     """
 
     hidden_size: int = 128
@@ -81,9 +82,11 @@ class SmallModelSpec:
     vision_heads: int = 4
     fullatt_block_indexes: tuple[int, ...] = (1, 3)
     window_size: int = 112
+    min_pixels: int = 3136
     tie_word_embeddings: bool = True
     dtype: str = "float32"
     seed: int = 0
+    initializer_range: float = 0.02
     expressive: bool = True
     attention_gain: float = 2.0
     end_gain: float = 2.2
@@ -149,7 +152,7 @@ def _write(directory: Path, spec: SmallModelSpec) -> None:
     documents = {
         "config.json": _config(spec, ids),
         "generation_config.json": _generation_config(ids),
-        "preprocessor_config.json": _preprocessor_config(),
+        "preprocessor_config.json": _preprocessor_config(spec),
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
         "tokenizer_config.json": _tokenizer_config(ids),
         "small_model.json": asdict(spec),
@@ -231,7 +234,7 @@ def _config(spec: SmallModelSpec, ids: dict[str, int]) -> dict[str, Any]:
         "video_token_id": ids["<|video_pad|>"],
         "hidden_act": "silu",
         "hidden_size": spec.hidden_size,
-        "initializer_range": 0.02,
+        "initializer_range": spec.initializer_range,
         "intermediate_size": spec.intermediate_size,
         "max_position_embeddings": 128000,
         "max_window_layers": spec.num_hidden_layers,
@@ -282,9 +285,9 @@ def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
+def _preprocessor_config(spec: SmallModelSpec) -> dict[str, Any]:
     return {
-        "min_pixels": 3136,
+        "min_pixels": spec.min_pixels,
         "max_pixels": 12845056,
         "patch_size": 14,
         "temporal_patch_size": 2,
@@ -383,7 +386,7 @@ def _sample(name: str, shape: tuple[int, ...], spec: SmallModelSpec) -> np.ndarr
     noise: np.ndarray = random.standard_normal(shape, dtype=np.float32)
     is_norm = "norm" in name or "ln_q" in name
     if not spec.expressive:
-        noise *= 0.0 if is_norm or name.endswith(".bias") else 0.02
+        noise *= 0.0 if is_norm or name.endswith(".bias") else spec.initializer_range
         noise += is_norm
         return noise
     if name == "model.norm.weight":

@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from kombu.transport import redis
+from redis.exceptions import ConnectionError as BrokerLostError
 from redis.exceptions import OutOfMemoryError
 
 from workers.broker import trouble
@@ -29,7 +30,17 @@ _TASKS = (EXTRACT, "workers.collect")
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
-    """A channel that outlives an element that is no JSON."""
+    """A channel that outlives an element that is no JSON, and a connection that was lost before it is closed."""
+
+    def _connparams(self, *arguments: Any, **options: Any) -> Any:
+        """Raise what Celery takes for a lost connection where this channel's own was closed before it.
+
+        Else, after a disconnect, the acknowledgement of a task that had gone on, or the closing of the channel, is an
+        AttributeError, which ends the worker. Of another caller: https://github.com/celery/kombu/issues/582
+        """
+        if self.connection is None or self.connection.client is None:
+            raise BrokerLostError("the channel's connection is closed")
+        return super()._connparams(*arguments, **options)
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ def load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
 
     Raises EngineStartError for another kind of model, and where transformers would warn and fill in random weights.
     """
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
     kind = AutoConfig.from_pretrained(spec.model, **source).model_type
     if kind != "qwen2_5_vl":
         raise EngineStartError(f"it is a {kind} model, not Qwen2.5-VL")

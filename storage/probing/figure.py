@@ -1,0 +1,83 @@
+"""The figure: AUROC by layer, a panel for each probe, the baselines as lines behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage.errors import UserError
+from storage.probing.experiment import Experiment
+from storage.probing.judge import Scored
+
+# Okabe and Ito's palette, told apart with any colour vision; the marks differ too.
+_STYLES = {
+    "query_token_representation": ("query token", "#0072B2", "o"),
+    "vision_token_representation": ("vision token", "#D55E00", "s"),
+    "vision_only_representation": ("vision only", "#009E73", "D"),
+    "vision_encoder_representation": ("vision encoder", "#CC79A7", "^"),
+}
+_LINES = ("dotted", "dashed", "dashdot", (0, (1, 3)), (0, (5, 5)), (0, (3, 1, 1, 1)))
+
+
+def draw(experiment: Experiment, path: Path) -> None:
+    """Write the figure; the suffix chooses the format. Raises UserError."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    if path.suffix.lower() not in {".svg", ".png", ".pdf"}:
+        raise UserError(f"--plot {path}: a figure is .svg, .png or .pdf")
+    names = experiment.settings.probes
+    # Text as text: small, searchable, and the same file for the same numbers.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "probe", "font.family": "sans-serif", "font.size": 9}):
+        figure = Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, names):
+            _panel(panel, [p for p in experiment.probes if p.probe == name])
+            _baselines(panel, experiment.baselines)
+            panel.set(title={"linear": "linear probe", "mlp": "published MLP"}[name], xlabel="decoder layer")
+        panels[0].set_ylabel("AUROC, with 95% interval")
+        handles, labels = panels[0].get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: labels[i] in {b.name for b in experiment.baselines})
+        figure.legend(
+            [handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False
+        )
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        try:
+            figure.savefig(path, dpi=150, metadata=metadata)
+        except OSError as error:
+            raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from error
+
+
+def _panel(panel: Any, probes: list[Scored]) -> None:
+    layers = sorted({p.layer for p in probes if p.layer is not None})
+    place = {layer: k for k, layer in enumerate(layers)}  # the default's five layers are not evenly spaced
+    before = [p for p in probes if p.layer is None]  # the vision tower: what comes before the first layer
+    for k, scored in enumerate(before):
+        _errorbar(panel, [k - len(before)], [scored])
+    for name in _STYLES:
+        curve = [p for p in probes if p.representation == name and p.layer is not None]
+        if curve:
+            _errorbar(panel, [place[p.layer] for p in curve if p.layer is not None], curve)
+    panel.set_xticks(range(len(layers)), map(str, layers))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def _errorbar(panel: Any, places: list[int], scored: list[Scored]) -> None:
+    label, colour, mark = _STYLES.get(scored[0].representation, (scored[0].representation, "#555555", "x"))
+    values = [s.auroc.value for s in scored]
+    spans = [[s.auroc.value - s.auroc.low for s in scored], [s.auroc.high - s.auroc.value for s in scored]]
+    shift = 0.08 * (list(_STYLES).index(scored[0].representation) - 1) if scored[0].representation in _STYLES else 0
+    panel.errorbar(
+        [place + shift for place in places], values, spans, label=label, color=colour, marker=mark, markersize=4.5,
+        linewidth=1.2, elinewidth=0.8, capsize=2,
+    )  # fmt: skip
+    for place, value, one in zip(places, values, scored):
+        if one.chosen:  # a ring: the layer that the validation side chose
+            panel.plot(place + shift, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
+
+
+def _baselines(panel: Any, baselines: tuple[Scored, ...]) -> None:
+    for scored, line in zip(baselines, _LINES):
+        panel.axhline(scored.auroc.value, color="#777777", linewidth=0.9, linestyle=line, label=scored.name, zorder=1)

@@ -1,0 +1,109 @@
+"""How an experiment is shown: lines and tables for a terminal, one JSON object for scripts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from storage.probing.experiment import Experiment
+from storage.probing.score import Estimate
+
+
+def report_lines(experiment: Experiment) -> Iterator[str]:
+    """Yield what was asked of which questions."""
+    labels = experiment.labels
+    wrong = sum(labels.wrong.values())
+    yield f"labels: {labels.source}: {wrong:,} of {len(labels.wrong):,} answers are wrong"
+    if labels.agreement is not None:
+        fate = "used all the same" if experiment.settings.keep_mismatches else "left out"
+        yield (
+            f"answers: {labels.agreement:.1%} are those that the labels were given to; "
+            f"{len(labels.mismatched):,} others are {fate}"
+        )
+    if labels.unlabelled or labels.unknown:
+        yield f"without a label: {labels.unlabelled:,} questions; labels of other questions: {labels.unknown:,}"
+    sides = [f"{name} {s.questions:,} ({s.wrong:,} wrong, {s.images:,} images)" for name, s in experiment.sides.items()]
+    yield f"split: {experiment.settings.split}: {', '.join(sides)}"
+
+
+def report_tables(experiment: Experiment) -> Iterator[Table]:
+    """Yield the tables: baselines, probes, and the breakdown if there is one."""
+    baselines = _table("what needs no look into the model", ("baseline", "AUROC", "AUPRC", "F1"))
+    for scored in experiment.baselines:
+        baselines.add_row(scored.name, show(scored.auroc), show(scored.auprc), _short(scored.f1.value, 3))
+    yield baselines
+    probes = _table("probes", ("  field", "probe", "AUROC", "above", "AUPRC", "F1"))
+    for scored in experiment.probes:
+        above = scored.above[experiment.best_baseline]
+        cells = (scored.probe, show(scored.auroc), show(above, 3), show(scored.auprc), _short(scored.f1.value, 3))
+        field = f"{'*' if scored.chosen else ' '} {field_words(scored.name)}"
+        probes.add_row(field, *cells, style="bold" if scored.chosen else None)
+    yield probes
+    if experiment.breakdown:
+        by = str(experiment.settings.by)
+        table = _table(f"the best probes by {by}", (by, "field", "probe", "questions", "wrong", "AUROC"))
+        for piece in experiment.breakdown:
+            numbers = (f"{piece.questions:,}", f"{piece.wrong:,}", show(piece.auroc))
+            table.add_row(Text(piece.value), field_words(piece.field), piece.probe, *numbers)
+        yield table
+
+
+def closing_lines(experiment: Experiment) -> Iterator[str]:
+    """Yield what one must know to read the tables."""
+    test = experiment.sides["test"]
+    yield f"All on the {test.questions:,} test questions, with 95% intervals over their {test.images:,} images."
+    yield f"above: AUROC minus that of {experiment.best_baseline}, the best baseline, paired."
+    if "validation" in experiment.sides:
+        yield "*: the layer with the best AUROC on the validation side, of its representation and probe."
+    else:
+        yield "No layer is chosen: without a validation side, the best on the test side is best by luck too."
+
+
+def field_words(field: str) -> str:
+    """Return a HALP field in words: `query token 3`."""
+    return field.replace("_representation", "").replace("/layer_", " ").replace("_", " ")
+
+
+def experiment_json(experiment: Experiment) -> dict[str, Any]:
+    """Return everything but the labels one by one."""
+    body = asdict(experiment)
+    wrong = body["labels"].pop("wrong")
+    body["labels"] |= {"questions": len(wrong), "wrong": sum(wrong.values())}
+    body["settings"]["labels"] = str(experiment.settings.labels) if experiment.settings.labels else None
+    for scored, shown in zip(experiment.probes, body["probes"], strict=True):
+        shown |= {"representation": scored.representation, "layer": scored.layer}
+    found: dict[str, Any] = _finite(body)
+    return found
+
+
+def show(estimate: Estimate | None, digits: int = 2) -> str:
+    """Return a value with its interval, as `.912 .89–.93`: 80 columns must hold four of them."""
+    if estimate is None:
+        return "–"
+    return f"{_short(estimate.value, 3)} {_short(estimate.low, digits)}–{_short(estimate.high, digits)}"
+
+
+def _short(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(Text(name), justify="right" if name in {"questions", "wrong"} else "left")
+    return table
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

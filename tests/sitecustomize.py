@@ -1,0 +1,108 @@
+"""Sabotage from outside: with this directory on PYTHONPATH, a process of ours dies or errs where its environment says.
+
+The code under test has no hooks for it. Python imports this module before any other; without a `SABOTAGE_` variable it does
+nothing.
+
+SABOTAGE_KILL_AT=POINT:N   SIGKILL itself at the N-th time that it comes to a point of `POINTS`
+SABOTAGE_LOG=FILE          where it writes the point before it dies
+SABOTAGE_FLAKY=DIRECTORY   the first read of each image whose name begins with `flaky` is an I/O error, once for all processes
+SABOTAGE_CLOCK=SECONDS     its clock is so far ahead, or behind
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import pathlib
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Point: (function of `os`, pattern of its path inside the run directory, before or after the call). What stands in a path's
+# last place is the object that is made, replaced or removed.
+POINTS = {
+    "stage.before": ("link", r"\.run/staging/\d+/\d+\.\w+$", "before"),
+    "stage.after": ("link", r"\.run/staging/\d+/\d+\.\w+$", "after"),
+    "publish.before": ("link", r"_part_\d+\.h5$", "before"),
+    "publish.after": ("link", r"_part_\d+\.h5$", "after"),
+    "describe.before": ("link", r"\.run/parts/\d+\.json$", "before"),
+    "describe.after": ("link", r"\.run/parts/\d+\.json$", "after"),
+    "clean.before": ("unlink", r"\.run/staging/\d+/0*1\.\w+$", "before"),
+    "clean.middle": ("unlink", r"\.run/staging/\d+/0*7\.\w+$", "after"),
+    "clean.last": ("rmdir", r"\.run/staging/\d+$", "before"),
+    "failures.before": ("replace", r"failures\.csv$", "before"),
+    "finish.before": ("replace", r"\.run/summary\.json$", "before"),
+    "finish.after": ("replace", r"\.run/summary\.json$", "after"),
+}
+
+
+def kill_at(point: str, times: int, log: str) -> None:
+    """Have the process kill itself at a point."""
+    name, pattern, moment = POINTS[point]
+    call: Callable[..., Any] = getattr(os, name)
+    left = times
+
+    def come(path: str) -> None:
+        nonlocal left
+        if re.search(pattern, path):
+            left -= 1
+            if left == 0:
+                with open(log, "a") as file:
+                    file.write(f"{point} {os.getpid()}\n")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def sabotaged(*arguments: Any, **options: Any) -> Any:
+        path = os.fspath(arguments[-1])
+        if moment == "before":
+            come(path)
+        result = call(*arguments, **options)
+        if moment == "after":
+            come(path)
+        return result
+
+    setattr(os, name, sabotaged)
+
+
+def fail_first_reads(directory: str) -> None:
+    """Make the first read of each flaky image an I/O error."""
+    read_bytes = pathlib.Path.read_bytes
+
+    def sabotaged(path: pathlib.Path) -> bytes:
+        if path.name.startswith("flaky"):
+            try:
+                open(os.path.join(directory, path.name), "x").close()
+            except FileExistsError:
+                pass
+            else:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_bytes(path)
+
+    pathlib.Path.read_bytes = sabotaged  # type: ignore[method-assign]
+
+
+def shift_clock(seconds: float) -> None:
+    """Shift the wall clock; the monotonic one stays."""
+    now, offset = time.time, datetime.timedelta(seconds=seconds)
+    time.time = lambda: now() + seconds
+
+    class Datetime(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return super().now(tz) + offset
+
+        @classmethod
+        def utcnow(cls) -> Any:
+            return cls.now(datetime.UTC).replace(tzinfo=None)
+
+    datetime.datetime = Datetime  # type: ignore[misc]
+
+
+if at := os.environ.get("SABOTAGE_KILL_AT"):
+    kill_at(at.partition(":")[0], int(at.partition(":")[2]), os.environ["SABOTAGE_LOG"])
+if flaky := os.environ.get("SABOTAGE_FLAKY"):
+    fail_first_reads(flaky)
+if clock := os.environ.get("SABOTAGE_CLOCK"):
+    shift_clock(float(clock))
