@@ -65,6 +65,7 @@ def test_it_says_what_it_did(finished: dict[str, Any]) -> None:
         "qwen25vl_test_embeddings_part_001.h5",
         "qwen25vl_test_embeddings_part_002.h5",
         "qwen25vl_test_embeddings_part_003.h5",
+        "report.html",
     ]
     assert not list((finished["output"] / ".run" / "staging").iterdir())
     assert not list((finished["output"] / ".run" / "tmp").iterdir())
