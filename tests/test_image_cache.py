@@ -96,3 +96,13 @@ def test_one_that_cannot_be_loaded_costs_no_place() -> None:
             pass
     with cache.hold("a", lambda: Picture("a", 1)) as picture:
         assert picture.name == "a"
+
+
+def test_no_more_idle_ones_are_kept_than_128() -> None:
+    """Small ones take their place too: a worker over a million of them stays as it is."""
+    cache: ImageCache[Picture] = ImageCache(10**9, 10**9)
+    loads = Loads(1)
+    for number in [*range(200), 199, 72, 71]:
+        with cache.hold(number, lambda: loads.of(str(number))):
+            pass
+    assert loads.names[200:] == ["71"]

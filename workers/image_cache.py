@@ -25,6 +25,7 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
+_IDLE_IMAGES = 128
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class _Entry(Generic[T]):
 
 
 class ImageCache(Generic[T]):
-    """Images in use, at most `max_bytes` and one more, and those used last, at most `idle_bytes`. Thread-safe.
+    """Images in use, at most `max_bytes` and one more; and the 128 used last, at most `idle_bytes`. Thread-safe.
 
     As many are loaded at a time as there are cores. While those in use exceed the bound, none is loaded: questions wait in
     their threads, the engine frees what it finishes.
@@ -43,10 +44,11 @@ class ImageCache(Generic[T]):
 
     def __init__(self, max_bytes: int, idle_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._idle_bytes = idle_bytes
-        self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
-        self._in_use = 0  # bytes of the entries with users
-        self._idle = 0  # bytes of those without
+        self._max_idle_bytes = idle_bytes
+        self._used: dict[Hashable, _Entry[T]] = {}
+        self._used_bytes = 0
+        self._idle: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
+        self._idle_bytes = 0
         self._changed = threading.Condition()
         self._loaders = threading.BoundedSemaphore(max(2, len(os.sched_getaffinity(0))))
 
@@ -56,50 +58,54 @@ class ImageCache(Generic[T]):
 
         Whoever waits for an image that cannot be loaded gets the error; it is not kept.
         """
-        with self._changed:
-            entry = self._entries.get(key)
-            mine = entry is None
-            if entry is None:
-                entry = self._entries[key] = _Entry()
-            if not entry.users:
-                self._idle -= entry.nbytes
-                self._in_use += entry.nbytes
-            entry.users += 1
-            self._entries.move_to_end(key)
+        entry, mine = self._take(key)
         try:
             if mine:
                 self._load(key, entry, load)
             yield entry.loaded.result()
         finally:
-            with self._changed:
-                entry.users -= 1
-                if not entry.users:
-                    self._in_use -= entry.nbytes
-                    self._idle += entry.nbytes
-                    self._drop_idle()
-                self._changed.notify_all()
+            self._leave(key, entry)
+
+    def _take(self, key: Hashable) -> tuple[_Entry[T], bool]:
+        """Return an image's entry, and whether it is new: for the caller to load."""
+        with self._changed:
+            entry = self._used.get(key)
+            known = entry is not None
+            if entry is None and (entry := self._idle.pop(key, None)) is not None:
+                self._idle_bytes -= entry.nbytes
+                known = True
+            if entry is None:
+                entry = _Entry()
+            if not entry.users:
+                self._used[key] = entry
+                self._used_bytes += entry.nbytes
+            entry.users += 1
+            return entry, not known
+
+    def _leave(self, key: Hashable, entry: _Entry[T]) -> None:
+        with self._changed:
+            entry.users -= 1
+            if not entry.users and self._used.get(key) is entry:
+                del self._used[key]
+                self._used_bytes -= entry.nbytes
+                self._idle[key] = entry
+                self._idle_bytes += entry.nbytes
+                while len(self._idle) > _IDLE_IMAGES or self._idle_bytes > self._max_idle_bytes:
+                    self._idle_bytes -= self._idle.popitem(last=False)[1].nbytes
+            self._changed.notify_all()
 
     def _load(self, key: Hashable, entry: _Entry[T], load: Callable[[], T]) -> None:
         with self._loaders:
             with self._changed:
-                self._changed.wait_for(lambda: self._in_use <= self._max_bytes)
+                self._changed.wait_for(lambda: self._used_bytes <= self._max_bytes)
             try:
                 image = load()
             except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
                 with self._changed:
-                    self._entries.pop(key, None)
+                    del self._used[key]
                 entry.loaded.set_exception(error)
                 return
         with self._changed:
             entry.nbytes = image.nbytes
-            self._in_use += entry.nbytes
+            self._used_bytes += entry.nbytes
         entry.loaded.set_result(image)
-
-    def _drop_idle(self) -> None:
-        """Drop the idle images that were used longest ago until the bound holds."""
-        if self._idle <= self._idle_bytes:
-            return
-        for key in [key for key, entry in self._entries.items() if not entry.users]:
-            self._idle -= self._entries.pop(key).nbytes
-            if self._idle <= self._idle_bytes:
-                return

@@ -34,7 +34,7 @@ MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
-# Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, are in use; the last 64 MB wait for further questions.
+# Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
 _IDLE_IMAGE_BYTES = 64 << 20
 # Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
