@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +27,6 @@ FIRST = (
 
 _SAMPLE_TEXTS = ("question_id", "image_id", "question", "answer", "ground_truth_answer")
 _SAMPLES_AT_ONCE = 64
-_READERS = min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +154,12 @@ def _read(field: str, found: list[Column], rows: list[int], progress: bool) -> V
     place[rows] = np.arange(len(rows))
     places = place.tolist()
     vectors = np.empty((len(rows), widths[0] if widths else 0), np.float32)
-    starts = [0, *accumulate(len(column.ids) for column in found)]
-
-    def read(column: Column, start: int) -> None:
-        column.read_into(vectors, places[start : start + len(column.ids)], range(len(column.ids)))
-
-    with ThreadPoolExecutor(_READERS) as pool:  # inflating and numpy leave the interpreter to one another
-        reads = pool.map(read, found, starts)
-        bar = Console(stderr=True)
-        for _ in track(reads, "reading", len(found), console=bar, disable=not progress, transient=True):
-            pass
+    start = 0
+    console = Console(stderr=True)
+    for column in track(found, "reading", console=console, disable=not progress, transient=True):
+        number = len(column.ids)
+        column.read_into(vectors, places[start : start + number], range(number))
+        start += number
     return vectors
 
 
