@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -39,6 +40,7 @@ class Run:
         self._slices: tuple[Slice, ...] = ()
         self._retried: dict[str, int] | None = None
         self._questions = lru_cache(maxsize=8)(self._read_questions)
+        self._reading = threading.Lock()
 
     @classmethod
     def open(cls, location: str | Path) -> Run:
@@ -112,7 +114,9 @@ class Run:
 
     def questions(self, part: int) -> tuple[Question, ...]:
         """Return the questions of a slice, the last few slices from memory."""
-        return self._questions(part)
+        # Retries come from slices all over the plan: a worker's threads would each hold one of their own for a moment.
+        with self._reading:
+            return self._questions(part)
 
     def _read_questions(self, part: int) -> tuple[Question, ...]:
         return plan.read_questions(self.store, self.slice(part))
