@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -40,7 +39,6 @@ class Run:
         self._slices: tuple[Slice, ...] = ()
         self._retried: dict[str, int] | None = None
         self._questions = lru_cache(maxsize=8)(self._read_questions)
-        self._reading = threading.Lock()
 
     @classmethod
     def open(cls, location: str | Path) -> Run:
@@ -114,9 +112,7 @@ class Run:
 
     def questions(self, part: int) -> tuple[Question, ...]:
         """Return the questions of a slice, the last few slices from memory."""
-        # Retries come from slices all over the plan: a worker's threads would each hold one of their own for a moment.
-        with self._reading:
-            return self._questions(part)
+        return self._questions(part)
 
     def _read_questions(self, part: int) -> tuple[Question, ...]:
         return plan.read_questions(self.store, self.slice(part))
