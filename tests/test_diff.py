@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import make_facts, make_questions, make_run, make_sample
 
-from storage import cli
 from storage.diff import compare
 from storage.pack import pack
 from storage.run import Run
@@ -45,16 +44,8 @@ def shifted(ids: set[str], by: float) -> Callable[[str, Sample], Sample]:
 
 
 @pytest.fixture
-def diff(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["storage", "diff", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return call
+def diff(storage_command) -> Callable[..., tuple[int, str, str]]:
+    return partial(storage_command, "diff")
 
 
 def test_a_run_is_the_same_as_itself_however_it_is_cut(tmp_path, diff):

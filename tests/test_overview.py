@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from builders import make_failure, make_questions, make_run, make_sample
 from PIL import Image
 
-from storage import cli
 from storage.drift import with_certificate
 from storage.pack import pack
 from storage.plot import principal
@@ -40,16 +40,8 @@ def run(tmp_path) -> Run:
 
 
 @pytest.fixture
-def inspect(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["storage", "inspect", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return call
+def inspect(storage_command) -> Callable[..., tuple[int, str, str]]:
+    return partial(storage_command, "inspect")
 
 
 def test_a_run_as_json(run, inspect):
