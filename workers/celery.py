@@ -40,7 +40,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
             "socket_connect_timeout": 10,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "queue_order_strategy": "priority",  # serve the queues in the order that the worker lists them
+            "queue_order_strategy": "workers.queues:Rounds",
             "priority_steps": [0],  # one Redis key per lane instead of four
         },
         "task_acks_late": True,
