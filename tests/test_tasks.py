@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kombu.pools
 import pytest
 import redis
+from billiard.einfo import ExceptionInfo
 from builders import make_run
 from celery.app.trace import build_tracer
 from celery.concurrency.base import apply_target
@@ -150,3 +154,19 @@ def _with_retries(number: int) -> SimpleNamespace:
 
 def _message(run: Run) -> QuestionMessage:
     return QuestionMessage(run.location, run.run_id, 1, 0, "q1", "image_0.jpg")
+
+
+def test_what_celery_keeps_of_a_failure_is_small_and_still_tells_where() -> None:
+    lines = "".join(f"    x = {n}\n" for n in range(3000))
+    names: dict[str, Any] = {}
+    exec(compile(f"def long():\n{lines}    raise ValueError('no')\n", "long.py", "exec"), names)
+    kept = []
+    before = sys.getallocatedblocks()
+    for _ in range(20):
+        try:
+            names["long"]()
+        except ValueError:
+            kept.append(ExceptionInfo())
+    assert sys.getallocatedblocks() - before < 20 * 300  # with the positions of its instructions 3,000 each
+    assert 'File "long.py", line 3002, in long' in "".join(traceback.format_tb(kept[0].tb))
+    assert "ValueError: no" in kept[0].traceback
