@@ -35,7 +35,7 @@ from producer.cli import app
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 made = []
-planning_plan, planning.plan_run = planning.plan_run, lambda options: made.append(options) or sys.exit(0)
+planning_plan, planning.plan_run = planning.plan_run, lambda options, _: made.append(options) or sys.exit(0)
 try:
     app(["enqueue", *sys.argv[1:]], standalone_mode=False)
 except SystemExit:

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -54,9 +54,10 @@ def queues_of(run: Run) -> ModelQueues:
     return ModelQueues(run.settings.model_slug, run.settings.dtype, run.settings.model_digest)
 
 
-def feed(run: Run, published: set[int] | None = None) -> int:
+def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], object] = lambda _: None) -> int:
     """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time.
 
+    `put` is told how many have been put so far.
     Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
     """
     if run.is_cancelled():
@@ -71,7 +72,7 @@ def feed(run: Run, published: set[int] | None = None) -> int:
         if not lock.acquire():
             return 0
         try:
-            return _Feeder(run, client, pieces, max(published, default=0)).feed()
+            return _Feeder(run, client, pieces, max(published, default=0)).feed(put)
         finally:
             if lock.owned():
                 lock.release()
@@ -126,11 +127,11 @@ class _Feeder:
         self._queues = queues_of(run)
         self._now = _clock(client)
 
-    def feed(self) -> int:
+    def feed(self, put: Callable[[int], object]) -> int:
         fed = self._progress()
         limit = settings().queue_limit or float("inf")
         in_queue = sum(entry.upto - entry.finished for entry in fed.values())
-        put = 0
+        number = 0
         for piece in self._pieces:
             entry = fed.get(piece.part, _Fed())
             staged = self._run.staged(piece.part) if entry.upto < piece.size else {}
@@ -141,10 +142,11 @@ class _Feeder:
                 entry = replace(entry, upto=end, finished=sum(s < end for s in staged), moved=self._now)
                 self._note(piece.part, entry)
                 in_queue += len(missing)
-                put += len(missing)
+                number += len(missing)
+                put(number)
             if in_queue >= limit:
                 break
-        return put
+        return number
 
     def _progress(self) -> dict[int, _Fed]:
         """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
