@@ -126,6 +126,36 @@ def test_a_worker_refuses_what_it_may_not_touch(cluster: Cluster, images: Path, 
     assert sorted(elsewhere.rglob("*")) == before
 
 
+def test_what_one_worker_refuses_another_computes_at_once(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    """The first worker records its checkpoint, the second has another and takes the whole queue, the third is like the first.
+
+    The visibility timeout and the time until feeding counts a message as lost are far above what this may take.
+    """
+    cluster.variables["HALP_VISIBILITY_TIMEOUT"] = "600"
+    table, rows = table_of(tmp_path / "vqa.csv", 12)
+    output = tmp_path / "output"
+    cluster.enqueue(table, images, output)
+    first = cluster.start("workers", "extract", "--concurrency", 1, HALP_ENGINE="fake:0.5")
+    wait_for(lambda: some_staged(output), 60, "a first result")
+    first.terminate()
+    assert first.wait(30) == 0
+    assert (output / ".run" / "model.json").exists()
+    assert not cluster.status(output)["refusals"]
+    # The revision of a local checkpoint is in no queue's name, and the fake engine records it.
+    refusing = cluster.start("workers", "extract", "--name", "other", HALP_ENGINE="fake", HALP_REVISION="another")
+    wait_for(lambda: list((output / ".run").glob("refusals/*.json")), 60, "the refusal")
+    cluster.worker("fake")
+    cluster.collector()
+    [(name, reason)] = cluster.status(output)["refusals"].items()
+    assert name.startswith("other@")
+    assert "this worker's model is not the one that the run began with (revision: 'another' here, 'main' in" in reason
+    assert f"refused by {name}: {reason}" in command("producer", "status", output, **cluster.variables).stderr
+    wait_for(lambda: finished(output), 150, "the run is finished")
+    assert refusing.poll() is None
+    assert_whole(output, rows, images)
+    assert cluster.status(output)["refusals"] == {name: reason}
+
+
 def test_a_worker_whose_model_cannot_be_loaded_says_so(cluster: Cluster, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
