@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import LockNotOwnedError, RedisError
+from redis.lock import Lock
 
 from storage.plan import Slice
 from storage.run import Run
@@ -28,7 +29,9 @@ from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
-_LOCK_SECONDS = 60
+_LOCK_SECONDS = (
+    15  # a feeder holds it for as long again with each chunk; one that is killed delays the others by no more
+)
 _GRACE = (
     15.0,
     60.0,
@@ -72,9 +75,9 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
         if not lock.acquire():
             return 0
         try:
-            return _Feeder(run, client, pieces, max(published, default=0)).feed(put)
+            return _Feeder(run, client, lock, pieces, max(published, default=0)).feed(put)
         finally:
-            if lock.owned():
+            with suppress(LockNotOwnedError):
                 lock.release()
 
 
@@ -119,9 +122,10 @@ def hint_collector(run: Run, part: int) -> None:
 class _Feeder:
     """One pass over a run's open slices."""
 
-    def __init__(self, run: Run, client: Any, pieces: list[Slice], last_published: int) -> None:
+    def __init__(self, run: Run, client: Any, lock: Lock, pieces: list[Slice], last_published: int) -> None:
         self._run = run
         self._client = client
+        self._lock = lock
         self._pieces = pieces
         self._last_published = last_published
         self._queues = queues_of(run)
@@ -136,6 +140,8 @@ class _Feeder:
             entry = fed.get(piece.part, _Fed())
             staged = self._run.staged(piece.part) if entry.upto < piece.size else {}
             while entry.upto < piece.size and in_queue < limit:
+                if not self._holds_lock():
+                    return number
                 end = int(min(piece.size, entry.upto + _CHUNK, entry.upto + limit - in_queue))
                 missing = [sequence for sequence in range(entry.upto, end) if sequence not in staged]
                 self._publish(piece, missing)
@@ -148,6 +154,13 @@ class _Feeder:
                 break
         return number
 
+    def _holds_lock(self) -> bool:
+        """Hold the lock for longer; tell whether that was possible. A frozen process may find it with another."""
+        try:
+            return bool(self._lock.reacquire())
+        except LockNotOwnedError:
+            return False
+
     def _progress(self) -> dict[int, _Fed]:
         """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
         noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
@@ -157,6 +170,7 @@ class _Feeder:
             if part not in open_parts:
                 self._client.hdel(_key(self._run), part)
                 continue
+            self._holds_lock()  # a thousand slices in an object store take minutes to list
             staged = sum(sequence < last.upto for sequence in self._run.staged(part))
             entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
             if entry is not last:
