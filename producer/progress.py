@@ -12,7 +12,7 @@ from rich.progress import Progress
 T = TypeVar("T")
 Done = Callable[[int], object]  # is called with how much of a phase is done
 Phases = Callable[[str, int], Done]  # is given a phase's name and its whole
-_STEP = 1000  # items between two calls: one call takes as long as reading several rows
+_STEP = 1000  # items between two calls
 
 
 def silent(_name: str, _whole: int) -> Done:

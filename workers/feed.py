@@ -29,9 +29,8 @@ from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
-_LOCK_SECONDS = (
-    15  # a feeder holds it for as long again with each chunk; one that is killed delays the others by no more
-)
+# A feeder holds it for as long again with each chunk; one that is killed delays the others by no more.
+_LOCK_SECONDS = 15
 _GRACE = (
     15.0,
     60.0,
