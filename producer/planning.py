@@ -12,6 +12,7 @@ from typing import Any
 
 from producer.images import check_images
 from producer.options import RunOptions
+from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
 from storage.errors import UserError
@@ -25,24 +26,26 @@ from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
 
 
-def plan_run(options: RunOptions) -> Run:
+def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     """Check everything, then create the run, or open it where it was begun. Raises UserError before anything is written.
 
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
-    questions = select(read_questions(options.csv), limit=options.limit, test=options.test)
-    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing)
+    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
     if options.repair:
-        _repair(options.output_dir, settings)
+        _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
     try:
         run = Run.create(options.output_dir, settings)
         _refuse_differences(run, settings)  # another process may have created it in between
         if not run.slices:
-            write_generation(run.store, cut(questions, options.checkpoint_interval))
+            slices = cut(questions, options.checkpoint_interval)
+            number = -(-len(questions) // options.checkpoint_interval)
+            write_generation(run.store, counted(slices, phases("writing the plan", number), step=1))
     except OSError as error:
         raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
     return run
@@ -54,10 +57,10 @@ def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
     _refuse_other_content(options.output_dir, settings)
 
 
-def _repair(output_dir: str, settings: RunSettings) -> None:
+def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
-    for name, reason in repair(run).items():
+    for name, reason in repair(run, phases("verifying parts", len(run.slices))).items():
         aside = run.store.address(".run/damaged")
         print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from storage.errors import DamagedError
 from storage.plan import Slice
@@ -14,20 +14,22 @@ from storage.verify import verify_part
 _ASIDE = ".run/damaged"
 
 
-def repair(run: Run) -> dict[str, str]:
+def repair(run: Run, looked_at: Callable[[int], object] = lambda _: None) -> dict[str, str]:
     """Move damaged parts and the sidecars of damaged or lost ones to `.run/damaged/`; return the parts with the reasons.
 
+    `looked_at` is told how many parts have been, since every byte of them is read.
     The part goes before its sidecar: a part without one would be described, and so declared sound, by the next collector.
     Killed in between, the next call finds the part gone and goes on.
     """
     published = run.parts_with_sidecar()
     moved = {}
-    for piece in run.slices:
+    for number, piece in enumerate(run.slices, start=1):
         if piece.part in published and (reason := next(_reasons(run, piece), None)) is not None:
             name = run.part_name(piece.part)
             _move_aside(run, name)
             _move_aside(run, run.sidecar_key(piece.part))
             moved[name] = reason
+        looked_at(number)
     if any(not run.store.exists(run.sidecar_key(piece.part)) for piece in run.slices):
         run.withdraw_summary()  # else no collector looks at the run again
     return moved

@@ -95,6 +95,9 @@ def test_queueing() -> None:
     assert [row["planned questions"] for row in planned] == ["2,000"]
     assert [row["fed questions"] for row in fed] == ["2,000"]
     assert 5 < float(fed[0]["CPU us each"]) < 10_000
+    peaks = [float(megabytes) for name, megabytes in fed[0].items() if name.startswith("peak, MB")]
+    assert peaks == sorted(peaks)
+    assert 10 < peaks[0] < 1000
     assert 0.05 < float(overhead[0]["queue and staging, CPU ms each"]) < 100
     assert [row["workers"] for row in scaling] == ["1", "2"]
     assert all(1 < float(row["each"]) <= 60 for row in scaling)
