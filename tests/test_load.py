@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ import storage
 from producer.table import read_questions
 from storage.columns import COLUMN
 from storage.errors import DamagedError, UnfinishedWarning, UserError
+from storage.naming import part_number
 from storage.pack import pack
 from storage.part import write_part
 from storage.plan import Question, write_generation
@@ -82,6 +84,14 @@ def strip(path: Path, *names: str) -> None:
     with h5py.File(path, "r+") as file:
         for name in [name for name in file.attrs if name.startswith(names)]:
             del file.attrs[name]
+    describe_anew(path)
+
+
+def describe_anew(path: Path) -> None:
+    """Have the sidecar of a part say what size it has now."""
+    sidecar = path.parent / ".run" / "parts" / f"{part_number(path.name):03d}.json"
+    if sidecar.exists():
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"size": path.stat().st_size}))
 
 
 def reference_file(path: Path, ids: list[str], **attributes: object) -> Path:
@@ -353,7 +363,7 @@ def test_widths_that_differ_within_a_file_are_refused(tmp_path):
         ("no", "no such file"),
         ("", r"there is no \*\.h5 in it"),
         (None, "no file to read"),
-        ("s3://bucket/run", "copy the parts of an object store to this machine"),
+        ("http://bucket/run", "is no location that we know: name a directory, or s3://BUCKET/PREFIX"),
     ],
 )
 def test_nothing_to_read_is_refused(tmp_path, name, message):
@@ -387,6 +397,7 @@ def damage(run: Run, kind: str) -> None:
             elif kind == "index":
                 value[1, 0] += 1
             file.attrs[name] = value[:-1] if kind == "short index" else value
+        describe_anew(path)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "vector", "index", "short index", "rows", "rows of others"])
