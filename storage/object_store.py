@@ -25,7 +25,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import from_url
 
 from storage.errors import ObjectStoreError
-from storage.location import join, split_url
+from storage.location import VARIABLES, join, split_url
 
 T = TypeVar("T")
 _RETRY_SECONDS = 20  # a request is tried again for so long; then the caller's own retries begin
@@ -244,24 +244,30 @@ def _download(client: Any, at: str, path: Path) -> None:
 
 def _translate(error: Exception, url: str, bucket: str) -> OSError:
     text = str(error)
+    scheme = bucket.partition(":")[0]
     code = match[1] if (match := re.search(r"<Code>(\w+)</Code>", text)) else ""
     if code == "NoSuchBucket":
-        return ObjectStoreError(f"there is no bucket {bucket}: create it, or see AWS_ENDPOINT_URL and AWS_REGION")
+        see = "AWS_ENDPOINT_URL and AWS_REGION" if scheme == "s3" else VARIABLES[scheme]
+        return ObjectStoreError(f"there is no bucket {bucket}: create it, or see {see}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} does not exist")
-    if "/latest/api/token" in text:  # of a cloud machine's own role: obstore asks for it where the environment has none
+    # Of a cloud machine's own role, which obstore asks for where the environment has none.
+    if scheme == "s3" and "/latest/api/token" in text:
         return ObjectStoreError(
             f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a"
             " public bucket"
         )
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search("40[13] (Forb|Unau)", text):
         reason = f"access denied{f' ({code})' if code else ''}"
-        return ObjectStoreError(
-            f"{url}: {reason}: check the AWS_* credentials, and that they may read, list, write and delete there"
-        )
+        rights = "that they may read, list, write and delete there"
+        return ObjectStoreError(f"{url}: {reason}: check the {VARIABLES[scheme]} credentials, and {rights}")
     if "error sending request" in text:
-        return ObjectStoreError(f"{url}: no answer: check the network and AWS_ENDPOINT_URL ({_first_line(error)})")
-    return ObjectStoreError(f"{url}: {code or _first_line(error)}")
+        endpoint = "AWS_ENDPOINT_URL" if scheme == "s3" else VARIABLES[scheme]
+        return ObjectStoreError(f"{url}: no answer: check the network and {endpoint} ({_first_line(error)})")
+    hint = (
+        "" if scheme == "s3" else f"; {VARIABLES[scheme]} variables say which store it is, and {scheme}:// is untested"
+    )
+    return ObjectStoreError(f"{url}: {code or _first_line(error)}{hint}")
 
 
 def _first_line(error: Exception) -> str:

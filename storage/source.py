@@ -81,7 +81,8 @@ class Source:
         self._parts: dict[str, int] = {}  # of the run: file name to number
         if isinstance(source, (str, os.PathLike)) and is_home(source):
             location = resolve_location(os.fspath(source))
-            self.files = [_file(join(os.fspath(source), name)) for name in part_names(location)]
+            home = location if is_url(location) else os.fspath(source)
+            self.files = [_file(join(home, name)) for name in part_names(location)]
             self.run = Run.open(location) if is_run(location) else None
             if not self.files:
                 what = "no part of this run is published yet" if self.run else "there is no *.h5 in it"
