@@ -106,7 +106,10 @@ def column_of(path: File, file: h5py.File, keys: list[str], ids: list[str], fiel
                 f"{path}: the index of {field} has the shape {index.shape}, not ({len(keys)}, 3); {ADVICE}"
             )
         if not index[:, 1].all():
-            raise UserError(f"{path}, question {ids[int(np.argmin(index[:, 1] > 0))]}: there is no {field}")
+            row = int(np.argmin(index[:, 1] > 0))
+            if field in file[keys[row]]:
+                raise DamagedError(f"{path}, question {ids[row]}: {field} is not in the column index; {ADVICE}")
+            raise UserError(f"{path}, question {ids[row]}: there is no {field}")
     elif field not in file[keys[0]]:
         raise UserError(f"{path}, question {ids[0]}: there is no {field}")
     shape = file[keys[0]][field].shape

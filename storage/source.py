@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,15 +122,13 @@ class Source:
         for listed in track(self.files, "opening", console=console, disable=not progress, transient=True):
             run_id, known = self._described(listed)
             with on_this_machine(known) if whole else nullcontext(known) as path:
-                with open_part(path) as file:
+                with _named_damage(path), open_part(path) as file:
                     part = _opened(path, file, run_id)
                     if not part.keys:  # of failures alone
                         continue
                     if first is None:
                         first = known, part.run_id
-                    elif (
-                        first[1] is None or part.run_id != first[1]
-                    ):  # a run is of one kind, whichever versions wrote it
+                    elif part.run_id is None or part.run_id != first[1]:  # a run is of one kind, whoever wrote it
                         _refuse_mixture(first[0], part)
                     _refuse_repetition(seen, part)
                     found = look(part)
@@ -186,6 +184,17 @@ def _opened(path: File, file: h5py.File, run_id: str | None) -> OpenPart:
     if run_id is None and (value := file.attrs.get("run_id")) is not None:
         run_id = str(value)
     return OpenPart(path, file, keys, [question_id(key) for key in keys], run_id)
+
+
+@contextmanager
+def _named_damage(path: File) -> Iterator[None]:
+    """Say which file it is that HDF5 cannot read: its own errors do not."""
+    try:
+        yield
+    except UserError:  # an object store that is away is one, and an OSError too
+        raise
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DamagedError(f"{path}: HDF5 cannot read it ({error}); {ADVICE}") from error
 
 
 def _kind(file: h5py.File) -> dict[str, Any]:

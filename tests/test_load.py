@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 import storage
 from producer.table import read_questions
-from storage.columns import COLUMN
+from storage.columns import COLUMN, open_part
 from storage.errors import DamagedError, UnfinishedWarning, UserError
 from storage.naming import part_number
 from storage.pack import pack
@@ -412,6 +413,53 @@ def test_damage_is_refused_with_the_file_and_the_cure(run, kind):
             read()
         assert str(caught.value).startswith(str(run.part_path(2)))
         assert REPAIR in str(caught.value)
+
+
+def test_a_part_of_another_size_is_named_before_hdf5_sees_it(run, monkeypatch):
+    path = run.part_path(2)
+    size = path.stat().st_size
+    monkeypatch.setattr("storage.source.open_part", lambda path: open_part(path) if path != run.part_path(2) else 1 / 0)
+    for other in (0, 8, size - 1, size + 1):
+        os.truncate(path, other)
+        with pytest.raises(DamagedError) as caught:
+            storage.load(run.output_dir, QUERY, LAYER)
+        assert str(caught.value).startswith(
+            f"{path} has {other:,} bytes; it was published with {size:,}; `storage verify`"
+        )
+
+
+def load_with_zeroed_pages(output_dir: Path, answers: Any) -> None:
+    """Zero each page of a part in turn; put what loading gives."""
+    [path] = output_dir.glob("*.h5")
+    whole = path.read_bytes()
+    for start in range(0, len(whole), 4096):
+        page = bytes(len(whole[start : start + 4096]))
+        path.write_bytes(whole[:start] + page + whole[start + 4096 :])
+        try:
+            loaded = storage.load(output_dir, QUERY, LAYER)
+            answers.put((loaded.ids, loaded.vectors.tobytes(), loaded.frame["answer"].tolist()))
+        except Exception as error:  # noqa: BLE001  (whatever it is, the test shows it)
+            answers.put(f"{type(error).__name__}: {error}")
+    answers.put(None)
+
+
+def test_a_zeroed_page_anywhere_is_refused_or_not_needed_and_never_a_hang(tmp_path):
+    run = make_run(tmp_path / "out", make_questions(60), model=make_facts(hidden_size=64), checkpoint_interval=60)
+    stage(run, 1)
+    pack(run, 1)
+    whole = storage.load(run.output_dir, QUERY, LAYER)
+    expected = whole.ids, whole.vectors.tobytes(), whole.frame["answer"].tolist()
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=load_with_zeroed_pages, args=(run.output_dir, answers), daemon=True)
+    process.start()
+    found = list(iter(lambda: answers.get(timeout=60), None))  # queue.Empty: it hangs, or has crashed
+    assert len(found) > 50
+    refused = [answer for answer in found if answer != expected]
+    assert 5 < len(refused) < len(found) - 5
+    for answer in refused:
+        assert answer.startswith(f"DamagedError: {run.part_path(1)}"), answer
+        assert REPAIR in answer
 
 
 # For torch
