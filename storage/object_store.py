@@ -264,10 +264,10 @@ def _translate(error: Exception, url: str, bucket: str) -> OSError:
     if "error sending request" in text:
         endpoint = "AWS_ENDPOINT_URL" if scheme == "s3" else VARIABLES[scheme]
         return ObjectStoreError(f"{url}: no answer: check the network and {endpoint} ({_first_line(error)})")
-    hint = (
-        "" if scheme == "s3" else f"; {VARIABLES[scheme]} variables say which store it is, and {scheme}:// is untested"
-    )
-    return ObjectStoreError(f"{url}: {code or _first_line(error)}{hint}")
+    message = f"{url}: {code or _first_line(error)}"
+    if scheme != "s3":
+        message += f"; {VARIABLES[scheme]} variables say which store it is, and {scheme}:// is untested"
+    return ObjectStoreError(message)
 
 
 def _first_line(error: Exception) -> str:
