@@ -19,7 +19,7 @@ from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
 from storage.plan import Question, write_generation
-from storage.probe import is_part_of
+from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
@@ -121,17 +121,22 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
     own = {run.part_name(piece.part): piece.part for piece in run.slices}
-    foreign = [name for name in parts if name not in own or not _is_own(run, own[name])]
-    if foreign:
+    verdicts = {name: _whose(run, own[name]) if name in own else "foreign" for name in parts}
+    if foreign := [name for name, verdict in verdicts.items() if verdict == "foreign"]:
         raise UserError(f"{output_dir} holds parts that are not this run's ({_names(foreign)}): move them elsewhere")
+    if damaged := [name for name, verdict in verdicts.items() if verdict == "damaged"]:
+        raise UserError(
+            f"{output_dir} holds damaged parts of this run ({_names(damaged)}): the same `producer enqueue` with --repair "
+            "moves them to .run/damaged and computes them again"
+        )
 
 
-def _is_own(run: Run, part: int) -> bool:
-    """Tell whether what has a part's name is that part. A described one was: `storage verify` compares its content."""
+def _whose(run: Run, part: int) -> Verdict:
+    """Tell whose a file with a part's name is. A described one was ours: `storage verify` compares its content."""
     if run.store.exists(run.sidecar_key(part)):
-        return True
+        return "ours"
     with run.local_part(part) as path:
-        return is_part_of(path, run.run_id, part)
+        return whose(path, run.run_id, part)
 
 
 def _refuse_differences(run: Run, settings: RunSettings) -> None:

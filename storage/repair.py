@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 from storage.errors import DamagedError
 from storage.plan import Slice
-from storage.run import Run
-from storage.verify import verify_part
+from storage.run import Run, part_names
+from storage.verify import verify_part, verify_undescribed
 
 _ASIDE = ".run/damaged"
 
@@ -21,11 +21,12 @@ def repair(run: Run, looked_at: Callable[[int], object] = lambda _: None) -> dic
     The part goes before its sidecar: a part without one would be described, and so declared sound, by the next collector.
     Killed in between, the next call finds the part gone and goes on.
     """
-    published = run.parts_with_sidecar()
+    published, present = run.parts_with_sidecar(), part_names(run.location)
     moved = {}
     for number, piece in enumerate(run.slices, start=1):
-        if piece.part in published and (reason := next(_reasons(run, piece), None)) is not None:
-            name = run.part_name(piece.part)
+        name = run.part_name(piece.part)
+        there = piece.part in published or name in present
+        if there and (reason := next(_reasons(run, piece, described=piece.part in published), None)) is not None:
             _move_aside(run, name)
             _move_aside(run, run.sidecar_key(piece.part))
             moved[name] = reason
@@ -42,9 +43,9 @@ def repair_command(run: Run) -> str:
     return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
 
 
-def _reasons(run: Run, piece: Slice) -> Iterator[str]:
+def _reasons(run: Run, piece: Slice, *, described: bool) -> Iterator[str]:
     try:
-        for finding in verify_part(run, piece):
+        for finding in verify_part(run, piece) if described else [verify_undescribed(run, piece)]:
             if finding.part is not None:
                 yield str(finding)
     except DamagedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_object_store() -> None:
     assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
+    assert re.fullmatch(r"\d+ GET, 2 HEAD, 3 LIST", table["read one layer: requests"]["object store"])
+    assert "read every vector: ranges" not in table  # it is fetched whole
 
 
 def test_flower() -> None:
