@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -78,9 +80,10 @@ def load(
     name = field_name(field, layer)
     found: list[Column] = []
     frames: list[pd.DataFrame] = []
-    for part in opened.parts():
-        found.append(part.column(name))
-        frames.append(part_frame(part))
+    with _uncollected():
+        for part in opened.parts():
+            found.append(part.column(name))
+            frames.append(part_frame(part))
     ids = [question for column in found for question in column.ids]
     frame = _joined(frames)
     rows = _ordered(opened, ids, frame, order)
@@ -137,6 +140,18 @@ def part_frame(part: OpenPart) -> pd.DataFrame:
     columns.setdefault("part", [number] * len(part.keys))
     names = [name for name in FIRST if name in columns]
     return pd.DataFrame({name: columns[name] for name in [*names, *(n for n in columns if n not in names)]})
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: a run's rows are lists by the ten thousand, and it would go through them all repeatedly."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _chunks(source: Source, field: str) -> Iterator[Loaded]:
