@@ -61,7 +61,7 @@ class Column:
                 values[place] = vector
 
     def _read_chunks(self, values: Vectors, places: Sequence[int], rows: Sequence[int], index: Index) -> None:
-        chunks = _read_runs(self.path, index)
+        chunks = read_runs(self.path, index)
         _, first, same = np.unique(index[:, 0], return_index=True, return_inverse=True)
         place = np.fromiter(places, np.intp, len(places))
         for start in range(0, len(first), _ROWS_AT_ONCE):
@@ -131,7 +131,7 @@ def read_index(file: h5py.File) -> dict[str, Index]:
     return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
 
 
-def _read_runs(path: Path, index: Index) -> dict[int, memoryview]:
+def read_runs(path: Path, index: Index) -> dict[int, memoryview]:
     """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
     chunks: dict[int, memoryview] = {}
     with path.open("rb", buffering=0) as file:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from storage.columns import COLUMN
 from storage.drift import DriftMeter
+from storage.memory import keep_heap, uncollected
 from storage.naming import group_key, model_type, question_id
 from storage.objects import create_group, write_attributes, write_text
 from storage.placement import Placement, check_placed
@@ -57,6 +58,19 @@ def write_part(
     failures: Iterable[Failure],
 ) -> None:
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
+    keep_heap()
+    with uncollected():
+        _write_part(path, settings, model, part, samples, failures)
+
+
+def _write_part(
+    path: Path,
+    settings: RunSettings,
+    model: ModelFacts | None,
+    part: int,
+    samples: Iterable[tuple[Question, Sample]],
+    failures: Iterable[Failure],
+) -> None:
     placement, meter = Placement(), DriftMeter()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
     rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}

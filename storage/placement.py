@@ -19,7 +19,8 @@ import numpy.typing as npt
 from h5py import h5d, h5o, h5p, h5s, h5t
 
 from storage.chunks import CODEC, encode_chunk, raw
-from storage.columns import Index
+from storage.columns import Index, read_runs
+from storage.errors import DamagedError
 from storage.objects import create_group
 
 _HEADER_SIZE = 300  # of a dataset's object header with its share of the group's; measured
@@ -96,12 +97,14 @@ def _write(file: Any, name: str, chunk: _Chunk) -> tuple[int, int, int]:
 
 def check_placed(path: Path, columns: dict[str, Index]) -> None:
     """Read every chunk by its row of the index. Raises OSError where the file does not hold it there."""
-    with path.open("rb", buffering=0) as file:
-        for field, index in columns.items():
-            for offset, size, crc in np.unique(index, axis=0).tolist():
-                file.seek(offset)
-                if CODEC.crc32(file.read(size)) != crc:
-                    raise OSError(f"{path}: a chunk of {field} is not at byte {offset}")
+    for field, index in columns.items():
+        try:
+            chunks = read_runs(path, index)
+        except DamagedError as error:
+            raise OSError(f"{path}: a chunk of {field} is beyond the end") from error
+        for offset, _, crc in np.unique(index, axis=0).tolist():
+            if CODEC.crc32(chunks[offset]) != crc:
+                raise OSError(f"{path}: a chunk of {field} is not at byte {offset}")
 
 
 @lru_cache(maxsize=64)

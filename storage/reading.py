@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from rich.progress import track
 
 from storage.columns import Column, Vectors
 from storage.errors import UserError
+from storage.memory import uncollected
 from storage.naming import part_number
 from storage.rows import Columns
 from storage.source import OpenPart, Paths, Source
@@ -80,7 +79,7 @@ def load(
     name = field_name(field, layer)
     found: list[Column] = []
     frames: list[pd.DataFrame] = []
-    with _uncollected():
+    with uncollected():
         for part in opened.parts():
             found.append(part.column(name))
             frames.append(part_frame(part))
@@ -140,18 +139,6 @@ def part_frame(part: OpenPart) -> pd.DataFrame:
     columns.setdefault("part", [number] * len(part.keys))
     names = [name for name in FIRST if name in columns]
     return pd.DataFrame({name: columns[name] for name in [*names, *(n for n in columns if n not in names)]})
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause the garbage collector: a run's rows are lists by the ten thousand, and it would go through them all repeatedly."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _chunks(source: Source, field: str) -> Iterator[Loaded]:
