@@ -37,6 +37,8 @@ QUESTION_ATTRIBUTES = frozenset(
 
 # Metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
 _LIBVER = ("v110", "v110")
+# Else 64 KB of hash table for every dataset that is created. Per dataset it would be a property list to copy each time.
+_NO_CHUNK_CACHE = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _write_part(
             own = {"question_id": question.question_id, "csv_row": question.csv_row}
             rows[key] = _texts(question, sample), {**question.extra, **facts, **own}
             _write_question(file, placement, key, sample.vectors, *rows[key])
-    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size) as file:
+    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size, **_NO_CHUNK_CACHE) as file:
         columns = placement.write(file.id)
         attributes = {
             **_root_attributes(settings, model, part),
