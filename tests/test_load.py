@@ -173,6 +173,16 @@ def test_columns_are_chosen_by_name(run):
         storage.load(run.output_dir, QUERY, LAYER, columns=["answer", "nonsense"])
 
 
+@pytest.mark.parametrize("order", ["plan", "csv", "file"])
+def test_vectors_and_ids_alone(run, order):
+    whole, bare = (storage.load(run.output_dir, QUERY, LAYER, order=order, columns=c) for c in (None, []))
+    assert bare.ids == whole.ids
+    assert bare.vectors.tobytes() == whole.vectors.tobytes()
+    assert bare.frame.shape == (len(whole.ids), 0)
+    chunks = list(storage.iter_chunks(run.output_dir, QUERY, LAYER, columns=[]))
+    assert [chunk.frame.shape for chunk in chunks] == [(len(chunk.ids), 0) for chunk in chunks]
+
+
 def test_a_csv_column_called_as_a_text_has_a_suffix(tmp_path):
     [question] = make_questions(1, extra={"ground_truth_answer": "another", "part": "verb"})
     path = tmp_path / "x_embeddings_part_001.h5"
