@@ -258,18 +258,16 @@ def write_dataset(scene: Scene, name: str = "vqa.csv", images: str = "images") -
     write_csv(scene.directory / name, rows)
 
 
-def write_labels(scene: Scene, name: str = "labels.csv", column: str = "wrong", prefix: str = "") -> None:
+def write_labels(scene: Scene, name: str = "labels.csv", column: str = "wrong") -> None:
     """Write which answers are wrong: two of three."""
-    rows = [{"question_id": f"{prefix}{n}", column: str(n % 3 != 0).lower()} for n in range(1, QUESTIONS + 1)]
+    rows = [{"question_id": str(n), column: str(n % 3 != 0).lower()} for n in range(1, QUESTIONS + 1)]
     write_csv(scene.directory / name, rows)
 
 
-def write_run(
-    output: Path, *, layers: tuple[int, ...] = (0,), failed: Collection[int] = (), extra: dict[str, str] | None = None
-) -> None:
+def write_run(output: Path, *, layers: tuple[int, ...] = (0,), failed: Collection[int] = ()) -> None:
     """Write a finished run of sixty questions, 1 to 60; every other answer is right."""
     model = make_facts(num_hidden_layers=28, layers=layers)
-    questions = [replace(q, question_id=q.question_id[1:]) for q in make_questions(QUESTIONS, per_image=3, extra=extra)]
+    questions = [replace(q, question_id=q.question_id[1:]) for q in make_questions(QUESTIONS, per_image=3)]
     run = make_run(output, questions, model=model, checkpoint_interval=QUESTIONS)
     for sequence, question in enumerate(questions):
         if int(question.question_id) in failed:
@@ -339,7 +337,7 @@ def in_an_object_store(scene: Scene, lines: list[str]) -> None:
 
 
 def on_published_files(scene: Scene, lines: list[str]) -> None:
-    """The published names and columns; the labels' words are of nobody's run, and so left out of the file."""
+    """The published names and columns."""
     write_dataset(scene, "sampled_10k_relational_dataset.csv", "all_images")
     text = (scene.directory / "sampled_10k_relational_dataset.csv").read_text()
     header, _, rows = text.partition("\n")
@@ -353,8 +351,7 @@ def on_published_files(scene: Scene, lines: list[str]) -> None:
 
 
 def on_published_labels(scene: Scene, lines: list[str]) -> None:
-    for name in ("halp", "halp-compat"):
-        write_run(scene.directory / name, extra={"basic_hallucination_type": "object"})
+    write_run(scene.directory / "halp-compat")
     write_labels(scene, "qwen25vl_manually_reviewed.csv", "is_hallucinating_manual")
     for line in lines:
         scene.run(line)
