@@ -83,6 +83,15 @@ def test_the_demo_can_be_probed(demo: tuple[Path, str]) -> None:
     assert (directory / "probe.svg").stat().st_size > 1000
 
 
+def test_the_demo_for_a_script(tmp_path: Path) -> None:
+    call = ("producer", "demo", "--questions", 8, "--output-dir", tmp_path / "output")
+    first = command(*call, "--json", HALP_ENGINE="fake")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert json.loads(first.stdout)["written"] == 8
+    again = command(*call, "--quiet")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
 def test_the_demos_report_in_a_browser(demo: tuple[Path, str], screenshots: Path | None, tmp_path: Path) -> None:
     directory, questions = demo[0], 400
     if screenshots:  # of what `make demo` leaves

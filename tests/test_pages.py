@@ -137,7 +137,9 @@ def test_what_is_only_mentioned_exists(page: str) -> None:
     for command in in_text(page):
         program, *arguments = command.words
         if program in PROGRAMS and command.is_mention:
-            known = typer.main.get_command(PROGRAMS[program]).commands[arguments[0]]  # type: ignore[attr-defined]
+            known = typer.main.get_command(PROGRAMS[program])
+            if not arguments[0].startswith("-"):
+                known = known.commands[arguments[0]]  # type: ignore[attr-defined]
             options = {option for parameter in known.params for option in parameter.opts}
             assert {word for word in arguments if word.startswith("-")} <= options, command.text
         if program == "make":
