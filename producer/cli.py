@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,17 +47,21 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     from redis.exceptions import RedisError
 
     from producer.planning import plan_run
+    from producer.progress import bars
     from storage.account import Bookkeeper
     from workers.feed import feed, forget
     from workers.settings import settings
 
-    run = plan_run(options)
-    account = Bookkeeper(run).account()
     try:
-        if run.is_cancelled():
-            forget(run)  # what was in the queue has been dropped
-            run.withdraw_cancellation()
-        number = 0 if account.finished else feed(run)
+        with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
+            run = plan_run(options, phases)
+            account = Bookkeeper(run).account()
+            if run.is_cancelled():
+                forget(run)  # what was in the queue has been dropped
+                run.withdraw_cancellation()
+            room = settings().queue_limit or account.outstanding
+            put = phases("filling the queue", min(room, account.outstanding))
+            number = 0 if account.finished else feed(run, put=put)
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
@@ -96,10 +99,13 @@ def run(
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
     from producer.planning import plan_run
+    from producer.progress import bars
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
-    raise SystemExit(run_to_end(plan_run(options), cache_dir, quiet=quiet, as_json=as_json))
+    with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
+        planned = plan_run(options, phases)
+    raise SystemExit(run_to_end(planned, cache_dir, quiet=quiet, as_json=as_json))
 
 
 def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
@@ -149,23 +155,16 @@ def check(
 
     Example: producer check vqa.csv --images-dir images/ --sample 64
     """
-    from rich.progress import Progress
-
     from producer.check import check as look
     from producer.check_report import check_json, print_check
+    from producer.progress import bars
     from workers.trial import TRIAL_ERRORS
 
-    console = Console(stderr=True, quiet=quiet or as_json)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def progress(total: int) -> Callable[[], object]:
-            task = bar.add_task("images", total=total)
-            return lambda: bar.advance(task)
-
-        try:
-            checked = look(options, decode=decode, sample=sample, cache_dir=cache_dir, progress=progress)
-        except TRIAL_ERRORS as error:
-            raise UserError(f"--sample {sample}: {error}") from None
+    try:
+        with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
+            checked = look(options, decode=decode, sample=sample, cache_dir=cache_dir, phases=phases)
+    except TRIAL_ERRORS as error:
+        raise UserError(f"--sample {sample}: {error}") from None
     if as_json:
         print(json.dumps(check_json(checked)))
     elif not quiet:

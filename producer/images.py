@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from producer.faults import Faults, short
+from producer.progress import Phases, counted, silent
 from storage.errors import UserError
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url, is_within, resolve_location
@@ -22,6 +23,7 @@ def check_images(
     image_roots: Sequence[str | Path] = (),
     *,
     allow_missing: bool = False,
+    phases: Phases = silent,
 ) -> int:
     """Return how many of the distinct images are missing: each becomes a failure of its questions later.
 
@@ -38,14 +40,14 @@ def check_images(
     images = dict.fromkeys(question.image_id for question in questions)
     places: dict[str, str] = {}
     outside: dict[str, str] = {}
-    for image_id in images:
+    for image_id in counted(images, phases("placing images", len(images))):
         try:
             places[image_id] = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as e:
             outside[image_id] = str(e)
     if outside:
         raise UserError(_outside_message(questions, outside, images_dir))
-    gone = _missing(places.values(), roots)
+    gone = _missing(counted(places.values(), phases("looking for images", len(places))), roots)
     missing = [image_id for image_id, place in places.items() if place in gone]
     if len(missing) > MAX_MISSING * len(images) and not allow_missing:
         raise UserError(

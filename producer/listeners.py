@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from storage.run import Run
+from storage.run import Run, part_names
 from storage.space import obstacle
 from workers.presence import Presence
 
@@ -76,12 +76,21 @@ def _problems(run: Run, address: str, serving: list[Presence], everybody: list[P
     for worker in serving:
         if worker.busy_since is not None and time.time() - worker.busy_since > settings().engine_timeout + 60:
             yield f"{worker.name} has been busy with one batch for {time.time() - worker.busy_since:.0f} s"
+    if number := _undescribed_parts(run):
+        noun = "part has" if number == 1 else "parts have"
+        yield f"{number} published {noun} no sidecar: a collector writes it at its next sweep: workers collect {run.location}"
     waiting = _waiting_parts(run)
     if waiting >= (settings().staging_limit or float("inf")):
         yield (
             f"{waiting} finished parts wait for the collector, and no further ones are computed until it has packed some "
             "(HALP_STAGING_LIMIT): see its log"
         )
+
+
+def _undescribed_parts(run: Run) -> int:
+    """Return how many published parts have lost their sidecar, or have none yet."""
+    names, described = set(part_names(run.location)), run.parts_with_sidecar()
+    return sum(piece.part not in described and run.part_name(piece.part) in names for piece in run.slices)
 
 
 def _waiting_parts(run: Run) -> int:

@@ -12,37 +12,40 @@ from typing import Any
 
 from producer.images import check_images
 from producer.options import RunOptions
+from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
 from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
 from storage.plan import Question, write_generation
-from storage.probe import is_part_of
+from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
 
 
-def plan_run(options: RunOptions) -> Run:
+def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     """Check everything, then create the run, or open it where it was begun. Raises UserError before anything is written.
 
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
-    questions = select(read_questions(options.csv), limit=options.limit, test=options.test)
-    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing)
+    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
     if options.repair:
-        _repair(options.output_dir, settings)
+        _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
     try:
         run = Run.create(options.output_dir, settings)
         _refuse_differences(run, settings)  # another process may have created it in between
         if not run.slices:
-            write_generation(run.store, cut(questions, options.checkpoint_interval))
+            slices = cut(questions, options.checkpoint_interval)
+            number = -(-len(questions) // options.checkpoint_interval)
+            write_generation(run.store, counted(slices, phases("writing the plan", number), step=1))
     except OSError as error:
         raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
     return run
@@ -54,10 +57,10 @@ def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
     _refuse_other_content(options.output_dir, settings)
 
 
-def _repair(output_dir: str, settings: RunSettings) -> None:
+def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
-    for name, reason in repair(run).items():
+    for name, reason in repair(run, phases("verifying parts", len(run.slices))).items():
         aside = run.store.address(".run/damaged")
         print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
 
@@ -118,17 +121,22 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
     own = {run.part_name(piece.part): piece.part for piece in run.slices}
-    foreign = [name for name in parts if name not in own or not _is_own(run, own[name])]
-    if foreign:
+    verdicts = {name: _whose(run, own[name]) if name in own else "foreign" for name in parts}
+    if foreign := [name for name, verdict in verdicts.items() if verdict == "foreign"]:
         raise UserError(f"{output_dir} holds parts that are not this run's ({_names(foreign)}): move them elsewhere")
+    if damaged := [name for name, verdict in verdicts.items() if verdict == "damaged"]:
+        raise UserError(
+            f"{output_dir} holds damaged parts of this run ({_names(damaged)}): the same `producer enqueue` with --repair "
+            "moves them to .run/damaged and computes them again"
+        )
 
 
-def _is_own(run: Run, part: int) -> bool:
-    """Tell whether what has a part's name is that part. A described one was: `storage verify` compares its content."""
+def _whose(run: Run, part: int) -> Verdict:
+    """Tell whose a file with a part's name is. A described one was ours: `storage verify` compares its content."""
     if run.store.exists(run.sidecar_key(part)):
-        return True
+        return "ours"
     with run.local_part(part) as path:
-        return is_part_of(path, run.run_id, part)
+        return whose(path, run.run_id, part)
 
 
 def _refuse_differences(run: Run, settings: RunSettings) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from producer.progress import Done, counted
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url
 from workers.errors import PermanentError, TransientError
@@ -75,8 +76,8 @@ class Gallery:
         return resized_height * resized_width // self.factor**2
 
 
-def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, advance: Callable[[], object]) -> Survey:
-    """Look at each image; `advance` is called after each."""
+def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
+    """Look at each image; `done` is told after each how many were."""
     sizes: dict[str, tuple[int, int]] = {}
     problems = []
 
@@ -94,13 +95,12 @@ def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, advance:
 
     file_bytes = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for image_id, found in zip(image_ids, pool.map(look, image_ids)):
+        for image_id, found in counted(zip(image_ids, pool.map(look, image_ids)), done, step=1):
             if isinstance(found, ImageProblem):
                 problems.append(found)
             else:
                 sizes[image_id], number = found
                 file_bytes += number
-            advance()
     return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import os
 import re
 import zlib
@@ -15,9 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from producer.faults import Faults, short
+from producer.progress import Done, Phases, counted, silent
 from storage.errors import UserError
 from storage.part import QUESTION_ATTRIBUTES
 from storage.plan import Question
@@ -49,7 +51,7 @@ class _Header:
     extra: tuple[tuple[str, int], ...]
 
 
-def read_questions(csv_path: Path) -> list[Question]:
+def read_questions(csv_path: Path, phases: Phases = silent) -> list[Question]:
     """Return the questions of a `.csv` or `.csv.gz` in the file's order, every field the text that it is in the file.
 
     The stdlib reader in strict mode, because it names the line of a fault and because `001`, `NA` and an empty answer
@@ -61,8 +63,10 @@ def read_questions(csv_path: Path) -> list[Question]:
         raise UserError(f"{csv_path} {_what(csv_path)}: name the dataset's CSV file (.csv or .csv.gz)")
     limit = csv.field_size_limit(_MAX_FIELD)  # a setting of the whole process, so it is put back
     try:
-        with _open(csv_path) as file:
-            return _read(file, csv_path)
+        with csv_path.open("rb") as data, _text(data, csv_path) as file:
+            done = phases(f"reading {csv_path.name}", os.path.getsize(csv_path))
+            # By the file's bytes: how many rows it has is known at its end.
+            return _read(file, csv_path, lambda _: done(data.tell()))
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"{csv_path} is damaged gzip ({e}): copy or make it again; `gzip -t` checks it") from e
     except OSError as e:
@@ -83,16 +87,16 @@ def _what(path: Path) -> str:
     return "is not a regular file" if os.path.exists(path) else "does not exist"
 
 
-def _open(path: Path) -> TextIO:
+def _text(data: BinaryIO, path: Path) -> TextIO:
     # surrogateescape: a byte that is not UTF-8 reaches the check of its row, which knows the line.
     # newline: csv asks for it, so that a line break inside quotes stays what it is.
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    plain = gzip.GzipFile(fileobj=data) if path.suffix.lower() == ".gz" else data
+    return io.TextIOWrapper(plain, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _read(file: TextIO, path: Path) -> list[Question]:
+def _read(file: TextIO, path: Path, done: Done) -> list[Question]:
     faults = Faults()
-    records = _records(file, faults)
+    records = counted(_records(file, faults), done)
     header = _read_header(records, faults, path)
     questions = []
     lines: dict[str, int] = {}  # line of each question id

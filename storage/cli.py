@@ -30,7 +30,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="FILE|DIR",
-            help="A part (a file, or a URL such as s3://bucket/run/part.h5), or a run's output directory.",
+            help="A part, or a run's output directory; or the URL of either (s3://bucket/run).",
         ),
     ],
     question: Annotated[
@@ -57,20 +57,21 @@ def inspect(
     from storage.inspect import describe_part, part_json, part_tables
     from storage.overview import overview, overview_tables
     from storage.plot import plot as draw
+    from storage.source import is_home
     from storage.store import local_file
 
-    is_directory = Path(file).is_dir()
-    if question is not None and is_directory:
-        raise UserError("--question needs a part, not a directory")
-    with local_file(file) as path:
-        if is_directory:
-            whole = overview(path, progress=sys.stderr.isatty())
-            body, tables = asdict(whole), overview_tables(whole)
-        else:
+    whole = None
+    if is_home(file):
+        if question is not None:
+            raise UserError("--question needs a part, not a directory")
+        whole = overview(file, progress=sys.stderr.isatty())
+        body, tables = asdict(whole), overview_tables(whole)
+    else:
+        with local_file(file) as path:
             summary = replace(describe_part(path, question), file=file)
-            body, tables = part_json(summary), part_tables(summary, rows)
-        if plot is not None:
-            draw(path, whole if is_directory else overview(path), colour_by, plot)
+        body, tables = part_json(summary), part_tables(summary, rows)
+    if plot is not None:
+        draw(file, whole or overview(file), colour_by, plot)
     if as_json:
         print(json.dumps(body))
         return
@@ -133,7 +134,7 @@ def report(
 
 @app.command("export")
 def export_command(
-    source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or a part.")],
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL, or a part.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="npz, parquet, safetensors or csv.")],
     field: Annotated[
         str | None,
@@ -167,7 +168,7 @@ def export_command(
 
 @app.command()
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A run's output directory, or a part.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="A run's output directory or URL, or a part.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     rows: Annotated[int, typer.Option(min=1, help="Questions in each table.")] = 10,
     as_json: AsJson = False,
@@ -192,7 +193,9 @@ def diff(
 
 @app.command()
 def probe(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory, or one with parts.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A run's output directory or URL, or one with parts.")
+    ],
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -239,7 +242,7 @@ def probe(
     Example: storage probe output/ --labels qwen25vl_manually_reviewed.csv --by answer_type
     """
     from storage.probing.experiment import ProbeSettings, run_experiment
-    from storage.probing.figure import draw
+    from storage.probing.figure import write_results
     from storage.probing.report import closing_lines, experiment_json, report_lines, report_tables
 
     settings = ProbeSettings(
@@ -253,11 +256,8 @@ def probe(
     )
     with Console(stderr=True, quiet=quiet).status("reading the parts") as status:
         experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
-    home = Path(directory) if Path(directory).is_dir() else Path(directory).parent
-    figure = plot or home / "probe.svg"
-    draw(experiment, figure)
     body = json.dumps(experiment_json(experiment), indent=1)
-    (home / "probe.json").write_text(body + "\n", encoding="utf-8")
+    figure = write_results(experiment, body, plot)
     if as_json:
         print(body)
         return

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.chunks import CODEC, decode_chunk, join_planes
-from storage.errors import ADVICE, DamagedError, UserError
+from storage.errors import ADVICE, DamagedError, ObjectStoreError, UserError
 from storage.naming import group_key, question_id
+from storage.object_file import BLOCK, File, ObjectFile, on_this_machine, open_raw
 
 COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a column
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
@@ -25,7 +26,7 @@ _SMALL_GAP = 65536  # reading over it is cheaper than a second read
 class Column:
     """One field of a part: where each question's vector lies. Holds no open file."""
 
-    path: Path
+    path: File
     field: str
     ids: list[str]  # in key order
     width: int
@@ -49,7 +50,7 @@ class Column:
             self._read_chunks(values, places, rows, self.index[list(rows)])
 
     def _read_datasets(self, values: Vectors, places: Sequence[int], rows: Sequence[int]) -> None:
-        with open_part(self.path) as file:
+        with on_this_machine(self.path) as path, open_part(path) as file:
             for place, row in zip(places, rows, strict=True):
                 key = group_key(self.ids[row])
                 if self.field not in file[key]:
@@ -78,19 +79,25 @@ class Column:
         return f"{self.path}, question {self.ids[row]}"
 
 
-def open_part(path: Path) -> h5py.File:
-    """Open a part for reading. Raises UserError where there is none, DamagedError where HDF5 cannot read it."""
+def open_part(path: File) -> h5py.File:
+    """Open a part for reading. Raises UserError where there is none, DamagedError where HDF5 cannot read it.
+
+    One in an object store must be closed before the program ends: HDF5 would close it after Python has, and crash.
+    """
     try:
-        return h5py.File(path, "r")
+        here = path.copy if isinstance(path, ObjectFile) else path
+        return h5py.File(here or open_raw(path), "r")
+    except ObjectStoreError:
+        raise
     except OSError as error:
         if not path.is_file():
             raise UserError(f"{path}: no such file") from error
         raise DamagedError(f"{path}: not a readable HDF5 file ({error}); {ADVICE}") from error
 
 
-def column_of(file: h5py.File, keys: list[str], ids: list[str], field: str) -> Column:
+def column_of(path: File, file: h5py.File, keys: list[str], ids: list[str], field: str) -> Column:
     """Return a field of an open part with these keys. Raises UserError where a question lacks it, DamagedError."""
-    path, index = Path(file.filename), file.attrs.get(COLUMN + field)
+    index = file.attrs.get(COLUMN + field)
     if not keys:
         return Column(path, field, [], 0, None)
     if index is not None:
@@ -99,7 +106,10 @@ def column_of(file: h5py.File, keys: list[str], ids: list[str], field: str) -> C
                 f"{path}: the index of {field} has the shape {index.shape}, not ({len(keys)}, 3); {ADVICE}"
             )
         if not index[:, 1].all():
-            raise UserError(f"{path}, question {ids[int(np.argmin(index[:, 1] > 0))]}: there is no {field}")
+            row = int(np.argmin(index[:, 1] > 0))
+            if field in file[keys[row]]:
+                raise DamagedError(f"{path}, question {ids[row]}: {field} is not in the column index; {ADVICE}")
+            raise UserError(f"{path}, question {ids[row]}: there is no {field}")
     elif field not in file[keys[0]]:
         raise UserError(f"{path}, question {ids[0]}: there is no {field}")
     shape = file[keys[0]][field].shape
@@ -108,7 +118,7 @@ def column_of(file: h5py.File, keys: list[str], ids: list[str], field: str) -> C
     return Column(path, field, ids, int(shape[0]), index)
 
 
-def read_column(path: Path, field: str) -> tuple[list[str], Vectors]:
+def read_column(path: File, field: str) -> tuple[list[str], Vectors]:
     """Return the question ids of a part in key order, and one of its fields as float32 [N, D].
 
     Without an index the datasets are read one by one, with the same result: ten times slower. Raises UserError where a
@@ -116,7 +126,7 @@ def read_column(path: Path, field: str) -> tuple[list[str], Vectors]:
     """
     with open_part(path) as file:
         keys = list(file)
-        column = column_of(file, keys, [question_id(key) for key in keys], field)
+        column = column_of(path, file, keys, [question_id(key) for key in keys], field)
     return column.ids, column.read()
 
 
@@ -125,26 +135,28 @@ def read_index(file: h5py.File) -> dict[str, Index]:
     return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
 
 
-def _read_runs(path: Path, index: Index) -> dict[int, memoryview]:
+def _read_runs(path: File, index: Index) -> dict[int, memoryview]:
     """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
     chunks: dict[int, memoryview] = {}
-    with path.open("rb", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size
+    gap = _SMALL_GAP if isinstance(path, Path) or path.copy else BLOCK
+    with open_raw(path) as file:
+        length = file.seek(0, os.SEEK_END)
         rows = [(offset, size) for offset, size in np.unique(index[:, :2], axis=0).tolist()]
         if rows and max(offset + size for offset, size in rows) > length:
             raise DamagedError(f"{path} is shorter than its column index says; {ADVICE}")
-        for run in _runs(rows):
+        for run in _runs(rows, gap):
             start, end = run[0][0], max(offset + size for offset, size in run)
-            data = memoryview(os.pread(file.fileno(), end - start, start))
+            file.seek(start)
+            data = memoryview(file.read(end - start) or b"")
             chunks |= {offset: data[offset - start : offset - start + size] for offset, size in run}
     return chunks
 
 
-def _runs(rows: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+def _runs(rows: list[tuple[int, int]], gap: int) -> list[list[tuple[int, int]]]:
     """Return ascending chunks in groups that are worth one read each: small gaps are read over."""
     runs: list[list[tuple[int, int]]] = []
     for offset, size in rows:
-        if runs and offset - sum(runs[-1][-1]) <= _SMALL_GAP:
+        if runs and offset - sum(runs[-1][-1]) <= gap:
             runs[-1].append((offset, size))
         else:
             runs.append([(offset, size)])

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from storage.columns import Column, Vectors
 from storage.naming import field_order
-from storage.source import Source
+from storage.source import OpenPart, Source
 
 _WORST = 5  # questions named for each field
 Rows = dict[str, tuple[int, int]]  # question id to part and row
@@ -167,19 +167,23 @@ def _side(path: str | Path) -> _Side:
     source.warn_if_unfinished()
     side = _Side({}, {}, {}, {})
     parts = 0
-    for number, part in enumerate(source.parts()):
-        side.kind.update(part.kind())
-        side.rows.update({question: (number, row) for row, question in enumerate(part.ids)})
-        answers = part.rows().get("answer", [""] * len(part.ids))
-        side.answers.update(zip(part.ids, answers, strict=True))
-        for field in part.fields():
-            columns = side.columns.setdefault(field, [])
+    for number, (kind, ids, answers, found) in enumerate(source.read(_look)):
+        side.kind.update(kind)
+        side.rows.update({question: (number, row) for row, question in enumerate(ids)})
+        side.answers.update(zip(ids, answers, strict=True))
+        for column in found:
+            columns = side.columns.setdefault(column.field, [])
             columns += [None] * (number - len(columns))
-            columns.append(part.column(field))
+            columns.append(column)
         parts = number + 1
     for columns in side.columns.values():
         columns.extend([None] * (parts - len(columns)))
     return side
+
+
+def _look(part: OpenPart) -> tuple[dict[str, Any], list[str], list[str], list[Column]]:
+    answers = part.rows().get("answer", [""] * len(part.ids))
+    return part.kind(), part.ids, answers, [part.column(field) for field in part.fields()]
 
 
 def _field_difference(field: str, a: _Side, b: _Side) -> FieldDifference | None:

@@ -25,16 +25,18 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import from_url
 
 from storage.errors import ObjectStoreError
-from storage.location import join, split_url
+from storage.location import VARIABLES, join, split_url
 
 T = TypeVar("T")
 _RETRY_SECONDS = 20  # a request is tried again for so long; then the caller's own retries begin
 _SMALL, _LARGE = 30, 600  # seconds for one request: of a staged result, of a part
+_SHORT_RANGE = 1 << 20  # bytes
 _CONCURRENCY = 16
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _FEW = 100  # so many objects are asked for one by one rather than listed
 _PUT_ID = "put-id"  # metadata of a created object: which PUT made it
 _PARTIAL, _COPY = "halp-partial-", "halp-copy-"
+_first_used_by: set[int] = set()  # the process that made the first client
 
 
 class ObjectStore:
@@ -54,7 +56,8 @@ class ObjectStore:
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError, ObjectStoreError."""
-        return self._ask(key, lambda client, at: bytes(client.get_range(at, start=start, length=length)))
+        timeout = _SMALL if length <= _SHORT_RANGE else _LARGE
+        return self._ask(key, lambda client, at: bytes(client.get_range(at, start=start, length=length)), timeout)
 
     def get_start(self, key: str, length: int) -> tuple[bytes, int]:
         """Return an object's first bytes, and how many it has, by one request. Raises FileNotFoundError, ObjectStoreError."""
@@ -93,10 +96,14 @@ class ObjectStore:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def size(self, key: str) -> int:
+        """Return an object's length in bytes. Raises FileNotFoundError, ObjectStoreError."""
+        return self._ask(key, lambda client, at: int(client.head(at)["size"]))
+
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""
         try:
-            self._ask(key, lambda client, at: client.head(at))
+            self.size(key)
         except FileNotFoundError:
             return False
         return True
@@ -207,6 +214,13 @@ class ObjectStore:
 
     def _ask(self, key: str, request: Callable[[Any, str], T], timeout: int = _SMALL) -> T:
         """Make a request; raise FileNotFoundError where there is no such object, else ObjectStoreError, for any failure."""
+        if _first_used_by and os.getpid() not in _first_used_by:
+            # The client has threads, which a fork leaves behind: it would wait for ever
+            # (https://github.com/tokio-rs/tokio/issues/4301).
+            raise ObjectStoreError(
+                f"{self.address(key)}: a process that was forked cannot use an object store that its parent has used: start it "
+                "anew, as a DataLoader does with multiprocessing_context='spawn'"
+            )
         try:
             return request(connect(self._bucket, timeout), self._at(key))
         except (BaseError, FileNotFoundError) as error:
@@ -219,6 +233,7 @@ class ObjectStore:
 @lru_cache(maxsize=32)
 def connect(bucket: str, timeout: int) -> Any:
     """Return obstore's client of a bucket; it keeps its connections, and is used by many threads."""
+    _first_used_by.add(os.getpid())
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
     return from_url(
         bucket,
@@ -243,24 +258,30 @@ def _download(client: Any, at: str, path: Path) -> None:
 
 def _translate(error: Exception, url: str, bucket: str) -> OSError:
     text = str(error)
+    scheme = bucket.partition(":")[0]
     code = match[1] if (match := re.search(r"<Code>(\w+)</Code>", text)) else ""
     if code == "NoSuchBucket":
-        return ObjectStoreError(f"there is no bucket {bucket}: create it, or see AWS_ENDPOINT_URL and AWS_REGION")
+        see = "AWS_ENDPOINT_URL and AWS_REGION" if scheme == "s3" else VARIABLES[scheme]
+        return ObjectStoreError(f"there is no bucket {bucket}: create it, or see {see}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} does not exist")
-    if "/latest/api/token" in text:  # of a cloud machine's own role: obstore asks for it where the environment has none
+    # Of a cloud machine's own role, which obstore asks for where the environment has none.
+    if scheme == "s3" and "/latest/api/token" in text:
         return ObjectStoreError(
             f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a"
             " public bucket"
         )
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search("40[13] (Forb|Unau)", text):
         reason = f"access denied{f' ({code})' if code else ''}"
-        return ObjectStoreError(
-            f"{url}: {reason}: check the AWS_* credentials, and that they may read, list, write and delete there"
-        )
+        rights = "that they may read, list, write and delete there"
+        return ObjectStoreError(f"{url}: {reason}: check the {VARIABLES[scheme]} credentials, and {rights}")
     if "error sending request" in text:
-        return ObjectStoreError(f"{url}: no answer: check the network and AWS_ENDPOINT_URL ({_first_line(error)})")
-    return ObjectStoreError(f"{url}: {code or _first_line(error)}")
+        endpoint = "AWS_ENDPOINT_URL" if scheme == "s3" else VARIABLES[scheme]
+        return ObjectStoreError(f"{url}: no answer: check the network and {endpoint} ({_first_line(error)})")
+    message = f"{url}: {code or _first_line(error)}"
+    if scheme != "s3":
+        message += f"; {VARIABLES[scheme]} variables say which store it is, and {scheme}:// is untested"
+    return ObjectStoreError(message)
 
 
 def _first_line(error: Exception) -> str:

@@ -58,19 +58,19 @@ class Overview:
     answers_disagree: int  # parts whose certified answer is not the exact one
 
 
-def overview(path: Path, *, progress: bool = False) -> Overview:
+def overview(path: str | Path, *, progress: bool = False) -> Overview:
     """Return what there is to say of a run or of files. Reads every vector. Raises UserError, DamagedError."""
     source = Source(path)
     settings: dict[str, Any] = {}
     columns: dict[str, list[Column]] = {}
     certificates: list[dict[str, Any]] = []
     parts = questions = 0
-    for part in source.parts():
-        parts, questions = parts + 1, questions + len(part.keys)
-        settings = settings or part.kind()
-        certificates += _certificate(part)
-        for field in part.fields():
-            columns.setdefault(field, []).append(part.column(field))
+    for number, kind, certificate, found in source.read(_look, progress=progress):
+        parts, questions = parts + 1, questions + number
+        settings = settings or kind
+        certificates += certificate
+        for column in found:
+            columns.setdefault(column.field, []).append(column)
     names = sorted(columns, key=field_order)
     shown = track(names, "reading", console=Console(stderr=True), disable=not progress, transient=True)
     return Overview(
@@ -125,9 +125,10 @@ def _field(columns: list[Column]) -> FieldOverview:
     return FieldOverview(columns[0].field, columns[0].width, len(norms), *numbers)
 
 
-def _certificate(part: OpenPart) -> list[dict[str, Any]]:
+def _look(part: OpenPart) -> tuple[int, dict[str, Any], list[dict[str, Any]], list[Column]]:
     drift = part.file.attrs.get("drift")
-    return [] if drift is None else [json.loads(drift)]
+    certificate = [] if drift is None else [json.loads(drift)]
+    return len(part.ids), part.kind(), certificate, [part.column(field) for field in part.fields()]
 
 
 def _drift(certificates: list[dict[str, Any]]) -> Iterator[DriftOverview]:

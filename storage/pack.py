@@ -18,7 +18,7 @@ from storage.errors import DamagedError, UserError
 from storage.naming import group_key
 from storage.part import read_header, write_part
 from storage.plan import Question
-from storage.probe import is_part_of
+from storage.probe import whose
 from storage.run import Run
 from storage.sample import Failure, Sample
 from storage.store import sync
@@ -121,10 +121,14 @@ def _samples(
 
 
 def _read_back(run: Run, part: int) -> Sidecar:
-    """Return what describes the part that is published. Raises UserError where that is something else."""
+    """Return what describes the part that is published. Raises UserError where that is something else, or damaged."""
     with run.local_part(part) as path:
-        if not is_part_of(path, run.run_id, part):
+        if (verdict := whose(path, run.run_id, part)) != "ours":
             address = run.store.address(run.part_name(part))
+            if verdict == "damaged":
+                raise UserError(
+                    f"{address} is damaged, and was not described before: the same `producer enqueue … --repair` packs it again"
+                )
             raise UserError(f"{address} is not part {part} of this run: move it elsewhere")
         return _sidecar(run, part, path)
 

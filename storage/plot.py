@@ -22,7 +22,7 @@ _RANGES = 5  # of a column of many numbers
 _COLUMNS = 4  # panels in a row
 
 
-def plot(source: Path, found: Overview, colour_by: str | None, output: Path) -> None:
+def plot(source: str | Path, found: Overview, colour_by: str | None, output: Path) -> None:
     """Draw a run's overview into a new file of any format that matplotlib knows. Raises UserError."""
     try:
         from matplotlib.figure import Figure  # without pyplot there is no window and no state: Agg draws
@@ -62,9 +62,10 @@ def principal(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.pad(two, ((0, 0), (0, 2 - two.shape[1])))
 
 
-def _sample(source: Path, fields: list[str]) -> tuple[pd.DataFrame, dict[str, npt.NDArray[np.float32]]]:
+def _sample(source: str | Path, fields: list[str]) -> tuple[pd.DataFrame, dict[str, npt.NDArray[np.float32]]]:
     """Return some questions, evenly over all, and their vectors."""
-    parts = [(part_frame(part), {field: part.column(field) for field in fields}) for part in Source(source).parts()]
+    look = Source(source).read(lambda part: (part_frame(part), {field: part.column(field) for field in fields}))
+    parts = list(look)
     number = sum(len(frame) for frame, _ in parts)
     wanted = np.unique(np.linspace(0, number - 1, min(number, _POINTS)).astype(int)) if number else np.empty(0, int)
     frames: list[pd.DataFrame] = []

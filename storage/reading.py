@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from rich.console import Console
-from rich.progress import track
 
 from storage.columns import Column, Vectors
 from storage.errors import UserError
 from storage.naming import part_number
 from storage.rows import Columns
 from storage.source import OpenPart, Paths, Source
+from storage.stack import Stack, stacked
 
 Order = Literal["plan", "csv", "file"]
 # The first columns of a frame, where a part has them; the CSV's other columns and the remaining attributes follow.
@@ -41,6 +40,18 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Located:
+    """The same before its vectors are read: row k of `frame` is row `rows[k]` of `stack`."""
+
+    field: str
+    ids: list[str]
+    stack: Stack
+    rows: list[int]
+    frame: pd.DataFrame
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredSample:
     """One question of a part, with all its vectors as float32."""
 
@@ -62,7 +73,7 @@ def load(
     columns: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Loaded:
-    """Return one field of a run's directory, of a directory of parts, of a file or of several.
+    """Return one field of a run's directory, of a directory of parts, of a file or of several; each may be a URL.
 
     field: `vision_only_representation`, or `query_token_representation` with its `layer`.
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
@@ -75,18 +86,23 @@ def load(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    name = field_name(field, layer)
+    found = locate(opened, field_name(field, layer), order=order, progress=progress)
+    vectors = found.stack.read(found.rows, progress=progress)
+    return Loaded(found.field, found.ids, vectors, selected(found.frame, columns), found.missing)
+
+
+def locate(source: Source, field: str, *, order: Order = "plan", progress: bool = False) -> Located:
+    """Return what `load` does, without the vectors."""
     found: list[Column] = []
     frames: list[pd.DataFrame] = []
-    for part in opened.parts():
-        found.append(part.column(name))
-        frames.append(part_frame(part))
+    for column, frame in source.read(lambda part: (part.column(field), part_frame(part)), progress=progress):
+        found.append(column)
+        frames.append(frame)
     ids = [question for column in found for question in column.ids]
     frame = _joined(frames)
-    rows = _ordered(opened, ids, frame, order)
+    rows = _ordered(source, ids, frame, order)
     frame = frame.iloc[rows].reset_index(drop=True)
-    vectors = _read(name, found, rows, progress)
-    return Loaded(name, [ids[row] for row in rows], vectors, _selected(frame, columns), opened.missing())
+    return Located(field, [ids[row] for row in rows], stacked(found), rows, frame, source.missing())
 
 
 def iter_chunks(
@@ -95,30 +111,33 @@ def iter_chunks(
     """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    for chunk in _chunks(opened, field_name(field, layer)):
-        yield replace(chunk, frame=_selected(chunk.frame, columns), missing=opened.missing())
+    name = field_name(field, layer)
+    for column, frame in opened.read(lambda part: (part.column(name), part_frame(part))):
+        yield Loaded(name, column.ids, column.read(), selected(frame, columns), opened.missing())
 
 
-def load_frame(source: Paths, *, order: Order = "plan", columns: Sequence[str] | None = None) -> pd.DataFrame:
+def load_frame(
+    source: Paths, *, order: Order = "plan", columns: Sequence[str] | None = None, progress: bool = False
+) -> pd.DataFrame:
     """Return the questions alone, without vectors."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    frame = _joined([part_frame(part) for part in opened.parts()])
+    frame = _joined(list(opened.read(part_frame, progress=progress)))
     rows = _ordered(opened, frame["question_id"].tolist() if len(frame.columns) else [], frame, order)
-    return _selected(frame.iloc[rows].reset_index(drop=True), columns)
+    return selected(frame.iloc[rows].reset_index(drop=True), columns)
 
 
 def iter_samples(source: Paths) -> Iterator[StoredSample]:
     """Yield each question with all its vectors, in file order, a few at a time in memory."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    for part in opened.parts():
-        rows = part.rows()
+    look = opened.read(lambda part: (part.rows(), [part.column(field) for field in part.fields()]), whole=True)
+    for rows, columns in look:
         names = [name for name in rows if name not in _SAMPLE_TEXTS]
-        fields = [part.column(field) for field in part.fields()]
-        for start in range(0, len(part.keys), _SAMPLES_AT_ONCE):
-            some = range(start, min(start + _SAMPLES_AT_ONCE, len(part.keys)))
-            vectors = {column.field: column.read_rows(some) for column in fields}
+        number = len(rows["question_id"])
+        for start in range(0, number, _SAMPLES_AT_ONCE):
+            some = range(start, min(start + _SAMPLES_AT_ONCE, number))
+            vectors = {column.field: column.read_rows(some) for column in columns}
             for place, row in enumerate(some):
                 texts = {name: rows[name][row] if name in rows else "" for name in _SAMPLE_TEXTS}
                 attributes = {name: rows[name][row] for name in names if rows[name][row] is not None}
@@ -139,30 +158,6 @@ def part_frame(part: OpenPart) -> pd.DataFrame:
     return pd.DataFrame({name: columns[name] for name in [*names, *(n for n in columns if n not in names)]})
 
 
-def _chunks(source: Source, field: str) -> Iterator[Loaded]:
-    for part in source.parts():
-        column = part.column(field)
-        yield Loaded(field, column.ids, column.read(), part_frame(part), 0)
-
-
-def _read(field: str, found: list[Column], rows: list[int], progress: bool) -> Vectors:
-    """Return the vectors of several parts in an order, each decoded where it belongs."""
-    widths = sorted({column.width for column in found})
-    if len(widths) > 1:
-        raise UserError(f"{field} has several widths in these files: {', '.join(map(str, widths))}")
-    place = np.empty(len(rows), np.intp)
-    place[rows] = np.arange(len(rows))
-    places = place.tolist()
-    vectors = np.empty((len(rows), widths[0] if widths else 0), np.float32)
-    start = 0
-    console = Console(stderr=True)
-    for column in track(found, "reading", console=console, disable=not progress, transient=True):
-        number = len(column.ids)
-        column.read_into(vectors, places[start : start + number], range(number))
-        start += number
-    return vectors
-
-
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -180,7 +175,8 @@ def _ordered(source: Source, ids: list[str], frame: pd.DataFrame, order: Order) 
     return list(range(len(ids)))
 
 
-def _selected(frame: pd.DataFrame, columns: Sequence[str] | None) -> pd.DataFrame:
+def selected(frame: pd.DataFrame, columns: Sequence[str] | None) -> pd.DataFrame:
+    """Return some columns of a frame, all if None. Raises UserError."""
     if columns is None:
         return frame
     if absent := [name for name in columns if name not in frame]:

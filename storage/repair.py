@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from storage.errors import DamagedError
 from storage.plan import Slice
-from storage.run import Run
-from storage.verify import verify_part
+from storage.run import Run, part_names
+from storage.verify import verify_part, verify_undescribed
 
 _ASIDE = ".run/damaged"
 
 
-def repair(run: Run) -> dict[str, str]:
+def repair(run: Run, looked_at: Callable[[int], object] = lambda _: None) -> dict[str, str]:
     """Move damaged parts and the sidecars of damaged or lost ones to `.run/damaged/`; return the parts with the reasons.
 
+    `looked_at` is told how many parts have been, since every byte of them is read.
     The part goes before its sidecar: a part without one would be described, and so declared sound, by the next collector.
     Killed in between, the next call finds the part gone and goes on.
     """
-    published = run.parts_with_sidecar()
+    published, present = run.parts_with_sidecar(), part_names(run.location)
     moved = {}
-    for piece in run.slices:
-        if piece.part in published and (reason := next(_reasons(run, piece), None)) is not None:
-            name = run.part_name(piece.part)
+    for number, piece in enumerate(run.slices, start=1):
+        name = run.part_name(piece.part)
+        there = piece.part in published or name in present
+        if there and (reason := next(_reasons(run, piece, described=piece.part in published), None)) is not None:
             _move_aside(run, name)
             _move_aside(run, run.sidecar_key(piece.part))
             moved[name] = reason
+        looked_at(number)
     if any(not run.store.exists(run.sidecar_key(piece.part)) for piece in run.slices):
         run.withdraw_summary()  # else no collector looks at the run again
     return moved
@@ -40,9 +43,9 @@ def repair_command(run: Run) -> str:
     return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
 
 
-def _reasons(run: Run, piece: Slice) -> Iterator[str]:
+def _reasons(run: Run, piece: Slice, *, described: bool) -> Iterator[str]:
     try:
-        for finding in verify_part(run, piece):
+        for finding in verify_part(run, piece) if described else [verify_undescribed(run, piece)]:
             if finding.part is not None:
                 yield str(finding)
     except DamagedError as error:

@@ -32,20 +32,20 @@ def encode_rows(rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     return np.frombuffer(zlib.compress(data, 1), np.uint8)
 
 
-def read_rows(file: h5py.File, keys: list[str], ids: list[str]) -> Columns:
+def read_rows(name: str, file: h5py.File, keys: list[str], ids: list[str]) -> Columns:
     """Return the columns of an open part: question_id, the texts, the attributes. Without the root attribute, from the groups.
 
-    Raises DamagedError where the root attribute is not that of these keys.
+    Raises DamagedError, with the file's `name`, where the root attribute is not that of these keys.
     """
     packed = file.attrs.get(ROWS)
-    texts, attributes = _unpack(file, packed) if packed is not None else _from_groups(file, keys)
+    texts, attributes = _unpack(name, packed) if packed is not None else _from_groups(file, keys)
     lengths = {len(values) for values in [*texts.values(), *attributes.values()]}
     cleaned = [clean(question) for question in ids]
     if attributes.get("question_id", cleaned) != cleaned or lengths - {len(ids)}:
-        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` does not fit its questions; {ADVICE}")
+        raise DamagedError(f"{name}: the attribute `{ROWS}` does not fit its questions; {ADVICE}")
     columns: Columns = {"question_id": ids, **texts}
-    for name, values in attributes.items():
-        columns[name if name not in texts else name + _CARRIED_TWICE] = values
+    for attribute, values in attributes.items():
+        columns[attribute if attribute not in texts else attribute + _CARRIED_TWICE] = values
     return columns | {"question_id": ids}
 
 
@@ -55,7 +55,7 @@ def rows_problem(file: h5py.File, keys: list[str]) -> str | None:
     if packed is None:
         return None
     try:
-        found = _unpack(file, packed)
+        found = _unpack(file.filename, packed)
     except DamagedError as error:
         return str(error)
     for kind, here, there in zip(("texts", "attributes"), found, _from_groups(file, keys), strict=True):
@@ -65,12 +65,12 @@ def rows_problem(file: h5py.File, keys: list[str]) -> str | None:
     return None
 
 
-def _unpack(file: h5py.File, packed: Any) -> tuple[Columns, Columns]:
+def _unpack(name: str, packed: Any) -> tuple[Columns, Columns]:
     try:
         body = json.loads(zlib.decompress(np.ascontiguousarray(packed, np.uint8).tobytes()))
         return body["texts"], body["attributes"]
     except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file.filename}: the attribute `{ROWS}` is damaged ({error}); {ADVICE}") from error
+        raise DamagedError(f"{name}: the attribute `{ROWS}` is damaged ({error}); {ADVICE}") from error
 
 
 def _from_groups(file: h5py.File, keys: list[str]) -> tuple[Columns, Columns]:

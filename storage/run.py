@@ -267,13 +267,16 @@ class Run:
     # The end
 
     def is_finished(self) -> bool:
-        """Tell whether every part is published and the summary is written, of the whole plan as it is now."""
+        """Tell whether every part is published and described and the summary is written, of the whole plan as it is now."""
         try:
             summary = json.loads(self.store.get(_SUMMARY))
         except (FileNotFoundError, ValueError):  # a damaged one is written anew
             return False
         # A collector that began before a retry may write its summary after it.
-        return bool(summary.get("generations", 1) == max(1, len(plan.generations(self.store))))
+        if summary.get("generations", 1) != max(1, len(plan.generations(self.store))):
+            return False
+        # A sidecar may be lost later: then a collector describes its part again, or has it computed where that is lost too.
+        return bool(len(self.parts_with_sidecar()) >= summary.get("parts_planned", 0))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished, as far as this object knows the plan."""

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from storage.columns import COLUMN, Column, column_of, open_part
-from storage.errors import UnfinishedWarning, UserError
-from storage.location import is_url, resolve_location
+from storage.errors import ADVICE, DamagedError, UnfinishedWarning, UserError
+from storage.location import is_url, join, resolve_location
 from storage.naming import field_order, question_id
+from storage.object_file import File, ObjectFile, on_this_machine, size_of
+from storage.pack import read_sidecar
 from storage.rows import Columns, read_rows
-from storage.run import Run, is_run
+from storage.run import Run, is_run, part_names
 from storage.settings import ModelFacts
 
+T = TypeVar("T")
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Root attributes that say what a vector is. Files that differ in one of them do not belong into one array.
@@ -31,10 +36,11 @@ KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
 class OpenPart:
     """A part while it is open."""
 
-    path: Path
+    path: File
     file: h5py.File
     keys: list[str]
     ids: list[str]  # in key order
+    run_id: str | None  # the run that it is of; None in files of the reference script
 
     def column(self, field: str) -> Column:
         """Return one field. Raises UserError, naming the fields that there are, where this one is not."""
@@ -44,7 +50,7 @@ class OpenPart:
             and not isinstance(self.file[self.keys[0]].get(field), h5py.Dataset)
         ):
             raise UserError(f"{self.path} has no {field}; it has {', '.join(self.fields())}")
-        return column_of(self.file, self.keys, self.ids, field)
+        return column_of(self.path, self.file, self.keys, self.ids, field)
 
     def fields(self) -> list[str]:
         """Return the names of the first question's vectors."""
@@ -60,16 +66,11 @@ class OpenPart:
 
     def rows(self) -> Columns:
         """Return the texts and attributes of the questions."""
-        return read_rows(self.file, self.keys, self.ids)
-
-    def run_id(self) -> str | None:
-        """Return the run that the part is of; None in files of the reference script."""
-        value = self.file.attrs.get("run_id")
-        return None if value is None else str(value)
+        return read_rows(str(self.path), self.file, self.keys, self.ids)
 
     def kind(self) -> dict[str, Any]:
         """Return what says which kind of vectors these are."""
-        return {name: _plain(self.file.attrs[name]) for name in KIND if name in self.file.attrs}
+        return _kind(self.file)
 
 
 class Source:
@@ -77,19 +78,22 @@ class Source:
 
     def __init__(self, source: Paths) -> None:
         self.run: Run | None = None
-        if isinstance(source, (str, os.PathLike)) and (directory := Path(source)).is_dir():
-            self.files = sorted(directory.glob("*.h5"))
-            self.run = Run.open(directory) if is_run(resolve_location(directory)) else None
+        self._parts: dict[str, int] = {}  # of the run: file name to number
+        if isinstance(source, (str, os.PathLike)) and is_home(source):
+            location = resolve_location(os.fspath(source))
+            home = location if is_url(location) else os.fspath(source)
+            self.files = [_file(join(home, name)) for name in part_names(location)]
+            self.run = Run.open(location) if is_run(location) else None
             if not self.files:
                 what = "no part of this run is published yet" if self.run else "there is no *.h5 in it"
-                raise UserError(f"{directory}: {what}")
+                raise UserError(f"{source}: {what}")
         else:
             paths = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-            if urls := [path for path in paths if isinstance(path, str) and is_url(path)]:
-                raise UserError(f"{urls[0]}: copy the parts of an object store to this machine to read them as arrays")
-            self.files = [Path(path) for path in paths]
+            self.files = [_file(path) for path in paths]
             if not self.files:
                 raise UserError("there is no file to read")
+        if self.run is not None:
+            self._parts = {self.run.part_name(piece.part): piece.part for piece in self.run.slices}
 
     def missing(self) -> int:
         """Return the number of planned questions whose part is not published yet; 0 for files without a plan."""
@@ -104,27 +108,49 @@ class Source:
             text = f"{self.run.location} is not finished: {missing:,} questions are not published yet"
             warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
-    def parts(self) -> Iterator[OpenPart]:
-        """Yield each part that has questions, open until the next.
+    def read(self, look: Callable[[OpenPart], T], *, whole: bool = False, progress: bool = False) -> Iterator[T]:
+        """Yield what `look` finds in each part that has questions; the part is open while it looks.
 
-        Raises UserError where two files are not of one kind, or hold the same question.
+        whole: fetch a part of an object store first, and keep the copy until the next is asked for: to read all of it.
+        progress: show a bar on stderr.
+
+        Raises UserError where two files are not of one kind, or hold the same question; DamagedError.
         """
-        first: OpenPart | None = None
-        kind: dict[str, Any] = {}
-        run_id: str | None = None
-        seen: dict[str, Path] = {}
-        for path in self.files:
-            with _open(path) as part:
-                if not part.keys:  # of failures alone
-                    continue
-                if first is None:
-                    first, kind, run_id = part, part.kind(), part.run_id()
-                elif run_id is None or part.run_id() != run_id:  # a run is of one kind, whichever versions wrote it
-                    _refuse_mixture(first.path, kind, path, part.kind())
-                for question in part.ids:
-                    if (other := seen.setdefault(question, path)) is not path:
-                        raise UserError(f"question {question} is in {other} and in {path}: give the files of one run")
-                yield part
+        first: tuple[File, str | None] | None = None
+        seen: dict[str, File] = {}
+        console = Console(stderr=True)
+        for listed in track(self.files, "opening", console=console, disable=not progress, transient=True):
+            run_id, known = self._described(listed)
+            with on_this_machine(known) if whole else nullcontext(known) as path:
+                with _named_damage(path), open_part(path) as file:
+                    part = _opened(path, file, run_id)
+                    if not part.keys:  # of failures alone
+                        continue
+                    if first is None:
+                        first = known, part.run_id
+                    elif part.run_id is None or part.run_id != first[1]:  # a run is of one kind, whoever wrote it
+                        _refuse_mixture(first[0], part)
+                    _refuse_repetition(seen, part)
+                    found = look(part)
+                yield found
+
+    def _described(self, path: File) -> tuple[str | None, File]:
+        """Return the run of a part that has a sidecar, after a look at its size, and the file with what is known of it.
+
+        So a cut part is named before HDF5 sees it, and of a whole one no string need be read: those lie in heaps without a
+        checksum, and HDF5 may walk for ever in one that is damaged.
+        """
+        if isinstance(path, ObjectFile):
+            path = replace(path, length=_size(path))
+        if self.run is None or (part := self._parts.get(path.name)) is None:
+            return None, path
+        try:
+            sidecar = read_sidecar(self.run, part)
+        except FileNotFoundError:
+            return None, path
+        if (size := _size(path)) != sidecar.size:
+            raise DamagedError(f"{path} has {size:,} bytes; it was published with {sidecar.size:,}; {ADVICE}")
+        return self.run.run_id, path
 
     def plan_order(self, ids: list[str]) -> list[int]:
         """Return the rows in the order of the plan; unchanged where there is none."""
@@ -137,17 +163,57 @@ class Source:
         return sorted(range(len(ids)), key=lambda row: place.get(ids[row], len(place)))
 
 
+def is_home(source: str | os.PathLike[str]) -> bool:
+    """Tell whether a path or URL is that of a directory of parts rather than of a part."""
+    return not source.endswith(".h5") if isinstance(source, str) and is_url(source) else Path(source).is_dir()
+
+
+def _file(path: str | os.PathLike[str]) -> File:
+    return ObjectFile(resolve_location(path)) if isinstance(path, str) and is_url(path) else Path(path)
+
+
+def _size(path: File) -> int:
+    try:
+        return size_of(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+
+
+def _opened(path: File, file: h5py.File, run_id: str | None) -> OpenPart:
+    keys = list(file)
+    if run_id is None and (value := file.attrs.get("run_id")) is not None:
+        run_id = str(value)
+    return OpenPart(path, file, keys, [question_id(key) for key in keys], run_id)
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[OpenPart]:
-    with open_part(path) as file:
-        keys = list(file)
-        yield OpenPart(path, file, keys, [question_id(key) for key in keys])
+def _named_damage(path: File) -> Iterator[None]:
+    """Say which file it is that HDF5 cannot read: its own errors do not."""
+    try:
+        yield
+    except UserError:  # an object store that is away is one, and an OSError too
+        raise
+    except (OSError, KeyError, RuntimeError) as error:
+        raise DamagedError(f"{path}: HDF5 cannot read it ({error}); {ADVICE}") from error
 
 
-def _refuse_mixture(first: Path, ours: dict[str, Any], second: Path, theirs: dict[str, Any]) -> None:
+def _kind(file: h5py.File) -> dict[str, Any]:
+    return {name: _plain(file.attrs[name]) for name in KIND if name in file.attrs}
+
+
+def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:
+    for question in part.ids:
+        if (other := seen.setdefault(question, part.path)) is not part.path:
+            raise UserError(f"question {question} is in {other} and in {part.path}: give the files of one run")
+
+
+def _refuse_mixture(first: File, second: OpenPart) -> None:
+    with open_part(first) as file:
+        ours = _kind(file)
+    theirs = second.kind()
     for name in KIND:
         if ours.get(name) != theirs.get(name):
-            values = f"{first} has {_show(ours.get(name))}; {second} has {_show(theirs.get(name))}"
+            values = f"{first} has {_show(ours.get(name))}; {second.path} has {_show(theirs.get(name))}"
             raise UserError(f"these files hold different things and must not be mixed: for {name}, {values}")
 
 

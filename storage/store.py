@@ -39,6 +39,9 @@ class Store(Protocol):
     def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
         """Yield the bytes of many objects in order, several fetched at once where that is faster."""
 
+    def size(self, key: str) -> int:
+        """Return an object's length in bytes. Raises FileNotFoundError."""
+
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""
 
@@ -147,6 +150,10 @@ class DirectoryStore:
     def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
         """Yield the bytes of many objects in order. Raises FileNotFoundError."""
         return map(self.get, keys)
+
+    def size(self, key: str) -> int:
+        """Return an object's length in bytes. Raises FileNotFoundError."""
+        return self.path(key).stat().st_size
 
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""

@@ -22,10 +22,12 @@ from storage.naming import group_key
 from storage.objects import clean
 from storage.pack import Sidecar, read_sidecar, sidecars
 from storage.plan import Question, Slice
+from storage.probe import whose
 from storage.rows import TEXTS, rows_problem
 from storage.run import Run, part_names
 from storage.settings import ModelFacts
 
+_FOREIGN = "is not a part of this run, but readers will take it for one"
 _PLANNED_TEXTS = ("question", "image_id", "ground_truth_answer")
 
 
@@ -56,7 +58,7 @@ def verify(run: Run, *, deep: bool = False) -> Iterator[Finding]:
         if piece.part in published:
             yield from verify_part(run, piece, deep=deep)
         elif name in present:
-            yield Finding(name, None, "has no sidecar yet: the collector writes it at its next sweep")
+            yield verify_undescribed(run, piece)
         else:
             yield Finding(name, None, f"is not published yet ({piece.size} questions)")
     if run.retried:
@@ -64,7 +66,7 @@ def verify(run: Run, *, deep: bool = False) -> Iterator[Finding]:
     names = {run.part_name(piece.part) for piece in run.slices}
     for name in present:
         if name not in names:
-            yield Finding(name, None, "is not a part of this run, but readers will take it for one")
+            yield Finding(name, None, _FOREIGN)
 
 
 def _written_twice(run: Run) -> Iterator[Finding]:
@@ -77,6 +79,17 @@ def _written_twice(run: Run) -> Iterator[Finding]:
     for question_id, files in parts.items():
         if len(files) > 1:
             yield Finding(files[-1], question_id, f"is written in {', '.join(files[:-1])} too")
+
+
+def verify_undescribed(run: Run, piece: Slice) -> Finding:
+    """Return what is wrong with a file that has a part's name and no sidecar. Raises FileNotFoundError."""
+    name = run.part_name(piece.part)
+    with run.local_part(piece.part) as path:
+        verdict = whose(path, run.run_id, piece.part)
+    if verdict == "damaged":
+        return Finding(name, None, "HDF5 cannot read it, and it has no sidecar", piece.part)
+    waits = "has no sidecar yet: the collector writes it at its next sweep"
+    return Finding(name, None, waits if verdict == "ours" else _FOREIGN)
 
 
 def verify_part(run: Run, piece: Slice, *, deep: bool = False) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,9 @@ def test_queueing() -> None:
     assert [row["planned questions"] for row in planned] == ["2,000"]
     assert [row["fed questions"] for row in fed] == ["2,000"]
     assert 5 < float(fed[0]["CPU us each"]) < 10_000
+    peaks = [float(megabytes) for name, megabytes in fed[0].items() if name.startswith("peak, MB")]
+    assert peaks == sorted(peaks)
+    assert 10 < peaks[0] < 1000
     assert 0.05 < float(overhead[0]["queue and staging, CPU ms each"]) < 100
     assert [row["workers"] for row in scaling] == ["1", "2"]
     assert all(1 < float(row["each"]) <= 60 for row in scaling)
@@ -107,6 +111,8 @@ def test_object_store() -> None:
     assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
+    assert re.fullmatch(r"\d+ GET, 2 HEAD, 3 LIST", table["read one layer: requests"]["object store"])
+    assert "read every vector: ranges" not in table  # it is fetched whole
 
 
 def test_flower() -> None:

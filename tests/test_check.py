@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +193,7 @@ def test_the_disk_that_is_expected_is_what_parts_take(tmp_path: Path, images: Pa
     for question in questions:
         shutil.copy(images / "small.png", images / question.image_id)
     table_of(tmp_path, *[(q.question_id, q.image_id, q.question, "") for q in questions])
-    found = check(
-        options(images, dtype=dtype), decode=False, sample=0, cache_dir=tmp_path, progress=lambda _: lambda: None
-    )
+    found = check(options(images, dtype=dtype), decode=False, sample=0, cache_dir=tmp_path)
     assert isinstance(found.disk, Disk)
     assert found.disk.parts == pytest.approx(run.part_path(1).stat().st_size, rel=0.2)
     assert found.disk.staging == pytest.approx(staged, rel=0.2)
@@ -254,7 +251,8 @@ def test_of_an_object_its_header_is_fetched(
         s3_server.write(f"{s3_url}/{path.name}", path.read_bytes())
         assert image_size(f"{s3_url}/{path.name}") == image_size(path) == load_image(path, 28, LIMITS).original_size
     assert fetched.pop("profile.jpg") in range(200_000, 300_000)
-    assert fetched.pop("noise.webp") == (images / "noise.webp").stat().st_size  # its decoder wants all of it
+    whole = (images / "noise.webp").stat().st_size
+    assert fetched.pop("noise.webp") in range(whole, whole + (1 << 17))  # its decoder wants all of it
     assert fetched["end.tiff"] < 1 << 17 < (images / "end.tiff").stat().st_size
     assert max(fetched.values()) <= 1 << 17
     assert (images / "large.jpg").stat().st_size > 1 << 20
@@ -287,14 +285,13 @@ def test_a_network_that_goes_away_blames_no_image(
 
 
 def test_the_survey_counts_every_image_once(images: Path) -> None:
-    seen: list[None] = []
-    look: Callable[[], object] = lambda: seen.append(None)  # noqa: E731
-    result = survey(gallery(images), [*SIZES, "../x.jpg", "gone.jpg"], decode=False, advance=look)
+    seen: list[int] = []
+    result = survey(gallery(images), [*SIZES, "../x.jpg", "gone.jpg"], decode=False, done=seen.append)
     assert result.sizes == SIZES
     assert {p.image_id: p.reason for p in result.problems} == {
         "../x.jpg": "image_outside_root",
         "gone.jpg": "image_missing",
     }
-    assert len(seen) == 5
+    assert seen[-1] == 5
     assert result.file_bytes == sum((images / name).stat().st_size for name in SIZES)
     assert result.decode_seconds is not None

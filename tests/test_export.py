@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from builders import make_questions, make_run, make_sample, stage
+from builders import make_facts, make_questions, make_run, make_sample, stage
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import storage
 from storage import cli
+from storage.export import export as export_run
 from storage.pack import pack
 from storage.run import Run
+from storage.stack import Stack
 
-QUERY = "query_token_representation"
+QUERY, VISION = "query_token_representation", "vision_only_representation"
 ANSWERS = ['a "quoted", answer', "two\nlines", "日本", "", "=1+1", "plain", " padded "]
 
 
@@ -63,8 +67,11 @@ def test_csv_is_what_labelling_scripts_take(run, export, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("at_once", [None, 2 * 8 * 4])  # bytes of vectors: two rows, so that a part is read in pieces
 @pytest.mark.parametrize("to", ["npz", "safetensors", "parquet"])
-def test_vectors_are_those_that_load_gives(run, export, tmp_path, to):
+def test_vectors_are_those_that_load_gives(run, export, tmp_path, monkeypatch, to, at_once):
+    if at_once is not None:
+        monkeypatch.setattr("storage.export._AT_ONCE", at_once)
     expected = storage.load(run.output_dir, QUERY, 3)
     target = tmp_path / f"{QUERY}_layer_3.{to}"
     assert export(run.output_dir, "--to", to, "--field", QUERY, "--layer", 3) == (0, f"{target.name}\n", "")
@@ -80,6 +87,7 @@ def test_vectors_are_those_that_load_gives(run, export, tmp_path, to):
             assert file.metadata()["field"] == f"{QUERY}/layer_3"
             assert json.loads(file.metadata()["question_id"]) == expected.ids
             assert json.loads(file.metadata()["answer"]) == answers
+        assert load_file(target)["vectors"].tobytes() == vectors.tobytes()
     else:
         frame = pd.read_parquet(target)
         vectors = np.stack(frame.pop("vector").to_list())
@@ -122,12 +130,57 @@ def test_a_file_that_exists_is_left_as_it_is(run, export, tmp_path, monkeypatch)
     assert (tmp_path / "answers.csv").read_text() == "labels by hand"
 
 
-def test_an_error_while_writing_leaves_nothing(run, export, tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["npz", "safetensors", "parquet"])
+def test_an_error_while_writing_leaves_nothing(run, export, tmp_path, monkeypatch, to):
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("storage.export.np.savez", lambda file, **_: file.write(b"half") and 1 / 0)
+    read, calls = Stack.read, []
+
+    def fail_at_the_third(stack, rows):
+        calls.append(rows)
+        return read(stack, rows) if len(calls) < 3 else 1 / 0
+
+    monkeypatch.setattr("storage.export._AT_ONCE", 2 * 8 * 4)
+    monkeypatch.setattr(Stack, "read", fail_at_the_third)
     with pytest.raises(ZeroDivisionError):
-        export(run.output_dir, "--to", "npz", "--field", QUERY, "--layer", 3)
+        export(run.output_dir, "--to", to, "--field", QUERY, "--layer", 3)
     assert sorted(tmp_path.iterdir()) == before
+
+
+WIDTH = 2048
+
+
+@pytest.fixture(scope="module")
+def few_and_many(tmp_path_factory) -> tuple[Run, Run]:
+    """Two runs of wide vectors, one with eight times the parts of the other."""
+    model = make_facts(num_hidden_layers=1, layers=(0,), hidden_size=WIDTH, vision_hidden_size=2)
+    runs = []
+    for number in (80, 640):
+        questions = make_questions(number, per_image=1)
+        runs.append(make_run(tmp_path_factory.mktemp("runs"), questions, model=model, checkpoint_interval=40))
+        for piece in runs[-1].slices:
+            stage(runs[-1], piece.part)
+            pack(runs[-1], piece.part)
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("to", ["npz", "safetensors", "parquet"])
+def test_memory_does_not_grow_with_the_vectors(few_and_many, tmp_path, monkeypatch, to):
+    monkeypatch.setattr("storage.export._AT_ONCE", 40 * 4 * WIDTH)
+    peaks = []
+    for run in (few_and_many[0], *few_and_many):  # once beforehand: what is imported and cached at the first call
+        tracemalloc.start()
+        export_run(run.output_dir, to, VISION, None, tmp_path / f"{len(peaks)}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    further = (640 - 80) * 4 * WIDTH  # bytes of vectors: 4.6 MB, of which a copy in memory would be seen
+    assert peaks[2] - peaks[1] < further / 2, peaks
+
+
+def test_texts_that_no_safetensors_header_holds_are_refused(run, export, monkeypatch, tmp_path):
+    monkeypatch.setattr("storage.export._LONGEST_HEADER", 500)
+    code, _, err = export(run.output_dir, "--to", "safetensors", "--field", QUERY, "--layer", 3)
+    assert (code, "too many for the header of a safetensors file: choose --to npz or parquet" in err) == (2, True)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

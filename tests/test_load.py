@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
@@ -22,8 +24,9 @@ from hypothesis import strategies as st
 
 import storage
 from producer.table import read_questions
-from storage.columns import COLUMN
+from storage.columns import COLUMN, open_part
 from storage.errors import DamagedError, UnfinishedWarning, UserError
+from storage.naming import part_number
 from storage.pack import pack
 from storage.part import write_part
 from storage.plan import Question, write_generation
@@ -82,6 +85,14 @@ def strip(path: Path, *names: str) -> None:
     with h5py.File(path, "r+") as file:
         for name in [name for name in file.attrs if name.startswith(names)]:
             del file.attrs[name]
+    describe_anew(path)
+
+
+def describe_anew(path: Path) -> None:
+    """Have the sidecar of a part say what size it has now."""
+    sidecar = path.parent / ".run" / "parts" / f"{part_number(path.name):03d}.json"
+    if sidecar.exists():
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"size": path.stat().st_size}))
 
 
 def reference_file(path: Path, ids: list[str], **attributes: object) -> Path:
@@ -353,7 +364,7 @@ def test_widths_that_differ_within_a_file_are_refused(tmp_path):
         ("no", "no such file"),
         ("", r"there is no \*\.h5 in it"),
         (None, "no file to read"),
-        ("s3://bucket/run", "copy the parts of an object store to this machine"),
+        ("http://bucket/run", "is no location that we know: name a directory, or s3://BUCKET/PREFIX"),
     ],
 )
 def test_nothing_to_read_is_refused(tmp_path, name, message):
@@ -387,6 +398,7 @@ def damage(run: Run, kind: str) -> None:
             elif kind == "index":
                 value[1, 0] += 1
             file.attrs[name] = value[:-1] if kind == "short index" else value
+        describe_anew(path)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "vector", "index", "short index", "rows", "rows of others"])
@@ -401,6 +413,53 @@ def test_damage_is_refused_with_the_file_and_the_cure(run, kind):
             read()
         assert str(caught.value).startswith(str(run.part_path(2)))
         assert REPAIR in str(caught.value)
+
+
+def test_a_part_of_another_size_is_named_before_hdf5_sees_it(run, monkeypatch):
+    path = run.part_path(2)
+    size = path.stat().st_size
+    monkeypatch.setattr("storage.source.open_part", lambda path: open_part(path) if path != run.part_path(2) else 1 / 0)
+    for other in (0, 8, size - 1, size + 1):
+        os.truncate(path, other)
+        with pytest.raises(DamagedError) as caught:
+            storage.load(run.output_dir, QUERY, LAYER)
+        assert str(caught.value).startswith(
+            f"{path} has {other:,} bytes; it was published with {size:,}; `storage verify`"
+        )
+
+
+def load_with_zeroed_pages(output_dir: Path, answers: Any) -> None:
+    """Zero each page of a part in turn; put what loading gives."""
+    [path] = output_dir.glob("*.h5")
+    whole = path.read_bytes()
+    for start in range(0, len(whole), 4096):
+        page = bytes(len(whole[start : start + 4096]))
+        path.write_bytes(whole[:start] + page + whole[start + 4096 :])
+        try:
+            loaded = storage.load(output_dir, QUERY, LAYER)
+            answers.put((loaded.ids, loaded.vectors.tobytes(), loaded.frame["answer"].tolist()))
+        except Exception as error:  # noqa: BLE001  (whatever it is, the test shows it)
+            answers.put(f"{type(error).__name__}: {error}")
+    answers.put(None)
+
+
+def test_a_zeroed_page_anywhere_is_refused_or_not_needed_and_never_a_hang(tmp_path):
+    run = make_run(tmp_path / "out", make_questions(60), model=make_facts(hidden_size=64), checkpoint_interval=60)
+    stage(run, 1)
+    pack(run, 1)
+    whole = storage.load(run.output_dir, QUERY, LAYER)
+    expected = whole.ids, whole.vectors.tobytes(), whole.frame["answer"].tolist()
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=load_with_zeroed_pages, args=(run.output_dir, answers), daemon=True)
+    process.start()
+    found = list(iter(lambda: answers.get(timeout=60), None))  # queue.Empty: it hangs, or has crashed
+    assert len(found) > 50
+    refused = [answer for answer in found if answer != expected]
+    assert 5 < len(refused) < len(found) - 5
+    for answer in refused:
+        assert answer.startswith(f"DamagedError: {run.part_path(1)}"), answer
+        assert REPAIR in answer
 
 
 # For torch

@@ -25,8 +25,10 @@ def test_a_url_has_one_spelling():
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://", "s3:///x", "http://b/x", "S3://b", "s3://b/../c", "s3://b/a//c", "s3://b/./c"]
-)
+    "url",
+    ["s3://", "s3:///x", "http://b/x", "file:///x", "gcs://b/x", "abfss://b/x", "S3://b", "s3://b/../c", "s3://b/a//c",
+     "s3://b/./c"],
+)  # fmt: skip
 def test_other_urls_are_refused(url):
     with pytest.raises(UserError, match=r"s3://|spell the prefix out"):
         resolve_location(url)

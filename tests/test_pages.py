@@ -16,6 +16,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -322,24 +323,43 @@ def on_three_failures(scene: Scene, lines: list[str]) -> None:
         shutil.rmtree(scene.directory / "output")
 
 
+@contextmanager
+def object_store(scene: Scene) -> Iterator[S3Server]:
+    server = S3Server(scene.directory / "s3.log")
+    server.start()
+    scene.variables |= server.variables
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 def in_an_object_store(scene: Scene, lines: list[str]) -> None:
     write_dataset(scene)
-    server = S3Server(scene.directory / "s3.log")
     scene.keep_running("redis-server &")
-    server.start()
-    try:
+    scene.variables["HALP_BROKER_URL"] = scene.broker
+    with object_store(scene) as server:
         for image in (scene.directory / "images").iterdir():
             server.write(f"s3://bucket/images/{image.name}", image.read_bytes())
         for line in lines:
-            if line.startswith("export "):
-                scene.variables |= {**server.variables, "HALP_BROKER_URL": scene.broker}
-            elif line.startswith("workers "):
+            if line.startswith("workers "):
                 scene.keep_running(line)
-            else:
+            elif not line.startswith("export "):  # of somebody's credentials
                 scene.run(line)
         assert "qwen25vl_7b_embeddings_part_001.h5" in server.objects("s3://bucket/runs/first")
-    finally:
-        server.stop()
+
+
+def reading_an_object_store(scene: Scene, lines: list[str]) -> None:
+    """The same run in a directory and in the store."""
+    output = scene.directory / "output"
+    write_run(output, layers=(21,))
+    with object_store(scene) as server:
+        for path in output.rglob("*"):
+            if path.is_file():
+                server.write(f"s3://bucket/runs/first/{path.relative_to(output)}", path.read_bytes())
+        for line in lines:
+            scene.run(line)
+        assert "probe.json" in server.objects("s3://bucket/runs/first")
 
 
 def before_a_run(scene: Scene, lines: list[str]) -> None:
@@ -383,6 +403,7 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("docs/operations.md", "Questions that fail"): on_three_failures,
     ("docs/operations.md", "GPU memory"): before_a_run,
     ("docs/object-stores.md", "Runs and images in an object store"): in_an_object_store,
+    ("docs/object-stores.md", "Reading"): reading_an_object_store,
     ("docs/halp.md", "Vectors"): on_published_files,
     ("docs/halp.md", "Probes"): on_published_labels,
     ("docs/probing.md", "Which vectors know that an answer is wrong?"): on_a_finished_run,

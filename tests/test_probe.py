@@ -14,7 +14,7 @@ from producer import planning
 from storage import probe
 from storage.errors import UserError
 from storage.pack import pack
-from storage.probe import is_part_of
+from storage.probe import whose
 from storage.run import Run
 
 PAGE = 4096
@@ -32,14 +32,18 @@ def run(tmp_path) -> Run:
 def test_a_part_says_whose_it_is(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no package is
     path = run.part_path(1)
-    assert is_part_of(path, run.run_id, 1)
-    assert is_part_of(path.relative_to(tmp_path), run.run_id, 1)
-    assert not is_part_of(path, run.run_id, 2)
-    assert not is_part_of(path, "another", 1)
+    assert whose(path, run.run_id, 1) == "ours"
+    assert whose(path.relative_to(tmp_path), run.run_id, 1) == "ours"
+    assert whose(path, run.run_id, 2) == "foreign"
+    assert whose(path, "another", 1) == "foreign"
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "a directory", "the reference script's"])
-def test_other_files_are_nobodys(run, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [("missing", "foreign"), ("text", "foreign"), ("a directory", "foreign"), ("the reference script's", "foreign"),
+     ("empty", "damaged"), ("truncated", "damaged"), ("cut to five bytes", "damaged"), ("zeroed", "damaged")],
+)  # fmt: skip
+def test_other_files_are_foreign_or_damaged(run, tmp_path, kind, verdict):
     path = tmp_path / "file.h5"
     if kind == "a directory":
         path.mkdir()
@@ -48,15 +52,16 @@ def test_other_files_are_nobodys(run, tmp_path, kind):
             file.attrs["model_name"] = "a model"
     elif kind != "missing":
         part = run.part_path(1).read_bytes()
-        path.write_bytes({"empty": b"", "text": b"precious", "truncated": part[:-1]}[kind])
-    assert not is_part_of(path, run.run_id, 1)
+        contents = {"empty": b"", "text": b"precious", "cut to five bytes": part[:5], "zeroed": bytes(len(part))}
+        path.write_bytes(contents.get(kind, part[:-1]))
+    assert whose(path, run.run_id, 1) == verdict
 
 
 def test_a_file_that_never_ends_is_given_up(run, tmp_path, monkeypatch):
     """As HDF5 does on some damaged heaps, opening a pipe without a writer waits for ever in one call."""
     monkeypatch.setattr(probe, "_TIMEOUT", 2.0)
     os.mkfifo(tmp_path / "pipe.h5")
-    assert not is_part_of(tmp_path / "pipe.h5", run.run_id, 1)
+    assert whose(tmp_path / "pipe.h5", run.run_id, 1) == "foreign"
 
 
 def pages_of_heaps(path: Path) -> list[int]:
@@ -83,11 +88,13 @@ def test_a_damaged_heap_hangs_neither_enqueue_nor_pack(run, monkeypatch):
     for page in pages:
         path.write_bytes(whole)
         zero_page(path, page)
-        if is_part_of(path, run.run_id, 1):
+        if whose(path, run.run_id, 1) == "ours":
             continue  # a heap of the questions' texts alone: the root can be read
-        with pytest.raises(UserError, match="is not part 1 of this run"):
+        with pytest.raises(
+            UserError, match=r"part_001\.h5 is damaged, .* `producer enqueue … --repair` packs it again"
+        ):
             pack(run, 1)
-        with pytest.raises(UserError, match="holds parts that are not this run's"):
+        with pytest.raises(UserError, match=r"holds damaged parts of this run \(.*part_001.h5\): .* with --repair"):
             planning._refuse_other_content(run.output_dir, run.settings)
         refused += 1
     assert refused
@@ -105,8 +112,8 @@ def test_a_damaged_part_with_a_sidecar_is_this_runs_and_is_not_opened(run, monke
         path.write_bytes(bytes(path.stat().st_size))
     else:
         path.unlink()
-    monkeypatch.setattr(planning, "is_part_of", lambda *_: pytest.fail("opened"))
-    monkeypatch.setattr("storage.pack.is_part_of", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(planning, "whose", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("storage.pack.whose", lambda *_: pytest.fail("opened"))
     planning._refuse_other_content(run.output_dir, run.settings)
     assert pack(run, 1)
 

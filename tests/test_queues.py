@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from workers.queues import COLLECT, LANES, ModelQueues
+from workers.queues import COLLECT, LANES, ModelQueues, Rounds
 
 QUEUES = ModelQueues("qwen25vl_7b", "bfloat16", "0123456789ab")
 WORKERS = [f"extract-{i}@host-{i % 7}" for i in range(200)]
@@ -57,6 +57,57 @@ def test_workers_begin_at_different_lanes():
     counts = Counter(QUEUES.in_order_of(worker)[1] for worker in WORKERS)
     assert len(counts) > LANES / 2
     assert max(counts.values()) < 8
+
+
+class Served:
+    """Lists as Redis keeps them, and a worker that looks into them in rounds."""
+
+    def __init__(self, **waiting: int) -> None:
+        self.waiting = Counter({name.replace("_", "."): number for name, number in waiting.items()})
+        self.rounds = Rounds()
+        self.rounds.update(list(self.waiting))
+
+    def take(self, number: int = 1) -> list[str]:
+        taken = []
+        for _ in range(number):
+            taken.append(next(name for name in self.rounds.consume(len(self.waiting)) if self.waiting[name]))
+            self.waiting[taken[-1]] -= 1
+            self.rounds.rotate(taken[-1])
+        return taken
+
+
+def test_a_lane_is_emptied_before_the_next():
+    assert Served(q_retry=0, q_000=2, q_001=1, q_002=2).take(5) == ["q.000", "q.000", "q.001", "q.002", "q.002"]
+
+
+def test_retries_come_before_any_lane_and_rounds_go_on_after_them():
+    served = Served(q_retry=1, q_000=1, q_001=2)
+    assert served.take(3) == ["q.retry", "q.000", "q.001"]
+    served.waiting.update({"q.retry": 1, "q.000": 1})
+    assert served.take(3) == ["q.retry", "q.001", "q.000"]
+
+
+def test_a_run_that_is_fed_all_the_while_keeps_no_lane_waiting():
+    served = Served(q_retry=0, q_000=8, q_001=8, q_002=8)
+    taken = []
+    for _ in range(300):
+        taken += served.take()
+        served.waiting["q.000"] += 1
+    assert taken.index("q.002") == 256 + 8
+
+
+def test_one_image_with_very_many_questions_is_left_for_a_look_at_the_others():
+    served = Served(q_retry=0, q_000=1000, q_001=1)
+    assert served.take(257).index("q.001") == 256
+    assert served.take(700) == ["q.000"] * 700
+
+
+def test_rounds_go_on_after_the_queues_are_named_again():
+    served = Served(q_retry=0, q_000=1, q_001=2)
+    served.take(2)
+    served.waiting["q.000"] += 1
+    served.rounds.update(list(served.waiting))  # as after a lost connection
+    assert served.take(2) == ["q.001", "q.000"]
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "random"])

@@ -258,6 +258,31 @@ def test_repair_keeps_what_is_not_damaged_for_good(run):
     assert run.part_path(2).read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["truncated", "zeroed", "foreign"])
+def test_a_part_that_lost_its_sidecar_too_is_moved_aside_only_if_it_is_damaged(run, tmp_path, kind):
+    whole = run.part_path(2).read_bytes()
+    run.store.delete(run.sidecar_key(2))
+    stage(run, 2, failed=[2])  # what was staged is there until the sidecar is
+    contents = {"truncated": whole[: len(whole) // 2], "zeroed": bytes(len(whole)), "foreign": b"precious"}
+    run.part_path(2).write_bytes(contents[kind])
+    found_before = [str(finding) for finding in verify(run)]
+    if kind == "foreign":
+        assert found_before == [f"{SECOND}: is not a part of this run, but readers will take it for one"]
+        assert repair(run) == {}
+        assert run.part_path(2).read_bytes() == b"precious"
+        return
+    assert found_before == [f"{SECOND}: HDF5 cannot read it, and it has no sidecar"]
+    with pytest.raises(UserError, match=rf"holds damaged parts of this run \({SECOND}\): .* --repair moves them"):
+        planning._refuse_other_content(str(run.output_dir), run.settings)
+    with pytest.raises(UserError, match=rf"{SECOND} is damaged, and was not described"):
+        pack(run, 2)
+    assert list(repair(run)) == [SECOND]
+    assert [p.read_bytes() for p in (run.output_dir / ".run/damaged").iterdir()] == [contents[kind]]
+    assert pack(run, 2)
+    planning._refuse_other_content(str(run.output_dir), run.settings)
+    assert found(run, deep=True) == []
+
+
 def test_repair_refuses_other_settings_before_it_moves_anything(run, capsys):
     run.part_path(1).write_bytes(b"damaged")
     with pytest.raises(UserError, match="other settings"):

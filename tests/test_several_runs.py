@@ -24,13 +24,14 @@ def test_two_users_with_the_same_ids_and_a_broken_run_between_them(
     small_rows = [{**row, "question": f"Another: {row['question']}"} for row in large_rows[:40]]
     small = write_csv(tmp_path / "small.csv", small_rows)
     runs = {name: tmp_path / name for name in ("a-large", "b-broken", "c-small")}
+    cluster.variables["HALP_QUEUE_LIMIT"] = "100"  # a worker's round of the lanes is then short beside the large run
     cluster.enqueue(large, images, runs["a-large"], "--checkpoint-interval", 200)
     cluster.enqueue(small, images, runs["b-broken"])
     [slice_file] = (runs["b-broken"] / ".run" / "plan").glob("*/*.jsonl")
     slice_file.write_text("broken")
     cluster.enqueue(small, images, runs["c-small"])
-    cluster.worker("fake:0.05")
-    cluster.worker("fake:0.05")
+    cluster.worker("fake:0.1")
+    cluster.worker("fake:0.1")
     cluster.collector()
     wait_for(lambda: finished(runs["c-small"]), 120, "the small run is finished")
     assert not finished(runs["a-large"])

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 from s3_server import CREDENTIALS
 
 from storage import object_store
@@ -324,6 +325,15 @@ def test_a_lack_of_credentials_is_named(s3_url, monkeypatch):
     with pytest.raises(ObjectStoreError, match=f"{s3_url}/key: no credentials: set AWS_ACCESS_KEY_ID"):
         open_store(s3_url).get("key")
     connect.cache_clear()
+
+
+@pytest.mark.parametrize(("scheme", "variables"), [("s3", "AWS_*"), ("gs", "GOOGLE_*"), ("az", "AZURE_STORAGE_*")])
+def test_messages_name_the_variables_of_the_store(scheme, variables):
+    for error in (PermissionDeniedError("403 Forbidden"), UnauthenticatedError("401 Unauthorized")):
+        assert f"check the {variables} credentials" in str(object_store._translate(error, "url", f"{scheme}://b"))
+    other = str(object_store._translate(GenericError("Account must be specified"), "url", f"{scheme}://b"))
+    assert other.startswith("url: Account must be specified")
+    assert (f"{variables} variables say which store it is, and {scheme}:// is untested" in other) == (scheme != "s3")
 
 
 def test_objects_are_asked_for_one_by_one_where_they_are_few(s3_url, s3_server):

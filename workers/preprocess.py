@@ -186,9 +186,9 @@ def _opened(path: str | Path) -> BinaryIO:
     """Return an image's file, or an object as one."""
     with _reading(path):
         if is_url(path):
-            from storage.object_file import open_object
+            from storage.object_file import open_image
 
-            file, size = open_object(str(path))
+            file, size = open_image(str(path))
             if 0 < size <= MAX_IMAGE_BYTES:
                 return file
         else:

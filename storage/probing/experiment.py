@@ -22,7 +22,7 @@ from storage.probing.probes import ProbeName, fit
 from storage.probing.score import Bools, Floats
 from storage.probing.split import Rows, Split, SplitName, check_classes, grouped_split, published_split
 from storage.reading import load, load_frame
-from storage.source import Source
+from storage.source import OpenPart, Source
 
 _EXACT_MATCH = "exact match with the ground truth, after normalisation"
 _MAX_VALUES = 50  # of a column that a breakdown is made by
@@ -168,9 +168,10 @@ def _split(questions: _Questions, settings: ProbeSettings) -> Split:
 
 
 def _fields(directory: Path | str) -> list[str]:
-    for part in Source(directory).parts():
-        return part.fields()
-    raise UserError(f"{directory}: its parts hold no question")
+    fields = next(Source(directory).read(OpenPart.fields), None)
+    if fields is None:
+        raise UserError(f"{directory}: its parts hold no question")
+    return fields
 
 
 def _choose(probes: list[Scored], split: Split) -> list[Scored]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
+from storage.location import join, resolve_location
 from storage.probing.experiment import Experiment
 from storage.probing.judge import Scored
+from storage.source import is_home
+from storage.store import open_store
 
 # Okabe and Ito's palette, told apart with any colour vision; the marks differ too.
 _STYLES = {
@@ -16,7 +20,22 @@ _STYLES = {
     "vision_only_representation": ("vision only", "#009E73", "D"),
     "vision_encoder_representation": ("vision encoder", "#CC79A7", "^"),
 }
+_FIGURE = "probe.svg"
 _LINES = ("dotted", "dashed", "dashdot", (0, (1, 3)), (0, (5, 5)), (0, (3, 1, 1, 1)))
+
+
+def write_results(experiment: Experiment, body: str, plot: Path | None) -> str:
+    """Write probe.json beside the parts, and the figure there too or to `plot`; return the figure's path or URL."""
+    place = experiment.directory
+    home = place if is_home(place) else place.rpartition("/")[0] or "."
+    store = open_store(resolve_location(home), scratch=".")
+    with tempfile.TemporaryDirectory(prefix="halp-probe-") as directory:
+        figure = plot or Path(directory) / _FIGURE
+        draw(experiment, figure)
+        if plot is None:
+            store.put(_FIGURE, figure.read_bytes())
+    store.put("probe.json", f"{body}\n".encode())
+    return str(plot or join(home.rstrip("/"), _FIGURE))
 
 
 def draw(experiment: Experiment, path: Path) -> None:
