@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from storage.chunks import CODEC, decode_chunk, join_planes
+from storage.chunks import CODEC, Planes, join_planes, read_planes
 from storage.errors import ADVICE, DamagedError, ObjectStoreError, UserError
 from storage.naming import group_key, question_id
 from storage.object_file import BLOCK, File, ObjectFile, on_this_machine, open_raw
@@ -20,6 +20,7 @@ COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
 Vectors = npt.NDArray[np.float32]
 _SMALL_GAP = 65536  # reading over it is cheaper than a second read
+_ROWS_AT_ONCE = 16  # their values stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,24 @@ class Column:
                 values[place] = vector
 
     def _read_chunks(self, values: Vectors, places: Sequence[int], rows: Sequence[int], index: Index) -> None:
-        chunks = _read_runs(self.path, index)
-        decoded: dict[int, int] = {}  # offset to the first place that has it: questions of one image share their chunks
-        for place, row, (offset, _, crc) in zip(places, rows, index.tolist(), strict=True):
-            if (first := decoded.setdefault(offset, place)) != place:
-                values[place] = values[first]
-                continue
-            if CODEC.crc32(chunks[offset]) != crc:
-                raise DamagedError(f"{self._where(row)}: {self.field} is damaged (CRC-32); {ADVICE}")
-            try:
-                join_planes(decode_chunk(chunks[offset], self.width), values[place])
-            except ValueError as error:
-                message = f"{self._where(row)}: {self.field} is not of width {self.width}: {error}"
-                raise UserError(message) from error
+        chunks = read_runs(self.path, index)
+        _, first, same = np.unique(index[:, 0], return_index=True, return_inverse=True)
+        place = np.fromiter(places, np.intp, len(places))
+        for start in range(0, len(first), _ROWS_AT_ONCE):
+            some = first[start : start + _ROWS_AT_ONCE]
+            planes = [self._planes(chunks, rows[k], index[k]) for k in some.tolist()]
+            values[place[some]] = join_planes(planes, self.width)
+        if (again := first[same] != np.arange(len(rows))).any():  # questions of one image share their chunks
+            values[place[again]] = values[place[first[same][again]]]
+
+    def _planes(self, chunks: dict[int, memoryview], row: int, index_row: Index) -> Planes:
+        offset, _, crc = index_row.tolist()
+        if CODEC.crc32(chunks[offset]) != crc:
+            raise DamagedError(f"{self._where(row)}: {self.field} is damaged (CRC-32); {ADVICE}")
+        try:
+            return read_planes(chunks[offset], self.width)
+        except ValueError as error:
+            raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: {error}") from error
 
     def _where(self, row: int) -> str:
         return f"{self.path}, question {self.ids[row]}"
@@ -135,7 +141,7 @@ def read_index(file: h5py.File) -> dict[str, Index]:
     return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
 
 
-def _read_runs(path: File, index: Index) -> dict[int, memoryview]:
+def read_runs(path: File, index: Index) -> dict[int, memoryview]:
     """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
     chunks: dict[int, memoryview] = {}
     gap = _SMALL_GAP if isinstance(path, Path) or path.copy else BLOCK

@@ -60,6 +60,8 @@ def _space(shape: tuple[int, ...]) -> Any:
 
 def clean(text: str) -> str:
     """Return a text as it is stored: HDF5 ends a string at its first NUL, and a lone surrogate has no UTF-8."""
+    if text.isascii() and "\0" not in text:
+        return text
     # Ids and texts are checked at enqueue; a model that emits a NUL must not cost the sample.
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from storage.columns import COLUMN
 from storage.drift import DriftMeter
+from storage.memory import keep_heap, uncollected
 from storage.naming import group_key, model_type, question_id
 from storage.objects import create_group, write_attributes, write_text
 from storage.placement import Placement, check_placed
@@ -36,6 +37,8 @@ QUESTION_ATTRIBUTES = frozenset(
 
 # Metadata a tenth of the default's size; `latest` would write layouts that h5py <= 3.14 and h5dump 1.10 reject.
 _LIBVER = ("v110", "v110")
+# Else 64 KB of hash table for every dataset that is created. Per dataset it would be a property list to copy each time.
+_NO_CHUNK_CACHE = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,19 @@ def write_part(
     failures: Iterable[Failure],
 ) -> None:
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
+    keep_heap()
+    with uncollected():
+        _write_part(path, settings, model, part, samples, failures)
+
+
+def _write_part(
+    path: Path,
+    settings: RunSettings,
+    model: ModelFacts | None,
+    part: int,
+    samples: Iterable[tuple[Question, Sample]],
+    failures: Iterable[Failure],
+) -> None:
     placement, meter = Placement(), DriftMeter()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
     rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
@@ -71,7 +87,7 @@ def write_part(
             own = {"question_id": question.question_id, "csv_row": question.csv_row}
             rows[key] = _texts(question, sample), {**question.extra, **facts, **own}
             _write_question(file, placement, key, sample.vectors, *rows[key])
-    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size) as file:
+    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size, **_NO_CHUNK_CACHE) as file:
         columns = placement.write(file.id)
         attributes = {
             **_root_attributes(settings, model, part),

@@ -12,6 +12,7 @@ import pandas as pd
 
 from storage.columns import Column, Vectors
 from storage.errors import UserError
+from storage.memory import uncollected
 from storage.naming import part_number
 from storage.rows import Columns
 from storage.source import OpenPart, Paths, Source
@@ -95,9 +96,10 @@ def locate(source: Source, field: str, *, order: Order = "plan", progress: bool 
     """Return what `load` does, without the vectors."""
     found: list[Column] = []
     frames: list[pd.DataFrame] = []
-    for column, frame in source.read(lambda part: (part.column(field), part_frame(part)), progress=progress):
-        found.append(column)
-        frames.append(frame)
+    with uncollected():
+        for column, frame in source.read(lambda part: (part.column(field), part_frame(part)), progress=progress):
+            found.append(column)
+            frames.append(frame)
     ids = [question for column in found for question in column.ids]
     frame = _joined(frames)
     rows = _ordered(source, ids, frame, order)

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage import placement
-from storage.chunks import CODEC, ZLIB, decode_chunk, encode_chunk, raw
+from storage.chunks import CODEC, ZLIB, decode_chunk, encode_chunk, join_planes, raw, read_planes
 from storage.columns import COLUMN, read_column, read_index
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
@@ -73,6 +73,8 @@ def test_a_chunk_is_the_shuffled_vector_as_a_zlib_stream(codec, values):
     shuffled = bits.view(np.uint8).reshape(-1, 4).T
     assert zlib.decompress(chunk) == shuffled.tobytes()
     np.testing.assert_array_equal(decode_chunk(chunk, values.size, codec), shuffled)
+    rows = [read_planes(memoryview(chunk), values.size, codec)] * 2
+    assert join_planes(rows, values.size).tobytes() == bits.tobytes() * 2
 
 
 @CODECS
@@ -94,6 +96,29 @@ def test_a_chunk_of_another_size_or_no_stream_is_refused(codec):
     for damaged, size in [(chunk, 4), (chunk, 6), (chunk[:-6], 5), (b"", 5), (b"precious", 5)]:
         with pytest.raises(ValueError, match=r"instead of|not a zlib stream"):
             decode_chunk(damaged, size, codec)
+        with pytest.raises(ValueError, match=r"instead of|not a zlib stream"):
+            read_planes(memoryview(damaged), size, codec)
+
+
+@CODECS
+def test_a_bfloat16_row_is_read_without_the_planes_that_need_no_inflating(codec):
+    values = np.random.default_rng(0).standard_normal(3584).astype(ml_dtypes.bfloat16)
+    inflated: list[int] = []
+
+    def inflate(data, wbits, size):
+        inflated.append(size)
+        return codec.inflate(data, wbits, size)
+
+    row = read_planes(memoryview(encode_chunk(values, codec)), 3584, replace(codec, inflate=inflate))
+    assert inflated == [3584]
+    np.testing.assert_array_equal(join_planes([row], 3584), [values.astype(np.float32)])
+
+
+@CODECS
+def test_a_zlib_stream_of_bfloat16_values_from_elsewhere_is_read_too(codec):
+    values = np.random.default_rng(0).standard_normal(3584).astype(ml_dtypes.bfloat16).astype(np.float32)
+    chunk = zlib.compress(values.view(np.uint8).reshape(-1, 4).T.tobytes(), 4)
+    np.testing.assert_array_equal(join_planes([read_planes(memoryview(chunk), 3584, codec)], 3584), [values])
 
 
 def test_without_isal_the_standard_library_is_used():
@@ -124,6 +149,22 @@ def test_a_column_is_one_run_of_the_file_and_the_index_says_where(tmp_path):
             distinct = np.unique(index[:, :2], axis=0)
             assert len(distinct) == (60 if field.startswith("query") else 20)
             np.testing.assert_array_equal(distinct[1:, 0], distinct[:-1].sum(axis=1))
+
+
+def test_the_index_is_right_where_a_column_is_in_several_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        placement.Placement, "metadata_size", 2048
+    )  # headers of datasets come to lie between the chunks
+    path = write(tmp_path / "part.h5", samples := pairs(60))
+    with h5py.File(path, "r") as file:
+        index = read_index(file)[FIELD]
+        assert (np.diff(index[:, 0].astype(int)) != index[:-1, 1]).any()
+        for key, (offset, size, _) in zip(file, index.tolist(), strict=True):
+            stored = file[key][FIELD].id.get_chunk_info(0)
+            assert (stored.byte_offset, stored.size) == (offset, size)
+    by_key = {q.question_id: sample.vectors[FIELD].astype(np.float32) for q, sample in samples}
+    ids, values = read_column(path, FIELD)
+    np.testing.assert_array_equal(values, [by_key[key] for key in ids])
 
 
 def test_the_documented_way_to_read_a_column_without_this_package(tmp_path):

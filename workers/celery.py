@@ -67,7 +67,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
 class _Code(einfo._Code):  # type: ignore[misc]
     """What Celery keeps of a failed task's code, without the positions of all its instructions.
 
-    They are some megabytes a failure, in reference cycles that Python collects late: after some hundred retries a worker held
+    They are 300 KB a failure at least, in reference cycles that Python collects late: after some hundred retries a worker held
     50 MB of them. https://github.com/celery/celery/issues/8882. Lines are still known; the record's text was made before.
     """
 
