@@ -270,7 +270,7 @@ def retry(
 
 
 @app.command()
-def cancel(directory: Directory, as_json: AsJson = False) -> None:
+def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Stop a run: workers drop its queued questions and begin no other. What is finished is kept; other runs go on.
 
     Example: producer cancel output/
@@ -285,16 +285,18 @@ def cancel(directory: Directory, as_json: AsJson = False) -> None:
     newly = run.cancel()
     if as_json:
         print(json.dumps({"newly_cancelled": newly, "outstanding": account.outstanding}))
-        return
-    was = "is cancelled" if newly else "was cancelled before"
-    print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
-    print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
+    elif not quiet:
+        was = "is cancelled" if newly else "was cancelled before"
+        print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
+        print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's files go.")] = Path("demo-output"),
     questions: Annotated[int, typer.Option(min=1, help="How many questions of easy-vqa's test split.")] = 2000,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the main job on real questions about real images with a small trained model, and show its answers.
 
@@ -303,8 +305,8 @@ def demo(
     from producer.demo import plan_demo, show_demo
 
     run = plan_demo(output_dir, questions)
-    code = run_to_end(run, output_dir / "model_cache")
-    if code == 0:
+    code = run_to_end(run, output_dir / "model_cache", quiet=quiet, as_json=as_json)
+    if code == 0 and not (quiet or as_json):
         show_demo(run)
     raise SystemExit(code)
 

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Look into HDF5 parts, check runs, probe them.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
 @app.command()
@@ -86,6 +87,7 @@ def verify(
         bool, typer.Option("--deep", help="Also check every stored vector's checksum, and the texts against the plan.")
     ] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check that every planned question is accounted for exactly once and every vector is whole. Exit code 1 if not.
 
@@ -107,8 +109,9 @@ def verify(
         if any(finding.part is not None for finding in findings):
             print(f"To compute the damaged parts again: {repair_command(run)}", file=sys.stderr)
         verdict = f"{len(findings)} problems" if findings else "no problem found"
-        print(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
-              f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip
+        if not quiet:
+            print(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
+                  f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip
     raise SystemExit(1 if findings else 0)
 
 
@@ -116,6 +119,7 @@ def verify(
 def report(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL.")],
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write report.html into a run's directory: counts, failures, charts and samples in one page. The collector does, too.
 
@@ -125,7 +129,7 @@ def report(
     from storage.run import Run
 
     address = write_report(Run.open(directory))
-    print(json.dumps({"report": address}) if as_json else address)
+    _print_written("report", address, as_json, quiet)
 
 
 @app.command("export")
@@ -145,6 +149,8 @@ def export_command(
         Path | None,
         typer.Option(metavar="PATH", help="A new file. [default: answers.FORMAT or FIELD.FORMAT]", show_default=False),
     ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write one field's vectors, or the answers, into a file of another format. A file that exists is not replaced.
 
@@ -156,7 +162,8 @@ def export_command(
         raise UserError(f"--to {to}: the formats are {', '.join(FORMATS)}")
     if layer is not None and field is None:
         raise UserError("--layer needs --field, as in: --field query_token_representation --layer 21")
-    print(export(source, to, field, layer, output, progress=sys.stderr.isatty()))
+    written = export(source, to, field, layer, output, progress=not quiet and sys.stderr.isatty())
+    _print_written("file", str(written), as_json, quiet)
 
 
 @app.command()
@@ -165,6 +172,7 @@ def diff(
     second: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     rows: Annotated[int, typer.Option(min=1, help="Questions in each table.")] = 10,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare two runs question by question. Exit code 0: the same questions, answers and vectors; 1: they differ.
 
@@ -172,10 +180,10 @@ def diff(
     """
     from storage.diff import compare, difference_tables
 
-    difference = compare(first, second, progress=sys.stderr.isatty())
+    difference = compare(first, second, progress=not quiet and sys.stderr.isatty())
     if as_json:
         print(json.dumps({"same": difference.same, **asdict(difference)}))
-    else:
+    elif not quiet:
         console = Console()
         for table in difference_tables(difference, rows):
             console.print(table)
@@ -227,6 +235,7 @@ def probe(
         ),
     ] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how well each representation and layer predicts that an answer is wrong; write probe.json and a figure to DIR.
 
@@ -245,14 +254,14 @@ def probe(
         by=by,
         seed=seed,
     )
-    with Console(stderr=True).status("reading the parts") as status:
+    with Console(stderr=True, quiet=quiet).status("reading the parts") as status:
         experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
     body = json.dumps(experiment_json(experiment), indent=1)
     figure = write_results(experiment, body, plot)
     if as_json:
         print(body)
         return
-    console = Console()
+    console = Console(quiet=quiet)
     for line in report_lines(experiment):
         console.print(line, highlight=False, soft_wrap=True)
     for table in report_tables(experiment):
@@ -260,6 +269,13 @@ def probe(
     for line in closing_lines(experiment):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+
+
+def _print_written(kind: str, address: str, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps({kind: address}))
+    elif not quiet:
+        print(address)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 from storage.location import split_url
 from storage.store import Store, local_file, open_store
@@ -18,6 +18,7 @@ from storage.store import Store, local_file, open_store
 # request takes as long as some hundred KB.
 BLOCK = 1 << 20
 _BLOCKS = 16  # kept of an open file
+_HEADER = 1 << 16  # holds the headers of nearly all images; a JPEG's may have a preview in it that is larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,27 @@ def on_this_machine(file: File) -> Iterator[File]:
         yield replace(file, copy=copy)
 
 
+def open_image(url: str) -> tuple[BinaryIO, int]:
+    """Return an image's object as a file, of which what is read is fetched, and its length. Its header takes one request.
+
+    Raises FileNotFoundError, ObjectStoreError; so does reading.
+    """
+    from storage.object_store import ObjectStore
+
+    bucket, key = split_url(url)
+    store = ObjectStore(bucket)
+    start, size = store.get_start(key, _HEADER)
+    return io.BufferedReader(_Ranges(store, key, size, _HEADER, start), _HEADER), size
+
+
 class _Ranges(io.RawIOBase):
     """An open object: small reads by blocks, of which the last few are kept, large ones as they are."""
 
-    def __init__(self, store: Store, key: str, size: int) -> None:
+    def __init__(self, store: Store, key: str, size: int, block: int = BLOCK, first: bytes | None = None) -> None:
         self._store, self._key = store, key
         self._size, self._at = size, 0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._length = block
+        self._blocks: OrderedDict[int, bytes] = OrderedDict({} if first is None else {0: first})
 
     def readable(self) -> bool:
         return True
@@ -99,20 +114,27 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         length = max(0, min(len(view), self._size - self._at))
-        if length > BLOCK:
+        block = self._length
+        if length > block:
             data = self._store.get_range(self._key, self._at, length)
         else:
             start, end = self._at, self._at + length
-            blocks = [self._block(number) for number in range(start // BLOCK, -(-end // BLOCK))]
-            data = b"".join(blocks)[start % BLOCK : start % BLOCK + length]
+            blocks = [self._block(number) for number in range(start // block, -(-end // block))]
+            data = b"".join(blocks)[start % block : start % block + length]
         view[: len(data)] = data
         self._at += len(data)
         return len(data)
 
+    def readall(self) -> bytes:
+        data = bytearray(max(0, self._size - self._at))  # one read: the base class makes one for each 8 KB
+        self.readinto(data)
+        return bytes(data)
+
     def _block(self, number: int) -> bytes:
         data = self._blocks.get(number)
         if data is None:
-            data = self._store.get_range(self._key, number * BLOCK, min(BLOCK, self._size - number * BLOCK))
+            start = number * self._length
+            data = self._store.get_range(self._key, start, min(self._length, self._size - start))
             self._blocks[number] = data
             if len(self._blocks) > _BLOCKS:
                 self._blocks.popitem(last=False)

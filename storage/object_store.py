@@ -59,6 +59,20 @@ class ObjectStore:
         timeout = _SMALL if length <= _SHORT_RANGE else _LARGE
         return self._ask(key, lambda client, at: bytes(client.get_range(at, start=start, length=length)), timeout)
 
+    def get_start(self, key: str, length: int) -> tuple[bytes, int]:
+        """Return an object's first bytes, and how many it has, by one request. Raises FileNotFoundError, ObjectStoreError."""
+
+        def ask(client: Any, at: str) -> tuple[bytes, int]:
+            try:
+                result = client.get(at, options={"range": (0, length)})
+            except BaseError as error:
+                if "<Code>InvalidRange</Code>" in str(error):  # an empty object has no first byte
+                    return b"", 0
+                raise
+            return bytes(result.bytes()), result.meta["size"]
+
+        return self._ask(key, ask)
+
     def get_bounded(self, key: str, limit: int) -> bytes | None:
         """Return an object's bytes; None, without fetching them, where there are more than `limit`."""
 

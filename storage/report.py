@@ -77,12 +77,20 @@ def _figures(data: ReportData) -> list[tuple[str, Markup | None]]:
         return draw(values, label=label) if values else None
 
     return [
-        ("Throughput", when(data.progress if len(data.progress) > 1 else None, charts.line, "hours since the plan")),
+        ("Throughput", _throughput(data.progress) if len(data.progress) > 1 else None),
         ("Prompt tokens", when(data.prompt_tokens, charts.histogram, "tokens of a prompt, the image's among them")),
         ("Answer length", when(data.answer_tokens, charts.histogram, "tokens of an answer")),
         ("Batch size", when(data.batch_sizes, charts.histogram, "questions computed together")),
         ("Norms by layer", when(_norms(data), charts.means, "decoder layer")),
     ]
+
+
+def _throughput(progress: list[tuple[float, float]]) -> Markup:
+    """Return questions over time, in the largest unit of which there are two."""
+    hours = progress[-1][0]
+    units = [("hours", 1), ("minutes", 60), ("seconds", 3600)]
+    unit, number = next((u for u in units if hours * u[1] >= 2), units[-1])
+    return charts.line([(time * number, done) for time, done in progress], label=f"{unit} since the plan")
 
 
 def _norms(data: ReportData) -> dict[str, list[tuple[float, float, float]]]:

@@ -11,15 +11,20 @@ import pytest
 from builders import make_facts, make_questions, make_run, stage
 from PIL import Image
 from processes import command, write_csv
+from s3_server import S3Server
 
 from producer.check import Disk, check
 from producer.findings import table_findings
 from producer.options import RunOptions
 from producer.survey import Gallery, survey
+from storage.errors import ObjectStoreError
+from storage.object_store import ObjectStore
 from storage.pack import pack
 from storage.plan import Question
+from workers.errors import PermanentError, TransientError
 from workers.preprocess import image_size, load_image
 
+LIMITS = (3136, 12845056)
 SIZES = {"small.png": (224, 224), "wide.jpg": (1400, 700), "large.jpg": (2800, 2800)}
 
 
@@ -208,7 +213,7 @@ def test_ids_read_as_numbers() -> None:
 
 def gallery(images: Path, **changes: Any) -> Gallery:
     fields: dict[str, Any] = {
-        "images_dir": str(images.resolve()), "roots": (), "limits": (3136, 12845056), "factor": 28, "halp_compat": False,
+        "images_dir": str(images.resolve()), "roots": (), "limits": LIMITS, "factor": 28, "halp_compat": False,
         "exif_rotation": False,
     }  # fmt: skip
     return Gallery(**(fields | changes))
@@ -220,8 +225,63 @@ def test_a_header_says_what_decoding_shows(images: Path, orientation: int, turne
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (80, 40)).save(images / "turned.jpg", exif=exif)
-    decoded = load_image(images / "turned.jpg", 28, (3136, 12845056), exif_rotation=turned).original_size
+    decoded = load_image(images / "turned.jpg", 28, LIMITS, exif_rotation=turned).original_size
     assert image_size(images / "turned.jpg", exif_rotation=turned) == decoded
+
+
+def test_of_an_object_its_header_is_fetched(
+    images: Path, s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Image.effect_noise((900, 700), 60).convert("RGB")
+    noise.save(images / "profile.jpg", icc_profile=bytes(200_000))  # it stands before the size
+    noise.save(images / "end.tiff", compression="tiff_lzw")  # its directory stands behind the pixels
+    for kind in ("webp", "gif", "bmp", "jp2", "tga", "ico"):
+        noise.save(images / f"noise.{kind}")
+    fetched: dict[str, int] = {}
+    for name in ("get_start", "get_range"):
+
+        def counted(store: ObjectStore, key: str, *numbers: int, method: Any = getattr(ObjectStore, name)) -> Any:
+            answer = method(store, key, *numbers)
+            data = answer[0] if isinstance(answer, tuple) else answer
+            fetched[Path(key).name] = fetched.get(Path(key).name, 0) + len(data)
+            return answer
+
+        monkeypatch.setattr(ObjectStore, name, counted)
+    for path in images.iterdir():
+        s3_server.write(f"{s3_url}/{path.name}", path.read_bytes())
+        assert image_size(f"{s3_url}/{path.name}") == image_size(path) == load_image(path, 28, LIMITS).original_size
+    assert fetched.pop("profile.jpg") in range(200_000, 300_000)
+    whole = (images / "noise.webp").stat().st_size
+    assert fetched.pop("noise.webp") in range(whole, whole + (1 << 17))  # its decoder wants all of it
+    assert fetched["end.tiff"] < 1 << 17 < (images / "end.tiff").stat().st_size
+    assert max(fetched.values()) <= 1 << 17
+    assert (images / "large.jpg").stat().st_size > 1 << 20
+    s3_server.control()
+    image_size(f"{s3_url}/large.jpg")
+    assert s3_server.control() == {"GET": 1}
+
+
+def test_objects_that_are_no_images(s3_url: str, s3_server: S3Server) -> None:
+    s3_server.write(f"{s3_url}/empty.jpg", b"")
+    s3_server.write(f"{s3_url}/text.jpg", b"this is a text")
+    for name, reason in [("empty", "image_empty"), ("text", "image_unreadable"), ("gone", "image_missing")]:
+        with pytest.raises(PermanentError) as told:
+            image_size(f"{s3_url}/{name}.jpg")
+        assert told.value.reason == reason
+
+
+def test_a_network_that_goes_away_blames_no_image(
+    images: Path, s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (50, 40)).save(images / "profile.jpg", icc_profile=bytes(200_000))
+    s3_server.write(f"{s3_url}/profile.jpg", (images / "profile.jpg").read_bytes())
+
+    def away(*_: object) -> bytes:
+        raise ObjectStoreError("no answer")
+
+    monkeypatch.setattr(ObjectStore, "get_range", away)
+    with pytest.raises(TransientError, match="no answer"):
+        image_size(f"{s3_url}/profile.jpg")
 
 
 def test_the_survey_counts_every_image_once(images: Path) -> None:

@@ -32,6 +32,9 @@ COMMANDS = {
 }
 
 
+APPS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
+
+
 @pytest.mark.parametrize(("tool", "name"), [(tool, name) for tool, names in COMMANDS.items() for name in names])
 def test_every_command_has_help_and_an_example(tool: str, name: str) -> None:
     overview = command(tool, "--help")
@@ -45,8 +48,7 @@ def test_every_command_has_help_and_an_example(tool: str, name: str) -> None:
 
 @pytest.mark.parametrize("tool", COMMANDS)
 def test_the_list_of_commands_is_whole(tool: str) -> None:
-    apps = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
-    assert set(typer.main.get_command(apps[tool]).commands) == set(COMMANDS[tool])  # type: ignore[attr-defined]
+    assert set(typer.main.get_command(APPS[tool]).commands) == set(COMMANDS[tool])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,43 @@ def test_what_a_script_reads_is_one_object(table: Path, tmp_path: Path, broker: 
     assert (enqueued["planned"], enqueued["queued"], enqueued["finished"]) == (1, 1, False)
     cancelled = [json.loads(command("producer", "cancel", tmp_path / "output", "--json").stdout) for _ in range(2)]
     assert cancelled == [{"newly_cancelled": True, "outstanding": 1}, {"newly_cancelled": False, "outstanding": 1}]
+
+
+ENDLESS = "it runs until it is stopped, and logs: --loglevel"
+SHOWS = "to print is all that it does"
+WITHOUT_JSON = {("workers", "extract"): ENDLESS, ("workers", "collect"): ENDLESS, ("workers", "flower"): ENDLESS}
+WITHOUT_QUIET = {**WITHOUT_JSON, ("producer", "status"): SHOWS, ("storage", "inspect"): SHOWS}
+
+
+@pytest.mark.parametrize(("tool", "name"), [(tool, name) for tool, names in COMMANDS.items() for name in names])
+def test_scripts_are_thought_of(tool: str, name: str) -> None:
+    group = typer.main.get_command(APPS[tool])
+    options = {option for parameter in group.commands[name].params for option in parameter.opts}  # type: ignore[attr-defined]
+    assert ("--json" in options) is ((tool, name) not in WITHOUT_JSON)
+    assert ("--quiet" in options) is ((tool, name) not in WITHOUT_QUIET)
+
+
+def test_json_is_one_object_and_quiet_is_silent(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "output", 3)
+    stage(run, 1)
+    nowhere = {"HALP_BROKER_URL": "redis://127.0.0.1:1/0", "HALP_RUNTIME_DIR": str(tmp_path)}
+    done = command("producer", "cancel", run.output_dir, "--quiet", **nowhere)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert pack(run, 1)
+    for call in (
+        ("verify", run.output_dir),
+        ("report", run.output_dir),
+        ("export", run.output_dir, "--to", "csv", "--output"),
+        ("diff", run.output_dir, run.output_dir),
+    ):
+        for option in ("--json", "--quiet"):
+            new = [tmp_path / f"{option}.csv"] if call[0] == "export" else []
+            done = command("storage", *call, *new, option)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == "" if option == "--quiet" else isinstance(json.loads(done.stdout), dict)
+    health = command("workers", "health", "--quiet", **nowhere)
+    assert health.returncode == 1
+    assert {line.split()[0] for line in health.stdout.splitlines()} == {"FAILING"}
 
 
 @pytest.mark.parametrize("tool", COMMANDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
+import sys
 import time
 import tomllib
 from importlib.metadata import distribution
@@ -160,6 +161,36 @@ def test_queue_server_starts_with_these_arguments(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
+
+
+def against_the_specification(compose: Path) -> subprocess.CompletedProcess[str]:
+    """Validate a file against the JSON schema of the Compose Specification, which the package carries."""
+    program = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(compose)]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+def test_the_compose_file_keeps_to_the_specification() -> None:
+    result = against_the_specification(ROOT / "docker-compose.yml")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("stop_grace_period:", "stop_grace:"),
+        ("condition: service_healthy", "condition: healthy"),
+        ("capabilities: [gpu]", "capabilities: gpu"),
+        ("retries: 5", "retries: [5]"),
+        ("    profiles: [demo]", "    profiles: demo"),
+    ],
+)
+def test_a_faulty_compose_file_is_seen(tmp_path: Path, right: str, wrong: str) -> None:
+    assert COMPOSE_TEXT.count(right) == 1
+    faulty = tmp_path / "docker-compose.yml"
+    faulty.write_text(COMPOSE_TEXT.replace(right, wrong))
+    result = against_the_specification(faulty)
+    assert result.returncode == 1
+    assert wrong.rsplit(maxsplit=1)[-1].strip(":[]") in result.stdout
 
 
 def test_the_dockerfile_passes_its_linter() -> None:

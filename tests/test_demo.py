@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from browser import chromium, watched_page
 from PIL import Image
 from processes import command
 from safetensors import safe_open
@@ -79,6 +81,37 @@ def test_the_demo_can_be_probed(demo: tuple[Path, str]) -> None:
     layers = {p["layer"] for p in body["probes"] if p["representation"] == "query_token_representation"}
     assert layers == set(range(SPEC.num_hidden_layers))
     assert (directory / "probe.svg").stat().st_size > 1000
+
+
+def test_the_demo_for_a_script(tmp_path: Path) -> None:
+    call = ("producer", "demo", "--questions", 8, "--output-dir", tmp_path / "output")
+    first = command(*call, "--json", HALP_ENGINE="fake")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert json.loads(first.stdout)["written"] == 8
+    again = command(*call, "--quiet")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_the_demos_report_in_a_browser(demo: tuple[Path, str], screenshots: Path | None, tmp_path: Path) -> None:
+    directory, questions = demo[0], 400
+    if screenshots:  # of what `make demo` leaves
+        directory, questions = tmp_path / "demo-output", 2000
+        assert command("producer", "demo", "--output-dir", directory).returncode == 0
+    right = sum(answer == truth for _, _, answer, truth in answers_of(directory))
+    with chromium() as browser, watched_page(browser) as watched:
+        page = watched.page
+        page.goto((directory / "report.html").as_uri())
+        assert watched.errors == []
+        assert page.inner_text("#counts").split()[:4] == [f"{questions:,}", "planned", f"{questions:,}", "written"]
+        text = page.inner_text("body")
+        [told] = re.findall(r"Of (.+) questions looked into, .* truth: (.+); answer differs: (.+)\.", text)
+        looked, equal, different = (int(number.replace(",", "")) for number in told)
+        assert equal + different == looked
+        assert looked < questions or equal == right  # of many questions some are looked into
+        assert page.locator("#samples img").count() == 12
+        if screenshots:
+            page.set_viewport_size({"width": 1200, "height": 740})
+            page.screenshot(path=screenshots / "report.png")
 
 
 def test_a_picture_on_a_terminal(tmp_path: Path) -> None:

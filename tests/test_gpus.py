@@ -166,3 +166,55 @@ def test_gpus_as_the_driver_shows_them(nvidia_smi: None, monkeypatch: pytest.Mon
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(UserError, match="there is no GPU here"):
         chosen_gpus("all")
+
+
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "expected"),
+    [
+        (0, "", []),
+        (0, f"0, {A100}, 20480, 40960, 0\n", [GpuUse("0", A100, 20480 << 20, 40960 << 20, 0.0)]),
+        # In MIG mode the memory is the whole GPU's, and there is no utilisation.
+        (0, f"0, {A100}, 36537, 81920, [N/A]\n", [GpuUse("0", A100, 36537 << 20, 81920 << 20, None)]),
+        (0, f"0, {A100}, 1, 2, N/A\n", [GpuUse("0", A100, 1 << 20, 2 << 20, None)]),
+        (0, f"0, {A100}, 1, 2, [Not Supported]\n", [GpuUse("0", A100, 1 << 20, 2 << 20, None)]),
+        (0, f"0, {A100}, 1, 2, [Unknown Error]\n", [GpuUse("0", A100, 1 << 20, 2 << 20, None)]),
+        # Memory that is the machine's own.
+        (0, "0, NVIDIA GB10, [N/A], [N/A], 3\n", []),
+        (0, f"0, {A100}, [Insufficient Permissions], [Insufficient Permissions], 1\n", []),
+        (0, f"0, {A100}, 1, 2, 50\n1, {A100}, [GPU is lost], [GPU is lost], [GPU is lost]\n",
+         [GpuUse("0", A100, 1 << 20, 2 << 20, 0.5)]),
+        (0, "No devices were found\n", []),
+        (6, "No devices were found\n", []),
+        (2, 'Field "utilization.gpu" is not a valid field to query.\n', []),
+        (9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA "
+         "driver is installed and running.\n", []),
+        (18, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 535.161\n", []),
+        (0, "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 535.161\n", []),
+        (15, "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system to recover this "
+         "GPU\n", []),
+    ],
+)  # fmt: skip
+def test_what_the_driver_may_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, printed: str, expected: list[GpuUse]
+) -> None:
+    (tmp_path / "said").write_text(printed)
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/said\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_use() == expected
+
+
+@pytest.mark.parametrize("printed", ["No devices were found", "Failed to initialize NVML: Unknown Error"])
+def test_a_complaint_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str) -> None:
+    """Some drivers complain with exit code 0; a worker would be started with the sentence as its GPU."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{printed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == []

@@ -96,6 +96,7 @@ def test_health_of_real_processes(cluster: Cluster, images: Path, tmp_path: Path
     assert code == 0, found
     assert [name.partition("@")[0] for name in found] == ["broker", "c", "c", "w", "w"]
     assert len(health("--name", "w")[1]) == 3
+    assert command("workers", "health", "--quiet", **cluster.variables).stdout == ""
 
     cluster.processes[1].kill()  # the collector: so that the next run stays unfinished
     unfinished = tmp_path / "unfinished"

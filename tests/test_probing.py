@@ -352,6 +352,8 @@ def test_probe_as_a_user_runs_it(planted: Path) -> None:
     again = command("storage", "probe", planted, "--no-mlp", "--by", "kind", "--json", "--plot", planted / "p.png")
     assert (planted / "p.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(again.stdout)["probes"] == body["probes"]
+    quiet = command("storage", "probe", planted, "--no-mlp", "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
 def test_a_missing_package_is_named(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

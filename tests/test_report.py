@@ -189,6 +189,7 @@ def test_a_run_ends_with_its_report(tmp_path: Path, photographs: Path, small_mod
     assert command("producer", "run", table, *options, HALP_ENGINE="fake").returncode == 0
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 12
+    assert re.search("(seconds|minutes) since the plan", page)  # 0.004 hours say little
     written = (output / "report.html").stat().st_mtime_ns
     assert written <= (output / ".run" / "summary.json").stat().st_mtime_ns
     again = json.loads(command("storage", "report", output, "--json").stdout)

@@ -62,7 +62,8 @@ def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pyt
         return torch.arange(original(self, grid).shape[1]).expand(3, -1)
 
     monkeypatch.setattr(QwenEngine, "_prefix_positions", one_dimensional)
-    result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", dtype)
+    quiet = ("--quiet",) if dtype == "float32" else ()  # what fails is shown all the same
+    result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", dtype, *quiet)
     assert result.exit_code == 1, result.output
     assert f"{dtype}, all 7 layers, 4 questions: FAIL\n" in result.output
     verdicts = {
@@ -97,6 +98,12 @@ def test_questions_of_a_table(small_model: Path, photographs: Path, tmp_path: Pa
     result = command("workers", "selfcheck", *arguments, "--dtype", "float32", "--max-new-tokens", 0, "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["dtypes"]["float32"]["questions"] == 5
+
+
+def test_quiet_says_nothing_where_all_is_well(small_model: Path) -> None:
+    arguments = ("--model", small_model, "--questions", 2, "--max-new-tokens", 0, "--dtype", "float32", "--quiet")
+    result = in_process(*arguments)
+    assert (result.exit_code, result.output) == (0, "")
 
 
 def test_a_mistake_is_one_message(small_model: Path, photographs: Path, tmp_path: Path) -> None:

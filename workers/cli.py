@@ -32,6 +32,8 @@ app = typer.Typer(
 _THIS_MACHINE = {"127.0.0.1", "::1", "localhost"}
 _SAVE_INTERVAL = 300_000  # milliseconds; Flower shows nothing new while it saves
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print what fails only.")]
 LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
 
 
@@ -161,7 +163,8 @@ def flower(
 @app.command()
 def health(
     name: Annotated[str | None, typer.Option(help="Look at this worker only, as it was named with --name.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say whether the workers and collectors of this user on this machine live and work. Exit code 1 if one does not.
 
@@ -178,7 +181,7 @@ def health(
     if as_json:
         typer.echo(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in found]}))
     else:
-        for check in found:
+        for check in found if not quiet else [check for check in found if not check.healthy]:
             typer.echo(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}")
     raise SystemExit(0 if healthy else 1)
 
@@ -197,7 +200,8 @@ def selfcheck(
     questions: Annotated[int, typer.Option(min=1, help="Questions to ask, at most; 30 are bundled.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer.")] = 32,
     dtype: Annotated[Literal["both", "float32", "bfloat16"], typer.Option(help="What to compute in.")] = "both",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare the engine with a plain forward and `generate`, on these weights and this machine. Exit code 1 if they differ.
 
@@ -218,7 +222,7 @@ def selfcheck(
                 EngineSpec("qwen", model, revision, name, str(cache_dir)),
                 cases,
                 max_new_tokens,
-                lambda line: typer.echo(line, err=True),
+                lambda line: None if quiet else typer.echo(line, err=True),
             )
             for name in dtypes
         ]
@@ -229,7 +233,7 @@ def selfcheck(
         typer.echo(json.dumps(report(model, verdicts)))
     else:
         console = Console()
-        for verdict in verdicts:
+        for verdict in verdicts if not quiet else [verdict for verdict in verdicts if not verdict.passes]:
             console.print(summary(verdict), markup=False, highlight=False, soft_wrap=True)
             if verdict.checked_layers:
                 console.print(verdict_table(verdict))

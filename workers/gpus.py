@@ -45,7 +45,7 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
-    return [line.strip() for line in _ask("index")]
+    return [index for (index,) in _ask("index")]
 
 
 def chosen_gpus(choice: str) -> list[str]:
@@ -68,15 +68,20 @@ def chosen_gpus(choice: str) -> list[str]:
 def gpu_use(gpu: str | None = None) -> list[GpuUse]:
     """Return what the machine's GPUs, or one of them, are doing; empty where that cannot be known."""
     uses = []
-    for line in _ask("index,name,memory.used,memory.total,utilization.gpu", gpu):
-        index, name, used, total, busy = (cell.strip() for cell in line.split(","))
-        if used.isdecimal() and total.isdecimal():  # MIG devices and some drivers answer [N/A]
-            utilisation = int(busy) / 100 if busy.isdecimal() else None
+    for index, name, used, total, busy in _ask("index,name,memory.used,memory.total,utilization.gpu", gpu):
+        if (
+            used.isdecimal() and total.isdecimal()
+        ):  # a driver that does not know answers [N/A], [Unknown Error] and more
+            utilisation = int(busy) / 100 if busy.isdecimal() else None  # [N/A] of a GPU in MIG mode
             uses.append(GpuUse(index, name, int(used) << 20, int(total) << 20, utilisation))
     return uses
 
 
-def _ask(fields: str, gpu: str | None = None) -> list[str]:
+def _ask(fields: str, gpu: str | None = None) -> list[list[str]]:
+    """Return a row for each GPU. What is none is left out: drivers tell on stdout what is wrong, some with exit code 0.
+
+    `No devices were found` is one such line (https://github.com/gpustack/gpustack/pull/783).
+    """
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     if gpu is not None:
         command.append(f"--id={gpu}")
@@ -84,4 +89,5 @@ def _ask(fields: str, gpu: str | None = None) -> list[str]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line for line in answer.stdout.splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]
+    return [row for row in rows if len(row) == fields.count(",") + 1 and row[0].isdecimal()]

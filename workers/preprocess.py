@@ -147,7 +147,7 @@ def load_image(
 def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, int]:
     """Return the width and height that an image's header says, checked as `load_image` checks them; decodes no pixels.
 
-    An object is fetched whole. Raises PermanentError, TransientError.
+    Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
     """
     with _opened(path) as file, _decoding(path), Image.open(file, formats=_FORMATS) as image:
         _check_size(path, *image.size)
@@ -183,13 +183,18 @@ def _read(path: str | Path) -> bytes:
 
 
 def _opened(path: str | Path) -> BinaryIO:
-    """Return an image's file, or an object's bytes."""
-    if is_url(path):
-        return io.BytesIO(_read(path))
+    """Return an image's file, or an object as one."""
     with _reading(path):
-        size = os.stat(path).st_size
-        if 0 < size <= MAX_IMAGE_BYTES:
-            return Path(path).open("rb")
+        if is_url(path):
+            from storage.object_file import open_image
+
+            file, size = open_image(str(path))
+            if 0 < size <= MAX_IMAGE_BYTES:
+                return file
+        else:
+            size = os.stat(path).st_size
+            if 0 < size <= MAX_IMAGE_BYTES:
+                return Path(path).open("rb")
     raise _too_many_bytes(path) if size else _empty(path)
 
 
@@ -217,6 +222,8 @@ def _decoding(path: str | Path) -> Iterator[None]:
             yield
     except PermanentError:
         raise
+    except ObjectStoreError as error:  # `image_size` fetches while it reads
+        raise TransientError(str(error)) from error
     except Image.DecompressionBombError as error:
         raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
     except UnidentifiedImageError as error:
