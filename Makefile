@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo demo-model test check soak bench lock clean tools
+.PHONY: help install demo demo-model test quick check soak bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -39,6 +39,9 @@ demo-model: install  ## Train the demo's model anew, in build/ (minutes on one c
 
 test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
+
+quick: install tools check  ## The everyday tests: those that are not marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/ruff check .

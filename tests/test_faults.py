@@ -19,6 +19,8 @@ from workers.celery import app
 from workers.collector import Collector
 from workers.queues import declaration
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

@@ -14,6 +14,8 @@ from processes import environment
 
 from storage.pack import pack
 
+pytestmark = pytest.mark.slow
+
 OLDEST = "3.11.0"
 ROOT = Path(__file__).parent.parent
 RUN = ("tests/test_columns.py", "tests/test_load.py")

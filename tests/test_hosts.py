@@ -14,6 +14,8 @@ from chaos import VALKEY
 from clusters import VISIBILITY_TIMEOUT, assert_whole, finished, table_of
 from processes import BIN, command, start, wait_for
 
+pytestmark = pytest.mark.slow
+
 ADDRESSES = {"redis": "10.77.0.1", "one": "10.77.0.2", "two": "10.77.0.3", "collector": "10.77.0.4"}
 PORT = 6379
 

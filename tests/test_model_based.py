@@ -46,6 +46,8 @@ from storage.verify import verify
 from workers import feed as feeding
 from workers.collector import collect_run
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS, SLICE, LIMIT, VISIBILITY_TIMEOUT = 8, 3, 5, 30
 _CHANGES = ("link", "replace", "rename", "unlink", "rmdir", "mkdir", "fsync")  # of files, in `os`
 _here = threading.local()

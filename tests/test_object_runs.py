@@ -36,6 +36,8 @@ from workers.engine import EngineSpec, Recipe
 from workers.fake import FakeEngine
 from workers.preprocess import Preprocessor
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS, IMAGES = 120, 20
 
 

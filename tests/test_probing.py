@@ -25,6 +25,8 @@ from storage.probing.labels import read_labels
 from storage.probing.score import Bootstrap, auroc, best_threshold
 from storage.probing.split import grouped_split, published_order, published_split
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 24
 MODEL = make_facts(hidden_size=WIDTH, vision_hidden_size=6, layers=(0, 3))
 QUERY = "query_token_representation/layer_3"

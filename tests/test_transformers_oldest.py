@@ -13,6 +13,8 @@ import pytest
 from environments import python_with
 from processes import environment
 
+pytestmark = pytest.mark.slow
+
 OLDEST = "4.57.1"
 PINNED = (f"transformers=={OLDEST}", "tokenizers==0.22.1", "huggingface_hub==0.36.*")
 ROOT = Path(__file__).parent.parent
