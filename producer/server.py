@@ -37,7 +37,7 @@ class EmbeddedServer:
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "producer.server", str(self._directory)],
+                [sys.executable, "-P", "-m", "producer.server", str(self._directory)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + _START_TIMEOUT

@@ -257,9 +257,9 @@ def probe(
     with Console(stderr=True, quiet=quiet).status("reading the parts") as status:
         experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
     body = json.dumps(experiment_json(experiment), indent=1)
-    figure = write_results(experiment, body, plot)
-    if as_json:
+    if as_json:  # before it is written: a prefix may be for reading alone
         print(body)
+        write_results(experiment, body, plot)
         return
     console = Console(quiet=quiet)
     for line in report_lines(experiment):
@@ -268,6 +268,7 @@ def probe(
         console.print(table)
     for line in closing_lines(experiment):
         console.print(line, highlight=False, soft_wrap=True)
+    figure = write_results(experiment, body, plot)
     console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
 
 

@@ -84,8 +84,7 @@ def _write_csv(source: str | Path, path: Path, progress: bool) -> None:
 def _write_npz(path: Path, found: Located, progress: bool) -> None:
     with zipfile.ZipFile(path, "x") as archive:
         _write_npy(archive, "vectors", np.dtype(np.float32), _shape(found), _chunks(found, progress))
-        for name in _texts(found):
-            texts = found.frame[name].tolist()
+        for name, texts in _texts(found).items():
             kind = np.dtype((np.str_, max(map(len, texts), default=1) or 1))
             pieces = (np.array(texts[start : start + 1000], kind) for start in range(0, len(texts), 1000))
             _write_npy(archive, name, kind, (len(texts),), pieces)
@@ -105,7 +104,7 @@ def _write_npy(
 
 def _write_safetensors(path: Path, found: Located, progress: bool) -> None:
     """Write the format of https://github.com/huggingface/safetensors: the header's length, the header, the values."""
-    texts = {name: json.dumps(found.frame[name].tolist(), ensure_ascii=False) for name in _texts(found)}
+    texts = {name: json.dumps(values, ensure_ascii=False) for name, values in _texts(found).items()}
     shape = _shape(found)
     header = {
         "__metadata__": {"field": found.field, **texts},
@@ -166,8 +165,10 @@ def _shape(found: Located) -> tuple[int, int]:
     return len(found.rows), found.stack.width
 
 
-def _texts(found: Located) -> list[str]:
-    return [name for name in _TEXTS if name in found.frame]
+def _texts(found: Located) -> dict[str, list[str]]:
+    """Return the texts of each question, an empty one where a file has none."""
+    names = [name for name in _TEXTS if name in found.frame]
+    return {name: [text if isinstance(text, str) else "" for text in found.frame[name]] for name in names}
 
 
 def _write_raw(file: IO[bytes], values: npt.NDArray[Any]) -> None:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _LARGE, _KEPT = 4 << 20, 16 << 20
+_paused: list[bool] = []  # whether it was enabled, for each block that is entered, of all threads
+_lock = threading.Lock()
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Pause the garbage collector, where objects arise by the ten thousand: it would go through them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
+    with _lock:
+        _paused.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            # The first of them found it as it was before, the others off: whichever ends last restores it.
+            if _paused.pop() and not _paused:
+                gc.enable()
 
 
 @lru_cache(maxsize=1)

@@ -114,6 +114,8 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         length = max(0, min(len(view), self._size - self._at))
+        if not length:
+            return 0
         block = self._length
         if length > block:
             data = self._store.get_range(self._key, self._at, length)

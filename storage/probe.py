@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from storage.errors import UserError
 from storage.part import read_header
 
 Verdict = Literal["ours", "damaged", "foreign"]
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_UNREADABLE = 3  # exit code of the process
+_CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE}
 _TIMEOUT = 60.0  # seconds; a sound part of 1000 questions takes 0.01, on a bad day of a shared directory some
 
 
@@ -24,17 +29,32 @@ def whose(path: Path, run_id: str, part: int) -> Verdict:
     """Tell whose a file is that has the name of a run's part: by its own word, where HDF5 can read it.
 
     One that it cannot read is damaged if it begins as HDF5 files do, or with the zeros or the nothing that a crash of the
-    machine leaves. Anything else is foreign: it was never a part.
+    machine leaves. Anything else is foreign: it was never a part. Raises UserError where the process ended for another reason.
     """
+    if path.is_dir() or not path.exists():
+        return "foreign"
+    status = path.stat()
+    return _whose(path.absolute(), run_id, part, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # a collector asks at each sweep until somebody acts
+def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Verdict:
     root = str(Path(__file__).parents[1])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "storage.probe", path.absolute()],
-            capture_output=True, timeout=_TIMEOUT, check=True, env={**os.environ, "PYTHONPATH": search},
+        done = subprocess.run(  # -P: a module in the working directory, which others may write to, is not imported
+            [sys.executable, "-P", "-m", "storage.probe", path],
+            capture_output=True, timeout=_TIMEOUT, check=False, env={**os.environ, "PYTHONPATH": search},
         )  # fmt: skip
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except subprocess.TimeoutExpired:
         return "damaged" if _was_hdf5(path) else "foreign"
+    if done.returncode == _UNREADABLE or done.returncode in _CRASHES:
+        return "damaged" if _was_hdf5(path) else "foreign"
+    if done.returncode:  # out of memory, an unreadable disk: it says nothing of the file
+        raise UserError(
+            f"cannot look into {path}: the process that reads it ended with exit code {done.returncode}; try again. "
+            f"{done.stderr.decode(errors='replace').strip()[-500:]}"
+        )
     return "ours" if json.loads(done.stdout) == [run_id, part] else "foreign"
 
 
@@ -48,7 +68,12 @@ def _was_hdf5(path: Path) -> bool:
 
 def main(path: str) -> None:
     """Print the run and the part that a file says it is of; fail where it cannot be read."""
-    header = read_header(Path(path))
+    try:
+        header = read_header(Path(path))
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        if getattr(error, "errno", None):  # of the disk
+            raise
+        raise SystemExit(_UNREADABLE) from None
     print(json.dumps(header and [header.run_id, header.part]))
 
 

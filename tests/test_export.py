@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -104,6 +106,27 @@ def test_parquet_of_the_answers_alone(run, export, tmp_path):
     frame = pd.read_parquet(tmp_path / "x.parquet")
     assert "vector" not in frame
     assert frame["question_id"].tolist() == storage.load_frame(run.output_dir)["question_id"].tolist()
+
+
+@pytest.mark.parametrize("to", ["npz", "safetensors"])
+def test_a_text_that_some_files_lack_is_empty(run, export, tmp_path, to):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for number in (1, 2):  # as the reference script's files are: without the attribute of all texts
+        copy = Path(shutil.copy(run.part_path(number), copies))
+        with h5py.File(copy, "r+") as part:
+            del part.attrs["rows"]
+            for question in list(part.values()) if number == 2 else []:
+                del question["ground_truth_answer"]
+    output = tmp_path / f"x.{to}"
+    assert export(copies, "--to", to, "--field", "vision_only_representation", "--output", output)[0] == 0
+    if to == "npz":
+        answers = np.load(output)["ground_truth_answer"].tolist()
+    else:
+        with safe_open(output, "np") as file:
+            answers = json.loads(file.metadata()["ground_truth_answer"])
+    assert len(answers) == 7
+    assert answers.count("") == 3
 
 
 def test_a_single_part(run, export, tmp_path):

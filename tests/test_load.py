@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ import storage
 from producer.table import read_questions
 from storage.columns import COLUMN, open_part
 from storage.errors import DamagedError, UnfinishedWarning, UserError
+from storage.memory import uncollected
 from storage.naming import part_number
 from storage.pack import pack
 from storage.part import write_part
@@ -232,6 +234,16 @@ def test_parts_of_failures_alone_are_passed_over(tmp_path):
     empty = storage.load(run.part_path(1), QUERY, LAYER)
     assert (empty.ids, empty.vectors.shape, len(empty.frame)) == ([], (0, 0), 0)
     assert list(storage.iter_samples(run.part_path(1))) == []
+
+
+def test_the_garbage_collector_comes_back_whoever_ends_last():
+    first, second = uncollected(), uncollected()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 # Part by part

@@ -46,7 +46,7 @@ ELSEWHERE = {
     "make test": "it runs this",
     "storage probe demo-output": "test_demo.py::test_the_demo_can_be_probed",
     "storage probe demo-output --by answer_type": "test_demo.py::test_the_demo_can_be_probed",
-    "pip install '.[probe]'": "it is installed here; test_cli.py::test_the_wheel_has_every_package_and_all_their_data",
+    "pip install '.[demo,parquet,probe]'": "test_cli.py::test_the_wheel_has_every_package_and_all_their_data",
     "pip install 'halp-extractor[probe]'": "it is installed here",
     "storage probe halp/ --labels qwen25vl_manually_reviewed.csv --by basic_hallucination_type": (
         "test_probing.py::test_labels_of_the_published_column, test_probing.py::test_probe_as_a_user_runs_it"

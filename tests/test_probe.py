@@ -64,6 +64,24 @@ def test_a_file_that_never_ends_is_given_up(run, tmp_path, monkeypatch):
     assert whose(tmp_path / "pipe.h5", run.run_id, 1) == "foreign"
 
 
+def test_a_module_beside_the_parts_is_not_run(run, tmp_path, monkeypatch):
+    """Workers and the collector are started where the runs are, and others may write there."""
+    (tmp_path / "h5py.py").write_text("open('it ran', 'x')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert whose(run.part_path(1), run.run_id, 1) == "ours"
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(1)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_process_that_fails_says_nothing_of_the_file(run, tmp_path, monkeypatch, end):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'storage.probe' in sys.orig_argv: {end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot look into .*part_001\.h5: the process that reads it ended"):
+        whose(run.part_path(1), run.run_id, 1)
+    monkeypatch.delenv("PYTHONPATH")
+    assert whose(run.part_path(1), run.run_id, 1) == "ours"
+
+
 def pages_of_heaps(path: Path) -> list[int]:
     """Return the pages on which a heap of strings begins: where the attributes are that say whose a file is."""
     data = path.read_bytes()

@@ -5,7 +5,6 @@ The settings were measured; those that differ from Celery's defaults say why.
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import Any
 
 from billiard import einfo
@@ -73,7 +72,7 @@ class _Code(einfo._Code):  # type: ignore[misc]
 
     def __init__(self, code: Any) -> None:
         super().__init__(code)
-        self._co_positions = repeat((None, None, None, None))
+        self._co_positions = [(None, None, None, None)] * len(self._co_positions)  # type: ignore[has-type]
 
 
 einfo._Frame.Code = _Code

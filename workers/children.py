@@ -19,7 +19,7 @@ class Child:
     def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self.name = name
         self.deaths = 0  # in a row, as its supervisor counts them
-        self._command = [sys.executable, "-m", "workers.cli", *arguments]
+        self._command = [sys.executable, "-P", "-m", "workers.cli", *arguments]
         self._environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
         self._process: subprocess.Popen[bytes] | None = None
 

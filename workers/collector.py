@@ -128,7 +128,11 @@ def collect_run(run: Run) -> bool:
                 logger.warning("%s", error)
     run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
-    feed(run, published)  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
+    # What lies under a part's name and could not be described waits for `--repair`: its questions could not be packed now.
+    held = {piece.part for piece in run.slices if run.part_name(piece.part) in present}
+    feed(
+        run, published | held
+    )  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
     return finished
 
 
@@ -151,7 +155,7 @@ def _write_report(run: Run) -> None:
     """Have the report written by a process of its own: a run's end needs it in no way, and a stranger's images are decoded."""
     try:
         subprocess.run(
-            [sys.executable, "-c", _REPORT, run.location],
+            [sys.executable, "-P", "-c", _REPORT, run.location],
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             capture_output=True,

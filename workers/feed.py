@@ -131,7 +131,8 @@ class _Feeder:
         self._now = _clock(client)
 
     def feed(self, put: Callable[[int], object]) -> int:
-        fed = self._progress()
+        if (fed := self._progress()) is None:
+            return 0
         limit = settings().queue_limit or float("inf")
         in_queue = sum(entry.upto - entry.finished for entry in fed.values())
         number = 0
@@ -160,8 +161,11 @@ class _Feeder:
         except LockNotOwnedError:
             return False
 
-    def _progress(self) -> dict[int, _Fed]:
-        """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again."""
+    def _progress(self) -> dict[int, _Fed] | None:
+        """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again.
+
+        None where the lock is lost meanwhile: another feeder is at work.
+        """
         noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
         open_parts = {piece.part for piece in self._pieces}
         fed: dict[int, _Fed] = {}
@@ -169,8 +173,9 @@ class _Feeder:
             if part not in open_parts:
                 self._client.hdel(_key(self._run), part)
                 continue
-            self._holds_lock()  # a thousand slices in an object store take minutes to list
             staged = sum(sequence < last.upto for sequence in self._run.staged(part))
+            if not self._holds_lock():  # a thousand slices in an object store take minutes to list
+                return None
             entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
             if entry is not last:
                 self._note(part, entry)
