@@ -51,6 +51,7 @@ class PartHeader:
     failures: tuple[Failure, ...]
 
 
+@uncollected()
 def write_part(
     path: Path,
     settings: RunSettings,
@@ -61,18 +62,6 @@ def write_part(
 ) -> None:
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
     keep_heap()
-    with uncollected():
-        _write_part(path, settings, model, part, samples, failures)
-
-
-def _write_part(
-    path: Path,
-    settings: RunSettings,
-    model: ModelFacts | None,
-    part: int,
-    samples: Iterable[tuple[Question, Sample]],
-    failures: Iterable[Failure],
-) -> None:
     placement, meter = Placement(), DriftMeter()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
     rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}

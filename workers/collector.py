@@ -66,7 +66,7 @@ class Collector:
                 self._complain(location, f"waits: cannot write {describe(error, location)}")
             except (OperationalError, RedisError) as error:
                 self._complain(location, f"waits: the broker {trouble(error)}")
-            except Exception:
+            except Exception:  # whatever it is, the other runs go on
                 logger.exception("cannot bring %s forward now", location)
             else:
                 self._complaints.pop(location, None)

@@ -122,7 +122,7 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
         begun = time.monotonic()
         try:
             samples = run_batch(requests)
-        except Exception:
+        except Exception:  # counted, and raised again
             _failed_batches.inc()
             raise
         _engine_seconds.observe(time.monotonic() - begun)
