@@ -4,6 +4,7 @@ The code under test has no hooks for it. Python imports this module before any o
 nothing.
 
 SABOTAGE_KILL_AT=POINT:N   SIGKILL itself at the N-th time that it comes to a point of `POINTS`
+SABOTAGE_STOP_AT=POINT:N   SIGSTOP itself there
 SABOTAGE_LOG=FILE          where it writes the point before it dies
 SABOTAGE_FLAKY=DIRECTORY   the first read of each image whose name begins with `flaky` is an I/O error, once for all processes
 SABOTAGE_CLOCK=SECONDS     its clock is so far ahead, or behind
@@ -33,14 +34,15 @@ POINTS = {
     "clean.before": ("unlink", r"\.run/staging/\d+/0*1\.\w+$", "before"),
     "clean.middle": ("unlink", r"\.run/staging/\d+/0*7\.\w+$", "after"),
     "clean.last": ("rmdir", r"\.run/staging/\d+$", "before"),
+    "plan.before": ("link", r"\.run/plan/00[1-9]\.json$", "before"),
     "failures.before": ("replace", r"failures\.csv$", "before"),
     "finish.before": ("replace", r"\.run/summary\.json$", "before"),
     "finish.after": ("replace", r"\.run/summary\.json$", "after"),
 }
 
 
-def kill_at(point: str, times: int, log: str) -> None:
-    """Have the process kill itself at a point."""
+def strike_at(point: str, times: int, strike: signal.Signals, log: str) -> None:
+    """Have the process send itself a signal at a point."""
     name, pattern, moment = POINTS[point]
     call: Callable[..., Any] = getattr(os, name)
     left = times
@@ -52,7 +54,7 @@ def kill_at(point: str, times: int, log: str) -> None:
             if left == 0:
                 with open(log, "a") as file:
                     file.write(f"{point} {os.getpid()}\n")
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), strike)
 
     def sabotaged(*arguments: Any, **options: Any) -> Any:
         path = os.fspath(arguments[-1])
@@ -100,8 +102,9 @@ def shift_clock(seconds: float) -> None:
     datetime.datetime = Datetime  # type: ignore[misc]
 
 
-if at := os.environ.get("SABOTAGE_KILL_AT"):
-    kill_at(at.partition(":")[0], int(at.partition(":")[2]), os.environ["SABOTAGE_LOG"])
+for variable, strike in (("SABOTAGE_KILL_AT", signal.SIGKILL), ("SABOTAGE_STOP_AT", signal.SIGSTOP)):
+    if at := os.environ.get(variable):
+        strike_at(at.partition(":")[0], int(at.partition(":")[2]), strike, os.environ.get("SABOTAGE_LOG", os.devnull))
 if flaky := os.environ.get("SABOTAGE_FLAKY"):
     fail_first_reads(flaky)
 if clock := os.environ.get("SABOTAGE_CLOCK"):

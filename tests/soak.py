@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from chaos import REDIS, VALKEY, Chaos, Force, Member, Server, assert_whole, files_below, make_dataset
+from chaos import REDIS, VALKEY, Chaos, Force, Member, Server
+from expectations import assert_whole, files_below, make_dataset
 from processes import command
 
 from workers.small_model import TEST, build_small_model
@@ -31,7 +32,7 @@ SERVERS = {"valkey": VALKEY, "redis": REDIS}
 
 def fire(model: Path, seeds: list[int], servers: list[str], questions: int) -> None:
     """Run under fire, once for each seed and server."""
-    force = Force(questions=questions, kills=12, rounds=4, freeze=20.0, timeout=3600.0)
+    force = Force(questions=questions, kills=12, rounds=4, freeze=20.0, neighbours=True, timeout=3600.0)
     print(
         "\n| server | seed | kills | at named points | workers, engines, collectors, servers | other events | seconds |"
     )

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from chaos import Chaos, assert_whole
+from chaos import Chaos
+from expectations import assert_whole
 
 pytestmark = pytest.mark.slow
 
