@@ -72,6 +72,7 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         run_id=uuid.uuid4().hex[:16],
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
+        bound_samples=True,
         model=str(Path(model).resolve()) if Path(model).is_dir() else model,
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),

@@ -17,7 +17,7 @@ LAST_POSITIONS = "last_image_token,last_prompt_token"
 HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset"}
+_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "bound_samples"}
 
 
 class RunSettings(BaseModel):
@@ -29,6 +29,7 @@ class RunSettings(BaseModel):
     run_id: str
     created_at: str
     software_version: str
+    bound_samples: bool = False  # each staged file names its run and question; not so in runs of before 2026-11-25
 
     model: str
     revision: str
