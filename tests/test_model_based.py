@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -44,6 +45,7 @@ from storage.repair import repair
 from storage.run import Run
 from storage.verify import verify
 from workers import feed as feeding
+from workers import notes
 from workers.collector import collect_run
 
 pytestmark = pytest.mark.slow
@@ -122,7 +124,8 @@ class Life(RuleBasedStateMachine):
     def begin(self) -> None:
         self.offset = 0.0
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(feeding, "_clock", lambda _client: time.time() + self.offset)
+        self.patch.setattr(notes, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + self.offset))
+        self.patch.setattr(notes, "_seen", {})
         self.patch.setattr(feeding, "_hinted", {})
         for name in _CHANGES:
             self.patch.setattr(os, name, _watched(getattr(os, name)))
