@@ -257,9 +257,9 @@ class Life(RuleBasedStateMachine):
             left[0] -= 1
             noted(*arguments)
 
-        noted = feeding._Feeder._note
+        noted = notes.Notes.write
         with pytest.MonkeyPatch.context() as patch, dying(None):
-            patch.setattr(feeding._Feeder, "_note", note)
+            patch.setattr(notes.Notes, "write", note)
             feeding.feed(Run.open(self.directory))
 
     # Harm
