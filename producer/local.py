@@ -19,6 +19,7 @@ from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
+_REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -93,6 +94,7 @@ def _supervise(run: Run, processes: list[_Logged], show: Callable[[Account], Non
         account = bookkeeper.account()
         show(account)
         if run.is_finished():
+            _end(processes[:1], _REPORT_GRACE)  # the collector
             return account
         if run.is_cancelled():
             raise KeyboardInterrupt
@@ -123,10 +125,10 @@ def _done(account: Account) -> int:
     return account.written + account.failed + account.staged
 
 
-def _end(processes: list[_Logged]) -> None:
+def _end(processes: list[_Logged], grace: float = _GRACE) -> None:
     for process in processes:
         process.ask_to_end()
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + grace
     for process in processes:
         process.end(deadline)
 

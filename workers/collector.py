@@ -48,8 +48,8 @@ class Collector:
         if begun >= self._next_scan:
             self._scan()
         for run in self._scanner.unfinished():
-            if troubles.may_try(run.location) and self.bring_forward(run):
-                self._scanner.ended(run.location)
+            if troubles.may_try(run.location):
+                self.bring_forward(run)
             self.swept = time.time()
         self.swept = time.time()
         if settings().metrics_port:
@@ -71,6 +71,8 @@ class Collector:
             logger.debug("%s", location, exc_info=True)
         else:
             troubles.clear(location)
+            if finished:
+                self._scanner.ended(location)
             return finished
         return False
 

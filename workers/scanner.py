@@ -5,14 +5,12 @@ Finished runs are remembered by what their directories looked like: each scan th
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
-from contextlib import suppress
 
 from storage.errors import DamagedError, UserError
-from storage.location import is_url, is_within, join
+from storage.location import is_url, is_within
 from storage.run import Run, find_runs
 from workers.troubles import sentence, troubles
 
@@ -76,9 +74,10 @@ class Scanner:
         troubles.clear(location)
 
     def ended(self, location: str) -> None:
-        """Take a finished run out."""
+        """Take a finished run out, whose report is asked for."""
         self.runs.pop(location, None)
         self._identities.pop(location, None)
+        self._finished.setdefault(location, ())
 
     def _look_at(self, location: str) -> None:
         seen = signature(location)
@@ -131,8 +130,6 @@ def _lacks_report(location: str, seen: Signature) -> bool:
 
 
 def _say(place: str, error: OSError) -> str:
-    """Note that a place cannot be looked at, unless it is somebody's own directory; return it."""
-    with suppress(OSError):
-        if error.errno not in {errno.EACCES, errno.EPERM} or os.path.lexists(join(place, ".run")):
-            troubles.note(place, sentence(error, place))
+    """Note that a place cannot be looked at; return it."""
+    troubles.note(place, sentence(error, place))
     return place

@@ -17,7 +17,7 @@ from storage.space import describe
 logger = logging.getLogger(__name__)
 _FREE = 2  # failures in a row that cost no pause: a network file system has its moments
 _LONGEST = 30.0  # seconds
-_REPEAT = 3600.0  # seconds between two equal lines in the log
+_REPEAT = 24 * 3600.0  # seconds between two equal lines in the log
 _SHOWN, _LENGTH = 20, 500  # troubles that others are told of, and the characters of each
 _NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM}
@@ -85,7 +85,8 @@ troubles = Troubles()
 def sentence(error: OSError, location: str) -> str:
     """Return an error of reading or writing a run as a sentence."""
     if error.errno in _NOT_ALLOWED:
-        return f"waits: this user may not read or write {error.filename or location}"
+        place, _, name = str(error.filename or location).rpartition("/")
+        return f"waits: this user may not read or write {place if name.endswith('.partial') else f'{place}/{name}'}"
     if error.errno in _NOT_WRITTEN or error.errno is None:  # of HDF5, or of an object store
         return f"waits: cannot write {describe(error, location)}"
     return f"waits: {error}"
