@@ -307,6 +307,23 @@ def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Con
     assert feeding.feed(run) == 10
 
 
+@pytest.mark.parametrize("kind", ["text", "list"])
+def test_a_lock_that_nobody_frees_is_removed(
+    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A killed feeder's, after the server's clock was set back by a day; or a stranger's key."""
+    run = make_run(tmp_path, 3, checkpoint_interval=3, run_id="8" * 16)
+    name = f"halp:feeding:{run.run_id}"
+    client.set(name, "somebody") if kind == "text" else client.lpush(name, "x")
+    assert feeding.feed(run) == 0
+    assert feeding.feed(run) == 0
+    later = time.monotonic() + 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(feeding, "time", SimpleNamespace(monotonic=lambda: later))
+        assert feeding.feed(run) == 3
+    assert not client.exists(name)
+
+
 def test_a_broker_that_is_away_is_an_error_not_a_hang(
     tmp_path: Path, broker: ValkeyServer, configure: Configure
 ) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from redis.exceptions import LockNotOwnedError, RedisError
+from redis.exceptions import LockNotOwnedError, NoPermissionError, RedisError, ResponseError
 from redis.lock import Lock
 
 from storage.errors import DamagedError
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
 # A feeder holds it for as long again with each chunk; one that is killed delays the others by no more.
 _LOCK_SECONDS = 15
+_LOCK_STUCK = 900.0  # seconds; to feed a million questions without a bound takes two minutes
 _GRACE = (
     15.0,
     60.0,
@@ -40,6 +41,7 @@ _GRACE = (
 _HINT_INTERVAL = 1.0
 _MAX_REPR = 1024  # characters of a message's arguments that Flower shows
 
+_held: dict[str, tuple[bytes, float]] = {}  # locks that others hold: by whom, and since when by our clock
 _hinted: dict[tuple[str, int], float] = {}
 _hint_lock = threading.Lock()
 
@@ -63,7 +65,7 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
     pieces = pieces[: settings().staging_limit or None]
     with redis_client() as client:
         lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
-        if not lock.acquire():
+        if not lock.acquire() and not (_is_stuck(client, lock.name) and lock.acquire()):
             return 0
         try:
             moved = claim(client, run)
@@ -74,6 +76,28 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
         finally:
             with suppress(LockNotOwnedError):
                 lock.release()
+
+
+def _is_stuck(client: Any, name: str) -> bool:
+    """Remove a lock that one holder has had for longer than a feeder needs, and tell so.
+
+    It expires by the server's clock, which may have been set back; or a stranger's key has its name.
+    """
+    try:
+        holder = client.get(name)
+    except NoPermissionError:
+        raise
+    except ResponseError:  # a stranger's key of another type
+        holder = b""
+    now = time.monotonic()
+    last, since = _held.get(name, (None, now))
+    if last != holder:
+        _held[name] = holder, now
+    elif now - since > _LOCK_STUCK:
+        del _held[name]
+        client.delete(name)
+        return True
+    return False
 
 
 def forget(run: Run) -> None:

@@ -47,11 +47,11 @@ class Scanner:
         unseen: set[str] = set()
         found: set[str] = set()
         for root in self._roots:
-            found.update(find_runs(root, _DEPTH, lambda place, error: unseen.add(_say(place, error))))
+            found.update(find_runs(root, _DEPTH, lambda place, error: unseen.add(self._unseeable(place, error))))
         for gone in self.runs.keys() - found:
             if not any(is_within(gone, place) for place in unseen):
                 self._forget(gone)
-        for seen in self._unseen - unseen:
+        for seen in self._unseen - unseen - self.runs.keys():
             troubles.clear(seen)
         self._unseen = unseen
         self._finished = {place: seen for place, seen in self._finished.items() if place in found}
@@ -67,6 +67,12 @@ class Scanner:
                 if now is not None:  # another run was begun in its place
                     self._look_at(location)
         return list(self.runs.values())
+
+    def _unseeable(self, place: str, error: OSError) -> str:
+        """Note that a place cannot be looked at; return it. What is known there is swept, which says what is wrong."""
+        if place not in self.runs:
+            troubles.note(place, sentence(error, place))
+        return place
 
     def _forget(self, location: str) -> None:
         self.runs.pop(location, None)
@@ -127,9 +133,3 @@ def _lacks_report(location: str, seen: Signature) -> bool:
     summary = seen[_SIGNED.index("summary.json")]
     recent = summary is not None and time.time() - summary[1] / 1e9 < _RECENT
     return recent and not os.path.lexists(f"{location}/{_REPORT}")
-
-
-def _say(place: str, error: OSError) -> str:
-    """Note that a place cannot be looked at; return it."""
-    troubles.note(place, sentence(error, place))
-    return place

@@ -45,7 +45,7 @@ def keep(write: Callable[[], T], location: str, run_id: str) -> T:
     try:
         result = write()
     except OSError as error:
-        _note(error, location)
+        note_refusal(error, location)
         with _seat(location):
             result = _wait(write, location)
         goes_on(location, run_id)
@@ -70,11 +70,12 @@ def _wait(write: Callable[[], T], location: str) -> T:
         try:
             return write()
         except OSError as error:
-            _note(error, location)
+            note_refusal(error, location)
         wait = min(2 * wait, _LONGEST_WAIT)
 
 
-def _note(error: OSError, location: str) -> None:
+def note_refusal(error: OSError, location: str) -> None:
+    """Note that a run cannot be read or written now."""
     troubles.note(location, f"{sentence(error, location)}. Its questions wait; none fails.")
 
 

@@ -37,8 +37,8 @@ from workers.feed import hint_collector
 from workers.message import QuestionMessage, RunMessage
 from workers.queues import EXTRACT, declaration
 from workers.settings import settings
-from workers.staging import goes_on, keep
-from workers.troubles import sentence, troubles
+from workers.staging import goes_on, keep, note_refusal
+from workers.troubles import troubles
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
@@ -66,7 +66,7 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
         return PUT_OFF
     except OSError as error:  # not the question's fault, however long it lasts
-        troubles.note(message.run_dir, sentence(error, message.run_dir))
+        note_refusal(error, message.run_dir)
         if self.request.retries >= MAX_DISK_RETRIES:  # what waits for its time to come takes room from other runs
             return PUT_OFF
         raise _retry(self, error) from error
