@@ -106,7 +106,7 @@ def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool
     Raises what is wrong with one of its slices after the others are brought forward.
     """
     run.refresh()
-    damaged: Exception | None = None
+    damaged: list[str] = []
     published = run.parts_with_sidecar()
     staging, present = set(run.staging_directories()), set(part_names(run.location))
     for piece in run.slices:
@@ -117,7 +117,7 @@ def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool
                     logger.info("published %s", run.store.address(name))
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
-                damaged = error
+                damaged.append(str(error))
     run.store.delete_partials(settings().visibility_timeout)
     finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run, ended)
     # What lies under a part's name and could not be described waits for `--repair`: its questions could not be packed now.
@@ -128,8 +128,8 @@ def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool
     except CopyError:
         if not finished:
             raise
-    if damaged is not None:
-        raise damaged
+    if damaged:
+        raise DamagedError("; ".join(damaged))
     return finished
 
 
