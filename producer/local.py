@@ -22,6 +22,7 @@ _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object sto
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
 _REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
 _SILENCE = 10.0  # seconds without a finished question after which the run's files are looked at
+_LOOKED_AT = 20  # slices of the plan that are next
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -102,7 +103,7 @@ def _supervise(run: Run, processes: list[_Logged], show: Callable[[Account], Non
         if run.is_cancelled():
             raise KeyboardInterrupt
         if time.monotonic() > look_at:  # nothing is finished: is it the workers' doing?
-            check_private_files(run)
+            check_private_files(run, _LOOKED_AT)
             look_at = time.monotonic() + _SILENCE
         if _done(account) != done:  # less, where a retry plans failed questions again
             done, look_at = _done(account), time.monotonic() + _SILENCE

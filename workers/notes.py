@@ -44,7 +44,7 @@ class Notes:
     """What is noted of one run. Used under the run's lock alone."""
 
     def __init__(self, client: Any, run_id: str) -> None:
-        self._client = client
+        self._client, self._run_id = client, run_id
         self._key, self._look = f"halp:fed:{run_id}", f"halp:look:{run_id}"
         self._seen = _seen.setdefault(run_id, {})
 
@@ -66,6 +66,8 @@ class Notes:
                 noted[piece.part] = Fed.decode(data, piece.size) or Fed(piece.size, piece.size)
         for part in self._seen.keys() - noted.keys():
             del self._seen[part]
+        if not pieces:  # the run is finished
+            _seen.pop(self._run_id, None)
         return noted
 
     def write(self, part: int, entry: Fed) -> None:

@@ -79,9 +79,9 @@ class Reporter:
                 return f"it took more than {_SECONDS:.0f} s"
             if answer := self._writer.stdout.readline():
                 return str(json.loads(answer))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other reports are written)
             self._end_writer()
-            return str(error)
+            return f"{type(error).__name__}: {error}"
         self._end_writer()
         return "the process that wrote it died"
 

@@ -129,6 +129,9 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
+        troubles.note(message.run_dir, f"waits: {error}")
+        if task.request.retries >= MAX_DISK_RETRIES:
+            raise RunWaitsError(str(error)) from error
         raise _retry(task, error) from error
 
 
