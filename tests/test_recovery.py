@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images
     (images / "30.png").write_bytes(gone)
     retried = command("producer", "retry", output, "--reason", "image_missing", **cluster.variables)
     assert retried.returncode == 0, retried.stderr
-    assert retried.stdout.startswith("1 failed question is planned again in part 3; 1 put into the queue now.\nWatch: ")
+    # None where the collector was faster.
+    assert re.match(r"1 failed question is planned again in part 3; [01] put into the queue now.\nWatch: ", retried.stdout)
     wait_for(lambda: finished(output), 60, "the retry is finished")
     assert_whole(output, rows, images, failed={"q3", "q14"})
     status = cluster.status(output)

@@ -16,7 +16,7 @@ from browser import chromium, watched_page
 from builders import make_failure, make_questions, make_run, make_sample, stage
 from PIL import Image
 from playwright.sync_api import Browser
-from processes import command, write_csv
+from processes import command, wait_for, write_csv
 
 from storage import report_data
 from storage.drift import with_certificate
@@ -24,7 +24,8 @@ from storage.pack import pack
 from storage.report import principal_components, render, write_report
 from storage.report_data import compare, gather
 from storage.run import Run
-from workers.collector import collect_run
+from workers.collector import Collector
+from workers.reporter import Reporter
 
 HOSTILE = "<script>document.title='run over'</script><img src=x onerror=\"document.title='run over'\">"
 
@@ -166,18 +167,49 @@ def test_answers_compared() -> None:
     assert compare("yes", " ") == "no ground truth"
 
 
-def test_a_report_that_cannot_be_written_does_not_hold_up_the_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_report_that_cannot_be_written_costs_the_others_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    runs = [make_run(tmp_path / name, 3) for name in ("first", "second", "third")]
+    for run in runs:
+        stage(run, 1)
+        pack(run, 1)
+    (tmp_path / "first" / "report.html" / "in the way").mkdir(parents=True)
+    reporter = Reporter()
+    reporter.start()
+    for run in runs:
+        reporter.add(run.location)
+    wait_for((tmp_path / "second" / "report.html").exists, 60, "a report")
+    assert reporter._writer is not None
+    reporter._writer.kill()  # between two reports, or in the third
+    reporter._writer.wait()
+    reporter.add(runs[2].location)
+    reporter.close()
+    assert f"{runs[0].location}: no report.html: IsADirectoryError" in caplog.text
+    assert (tmp_path / "third" / "report.html").exists()
+    shutil.rmtree(tmp_path / "first" / "report.html")
+    assert command("storage", "report", tmp_path / "first").stdout == f"{tmp_path / 'first' / 'report.html'}\n"
+
+
+def test_no_run_waits_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for once a run, when it is finished; and where a collector died before it wrote one."""
     monkeypatch.setattr("workers.collector.feed", lambda run, published: 0)
-    run = make_run(tmp_path, 3)
-    stage(run, 1)
-    (tmp_path / "report.html" / "in the way").mkdir(parents=True)
-    assert collect_run(run)
-    assert run.is_finished()
-    assert "no report.html" in caplog.text
-    shutil.rmtree(tmp_path / "report.html")
-    assert command("storage", "report", tmp_path).stdout == f"{tmp_path / 'report.html'}\n"
+    ended: list[str] = []
+    runs = [make_run(tmp_path / name, 3) for name in ("first", "second")]
+    for run in runs:
+        stage(run, 1)
+    collector = Collector((str(tmp_path),), ended.append)
+    for _ in range(2):
+        collector.sweep()
+    assert ended == [run.location for run in runs]
+    assert all(run.is_finished() for run in runs)
+    (tmp_path / "first" / "report.html").touch()
+    ended.clear()
+    collector = Collector((str(tmp_path),), ended.append)
+    for _ in range(2):
+        collector._next_scan = 0.0
+        collector.sweep()
+    assert ended == [runs[1].location]
 
 
 def test_a_run_ends_with_its_report(tmp_path: Path, photographs: Path, small_model: Path) -> None:
@@ -191,7 +223,6 @@ def test_a_run_ends_with_its_report(tmp_path: Path, photographs: Path, small_mod
     assert page.count("data:image/jpeg;base64,") == 12
     assert re.search("(seconds|minutes) since the plan", page)  # 0.004 hours say little
     written = (output / "report.html").stat().st_mtime_ns
-    assert written <= (output / ".run" / "summary.json").stat().st_mtime_ns
     again = json.loads(command("storage", "report", output, "--json").stdout)
     assert again == {"report": str(output / "report.html")}
     assert (output / "report.html").stat().st_mtime_ns > written

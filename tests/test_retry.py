@@ -215,23 +215,23 @@ def test_part_numbers_do_not_outgrow_their_digits(tmp_path):
 
 
 def test_a_collector_picks_a_finished_run_up_again(run):
-    sweeper = Collector((run.output_dir,))
+    sweeper = Collector((run.location,))
     sweeper.sweep()
-    assert sweeper._runs == {}
+    assert sweeper._scanner.runs == {}
     plan_retry(Run.open(run.output_dir))
     sweeper._next_scan = 0.0
     sweeper.sweep()
-    assert list(sweeper._runs) == [run.output_dir]
+    assert list(sweeper._scanner.runs) == [run.location]
     finish(run, 4)
     sweeper.sweep()
-    assert sweeper._runs == {}
+    assert sweeper._scanner.runs == {}
     assert run.is_finished()
 
 
 def test_a_collector_in_the_middle_of_a_run_sees_the_retry(tmp_path, monkeypatch):
     monkeypatch.setattr(collector, "feed", lambda run, published=None: 0)
     run = make_run(tmp_path, 6)
-    sweeper = Collector((tmp_path,))
+    sweeper = Collector((str(tmp_path),))
     finish(run, 1, failed=[1])
     sweeper.sweep()
     assert plan_retry(Run.open(tmp_path)).parts == (3,)

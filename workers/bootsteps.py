@@ -20,16 +20,19 @@ from workers.metrics import tally
 from workers.presence import Announcer, Presence, of_this_process
 from workers.queues import COLLECT, EXTRACT
 from workers.settings import settings
+from workers.troubles import troubles
 
 if TYPE_CHECKING:
     from workers.collector import Collector
     from workers.extractor import Extractor
+    from workers.reporter import Reporter
 
 logger = logging.getLogger(__name__)
 _POOL = "celery.worker.components:Pool"
 
 _extractor: Extractor | None = None
 _collector: Collector | None = None
+_sweeper: threading.Thread | None = None
 _gpu: GpuWatch | None = None
 _announcer: Announcer | None = None
 
@@ -39,6 +42,15 @@ def current_extractor() -> Extractor:
     if _extractor is None:
         raise EngineStartError("this worker has no engine: it does not serve a model's lanes")
     return _extractor
+
+
+def current_collector() -> Collector:
+    """Return this process's collector, also in a process that was only sent such a message."""
+    global _collector  # noqa: PLW0603  (one per process)
+    from workers.collector import Collector
+
+    _collector = _collector or Collector(settings().data_roots)
+    return _collector
 
 
 class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -72,7 +84,7 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
 def _now(worker: Any, first: Presence) -> Presence:
     """Return this process's presence as it is now."""
     taken = state.total_count.get(EXTRACT, 0) - sum(r.name == EXTRACT for r in _living(state.active_requests))
-    presence = replace(first, done=max(0, taken), swept=_collector.swept if _collector else None)
+    presence = replace(first, done=max(0, taken), swept=_swept(), waits=troubles.sentences())
     if _extractor is None:
         return presence
     engine, facts = _extractor.engine, _extractor.card.environment
@@ -92,6 +104,13 @@ def _now(worker: Any, first: Presence) -> Presence:
         busy_since=engine.busy_since,
         answered=engine.answered,
     )
+
+
+def _swept() -> float | None:
+    """Return when the collector last ended with a run; long ago where its thread is dead."""
+    if _sweeper is None or _collector is None:
+        return None
+    return _collector.swept if _sweeper.is_alive() else 0.0
 
 
 def _retrying(consumer: Any) -> dict[str, int]:
@@ -122,8 +141,10 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         """Load the model; end the worker with the reason where that fails."""
         global _extractor, _gpu  # noqa: PLW0603  (one engine per process)
         from workers.extractor import Extractor
+        from workers.staging import set_threads
 
         config = settings()
+        set_threads(worker.concurrency)
         logger.info("loading %s (%s)", config.model, config.dtype)
         try:
             _extractor = Extractor(config, worker.hostname, _stop_worker)
@@ -157,7 +178,7 @@ class CollectorStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, worker: Any, **_: Any) -> None:
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._reporter: Reporter | None = None
 
     def include_if(self, worker: Any) -> bool:
         """Tell whether the worker serves the collector's queue."""
@@ -165,20 +186,31 @@ class CollectorStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Start the sweeping thread."""
-        self._thread = threading.Thread(target=self._sweep, name="collector", daemon=True)
-        self._thread.start()
+        global _collector, _sweeper  # noqa: PLW0603  (one per process)
+        from workers.collector import Collector
+        from workers.reporter import Reporter
+
+        self._reporter = Reporter()
+        self._reporter.start()
+        _collector = Collector(settings().data_roots, self._reporter.add)
+        _sweeper = threading.Thread(target=self._sweep, args=(_collector,), name="collector", daemon=True)
+        _sweeper.start()
 
     def stop(self, worker: Any) -> None:
-        """Let the sweep in progress end."""
+        """Let the sweep in progress end, and the reports that wait be written."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        if _sweeper is not None:
+            _sweeper.join()
+        if self._reporter is not None:
+            self._reporter.close()
 
-    def _sweep(self) -> None:
-        global _collector  # noqa: PLW0603  (one per process)
-        from workers.collector import Collector
-
-        config = settings()
-        _collector = Collector(config.data_roots)
-        while not self._ended.wait(config.sweep_interval):
-            _collector.sweep()
+    def _sweep(self, collector: Collector) -> None:
+        try:
+            while not self._ended.wait(settings().sweep_interval):
+                try:
+                    collector.sweep()
+                except Exception:  # whatever it is, the next sweep is another one
+                    logger.exception("a sweep failed")
+        finally:
+            if not self._ended.is_set():
+                _stop_worker(RuntimeError("its sweeping thread died"))

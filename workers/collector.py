@@ -7,10 +7,8 @@ shortens the wait.
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -20,101 +18,95 @@ from redis.exceptions import RedisError
 from storage.account import Bookkeeper
 from storage.errors import DamagedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
-from storage.location import is_within
 from storage.pack import pack
-from storage.run import Run, find_runs, part_names
-from storage.space import describe
+from storage.run import Run, part_names
 from workers.broker import trouble
 from workers.feed import feed, queue_lengths
+from workers.home import CopyError
 from workers.metrics import after_sweep
-from workers.parent import PARENT_VARIABLE
+from workers.scanner import Scanner
 from workers.settings import settings
+from workers.troubles import sentence, troubles
 
 logger = logging.getLogger(__name__)
 _SCAN_SHARE = 0.05  # of the time may go into looking for runs: large image folders lie beside them
-_SCAN_DEPTH = 3
-_REPORT = (
-    "import sys; from workers.parent import die_with_named_parent; die_with_named_parent(); "
-    "from storage.report import write_report; from storage.run import Run; "
-    "write_report(Run.open(sys.argv[1]))"
-)
-_REPORT_SECONDS = 120
-_REPEAT = 300.0  # seconds between two equal lines in the log
 
 
 class Collector:
-    """Sweeps the runs below some directories."""
+    """Sweeps the runs below some directories. `ended` is told the location of each run that ends."""
 
-    def __init__(self, roots: tuple[str, ...]) -> None:
-        self._roots = roots
-        self._runs: dict[str, Run] = {}
+    def __init__(self, roots: tuple[str, ...], ended: Callable[[str], None] = lambda _: None) -> None:
+        self._scanner = Scanner(roots)
+        self._ended = ended
         self._books: dict[str, Bookkeeper] = {}  # of the same runs, for the metrics
         self._next_scan = float("-inf")
-        self._complaints: dict[str, tuple[str, float]] = {}
         self.swept = time.time()  # when it last ended with a run, on the wall clock
 
     def sweep(self) -> None:
-        """Bring every unfinished run forward. An error in one run is logged and does not stop the others."""
+        """Bring every unfinished run forward. An error in one run is said, and does not stop the others."""
         begun = time.monotonic()
         if begun >= self._next_scan:
             self._scan()
-        for location, run in list(self._runs.items()):
-            try:
-                if collect_run(run):
-                    del self._runs[location]
-            except OSError as error:  # the next sweep tries again
-                self._complain(location, f"waits: cannot write {describe(error, location)}")
-            except (OperationalError, RedisError) as error:
-                self._complain(location, f"waits: the broker {trouble(error)}")
-            except Exception:  # whatever it is, the other runs go on
-                logger.exception("cannot bring %s forward now", location)
-            else:
-                self._complaints.pop(location, None)
+        for run in self._scanner.unfinished():
+            if troubles.may_try(run.location):
+                self.bring_forward(run)
             self.swept = time.time()
         self.swept = time.time()
         if settings().metrics_port:
             self._show_metrics(time.monotonic() - begun)
 
-    def _show_metrics(self, seconds: float) -> None:
-        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in self._runs.items()}
+    def bring_forward(self, run: Run) -> bool:
+        """Bring one run forward, whatever is wrong with it; return whether it is finished."""
+        location = run.location
         try:
-            accounts = [(run, self._books[location].account()) for location, run in self._runs.items()]
-            after_sweep(seconds, accounts, queue_lengths)
-        except (OSError, DamagedError, OperationalError, RedisError) as error:
-            logger.warning("metrics are not up to date: %s", error)
-
-    def _complain(self, location: str, line: str) -> None:
-        """Log why a run waits: once, and again when it changes or lasts."""
-        said, when = self._complaints.get(location, ("", float("-inf")))
-        if said != line or time.monotonic() - when > _REPEAT:
-            logger.error("%s %s", location, line)
-            self._complaints[location] = line, time.monotonic()
+            finished = collect_run(run, self._ended)
+        except OSError as error:
+            troubles.note(location, sentence(error, location))
+        except (OperationalError, RedisError) as error:
+            troubles.note(location, f"waits: the broker {trouble(error)}", pause=False)
+        except (DamagedError, UserError) as error:  # the rest of the run goes on
+            troubles.note(location, f"waits: {error}", pause=False)
+        except Exception as error:
+            troubles.note(location, f"waits: {type(error).__name__}: {error}")
+            logger.debug("%s", location, exc_info=True)
+        else:
+            troubles.clear(location)
+            if finished:
+                self._scanner.ended(location)
+            return finished
+        return False
 
     def _scan(self) -> None:
         begun = time.monotonic()
-        for root in self._roots:
-            try:
-                self._scan_root(root)
-            except OSError as error:  # an object store that is away: its runs stay those that are known
-                logger.warning("cannot look for runs now: %s", error)
+        self._scanner.scan()
+        for location in self._scanner.unreported:
+            self._ended(location)
+        self._scanner.unreported.clear()
         ended = time.monotonic()
         self._next_scan = ended + (ended - begun) / _SCAN_SHARE
 
-    def _scan_root(self, root: str) -> None:
-        found = set(find_runs(root, _SCAN_DEPTH))
-        self._runs = {place: run for place, run in self._runs.items() if place in found or not is_within(place, root)}
-        for location in found - self._runs.keys():
+    def _show_metrics(self, seconds: float) -> None:
+        runs = self._scanner.runs
+        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in runs.items()}
+        accounts = []
+        for location, run in runs.items():
             try:
-                run = Run.open(location)
-                if not run.is_finished() or run.has_leftovers():
-                    self._runs[location] = run
-            except UserError as error:
-                logger.warning("%s", error)
+                accounts.append((run, self._books[location].account()))
+            except Exception as error:  # noqa: BLE001  (its sweep says what is wrong)
+                logger.debug("no metrics of %s: %s", location, error)
+        try:
+            after_sweep(seconds, accounts, queue_lengths)
+        except (OSError, OperationalError, RedisError) as error:
+            logger.warning("metrics are not up to date: %s", error)
 
 
-def collect_run(run: Run) -> bool:
-    """Bring a run one sweep forward. Return whether every part is published."""
+def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool:
+    """Bring a run one sweep forward. Return whether every part is published; `ended` is told when that is new.
+
+    Raises what is wrong with one of its slices after the others are brought forward.
+    """
     run.refresh()
+    damaged: list[str] = []
     published = run.parts_with_sidecar()
     staging, present = set(run.staging_directories()), set(part_names(run.location))
     for piece in run.slices:
@@ -125,20 +117,24 @@ def collect_run(run: Run) -> bool:
                     logger.info("published %s", run.store.address(name))
                     published.add(piece.part)
             except (DamagedError, UserError) as error:  # this slice waits; the others go on
-                logger.warning("%s", error)
+                damaged.append(str(error))
     run.store.delete_partials(settings().visibility_timeout)
-    finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run)
+    finished = bool(run.slices) and all(piece.part in published for piece in run.slices) and _finish(run, ended)
     # What lies under a part's name and could not be described waits for `--repair`: its questions could not be packed now.
     held = {piece.part for piece in run.slices if run.part_name(piece.part) in present}
-    feed(
-        run, published | held
-    )  # of a finished run too: it forgets that the last parts were fed, which a repair feeds again
+    try:
+        # Of a finished run too: it forgets that the last parts were fed, which a repair feeds again.
+        feed(run, published | held)
+    except CopyError:
+        if not finished:
+            raise
+    if damaged:
+        raise DamagedError("; ".join(damaged))
     return finished
 
 
-def _finish(run: Run) -> bool:
-    if not run.is_finished():
-        _write_report(run)  # before the account: a retry may be planned meanwhile
+def _finish(run: Run, ended: Callable[[str], None]) -> bool:
+    was_finished = run.is_finished()
     account = Bookkeeper(run).account()
     if not account.finished:  # a retry has planned more at this moment
         return False
@@ -148,22 +144,6 @@ def _finish(run: Run) -> bool:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
     run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
+    if not was_finished:
+        ended(run.location)
     return True
-
-
-def _write_report(run: Run) -> None:
-    """Have the report written by a process of its own: a run's end needs it in no way, and a stranger's images are decoded."""
-    try:
-        subprocess.run(
-            [sys.executable, "-P", "-c", _REPORT, run.location],
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_REPORT_SECONDS,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        logger.warning("%s: no report.html:\n%s", run.location, error.stderr)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("%s: no report.html: %s", run.location, error)

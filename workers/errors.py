@@ -48,3 +48,7 @@ class MessageRefusedError(Exception):
 
 class WorkerEndsError(Exception):
     """The worker was asked to end while a question waited: the question goes back into the queue."""
+
+
+class RunWaitsError(Exception):
+    """A run cannot be read or written now: its message is dropped, and feeding brings the question back."""

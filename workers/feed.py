@@ -6,49 +6,44 @@ lost message and a wiped Redis are one case. What was fed is noted in the same R
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from redis.exceptions import LockNotOwnedError, RedisError
+from redis.exceptions import LockNotOwnedError, NoPermissionError, RedisError, ResponseError
 from redis.lock import Lock
 
+from storage.errors import DamagedError
 from storage.plan import Slice
 from storage.run import Run
 from workers.broker import trouble
 from workers.celery import app
+from workers.home import claim
 from workers.message import MAX_NAME
+from workers.notes import Fed, Notes
 from workers.queues import COLLECT, EXTRACT, ModelQueues, declaration
 from workers.settings import settings
+from workers.waiting import waiting
 
 logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
 # A feeder holds it for as long again with each chunk; one that is killed delays the others by no more.
 _LOCK_SECONDS = 15
+_LOCK_STUCK = 900.0  # seconds; to feed a million questions without a bound takes two minutes
 _GRACE = (
     15.0,
     60.0,
-)  # seconds beyond the visibility timeout before a silent slice is fed again: as many more, within these
+)  # seconds beyond the visibility timeout before a silent slice is looked at: as many more, within these
 _HINT_INTERVAL = 1.0
 _MAX_REPR = 1024  # characters of a message's arguments that Flower shows
 
+_held: dict[str, tuple[bytes, float]] = {}  # locks that others hold: by whom, and since when by our clock
 _hinted: dict[tuple[str, int], float] = {}
 _hint_lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class _Fed:
-    """How far a slice is fed. Times are Redis's own clock."""
-
-    upto: int = 0  # questions below this sequence were put into the queue
-    finished: int = 0  # questions staged when last looked at
-    moved: float = 0.0  # when `upto` or `finished` last grew
 
 
 def queues_of(run: Run) -> ModelQueues:
@@ -61,29 +56,60 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
 
     `put` is told how many have been put so far.
     Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
+    Raises CopyError where the run is fed from elsewhere; DamagedError where a slice cannot be read, when the others are fed.
     """
-    if run.is_cancelled():
-        forget(run)
-        return 0
+    cancelled = run.is_cancelled()
     published = run.parts_with_sidecar() if published is None else published
     pieces = [piece for piece in run.slices if piece.part not in published]
     # Else a collector that lags would leave staging to fill the disk.
     pieces = pieces[: settings().staging_limit or None]
     with redis_client() as client:
         lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
-        if not lock.acquire():
+        if not lock.acquire() and not (_is_stuck(client, lock.name) and lock.acquire()):
             return 0
         try:
-            return _Feeder(run, client, lock, pieces, max(published, default=0)).feed(put)
+            moved = claim(client, run)
+            if cancelled:
+                Notes(client, run.run_id).forget()
+                return 0
+            return _Feeder(run, client, lock, pieces).feed(put, look=moved)
         finally:
             with suppress(LockNotOwnedError):
                 lock.release()
 
 
+def _is_stuck(client: Any, name: str) -> bool:
+    """Remove a lock that one holder has had for longer than a feeder needs, and tell so.
+
+    It expires by the server's clock, which may have been set back; or a stranger's key has its name.
+    """
+    try:
+        holder = client.get(name)
+    except NoPermissionError:
+        raise
+    except ResponseError:  # a stranger's key of another type
+        holder = b""
+    now = time.monotonic()
+    last, since = _held.get(name, (None, now))
+    if last != holder:
+        _held[name] = holder, now
+    elif now - since > _LOCK_STUCK:
+        del _held[name]
+        client.delete(name)
+        return True
+    return False
+
+
 def forget(run: Run) -> None:
     """Forget what of a run was fed, so that its unfinished questions are fed again."""
     with redis_client() as client:
-        client.delete(_key(run))
+        Notes(client, run.run_id).forget()
+
+
+def look_again(run_id: str) -> None:
+    """Have the next feeder look which questions of a run have no message, and feed them: some were dropped."""
+    with suppress(OperationalError, RedisError, OSError), redis_client() as client:
+        Notes(client, run_id).ask_to_look()
 
 
 def wipe(run: Run) -> None:
@@ -121,37 +147,41 @@ def hint_collector(run: Run, part: int) -> None:
 class _Feeder:
     """One pass over a run's open slices."""
 
-    def __init__(self, run: Run, client: Any, lock: Lock, pieces: list[Slice], last_published: int) -> None:
+    def __init__(self, run: Run, client: Any, lock: Lock, pieces: list[Slice]) -> None:
         self._run = run
         self._client = client
         self._lock = lock
-        self._pieces = pieces
-        self._last_published = last_published
+        self._pieces = {piece.part: piece for piece in pieces}
         self._queues = queues_of(run)
-        self._now = _clock(client)
+        self._notes = Notes(client, run.run_id)
+        self._suspects: set[int] = set()  # parts of which a message seems to be lost
+        self._damaged: DamagedError | None = None
 
-    def feed(self, put: Callable[[int], object]) -> int:
-        if (fed := self._progress()) is None:
+    def feed(self, put: Callable[[int], object], *, look: bool) -> int:
+        """Put questions into the queue; `look`: whatever was fed may have lost its message."""
+        look = self._notes.is_asked_to_look() or look
+        if (fed := self._progress(look=look)) is None or (number := self._feed_lost(fed)) is None:
             return 0
         limit = settings().queue_limit or float("inf")
         in_queue = sum(entry.upto - entry.finished for entry in fed.values())
-        number = 0
-        for piece in self._pieces:
-            entry = fed.get(piece.part, _Fed())
+        for piece in self._pieces.values():
+            entry = fed.get(piece.part, Fed())
             staged = self._run.staged(piece.part) if entry.upto < piece.size else {}
-            while entry.upto < piece.size and in_queue < limit:
+            while entry.upto < piece.size and in_queue < limit and self._is_readable(piece):
                 if not self._holds_lock():
                     return number
                 end = int(min(piece.size, entry.upto + _CHUNK, entry.upto + limit - in_queue))
                 missing = [sequence for sequence in range(entry.upto, end) if sequence not in staged]
                 self._publish(piece, missing)
-                entry = replace(entry, upto=end, finished=sum(s < end for s in staged), moved=self._now)
-                self._note(piece.part, entry)
+                entry = Fed(end, sum(s < end for s in staged))
+                self._notes.write(piece.part, entry)
                 in_queue += len(missing)
                 number += len(missing)
                 put(number)
             if in_queue >= limit:
                 break
+        if self._damaged is not None:
+            raise self._damaged
         return number
 
     def _holds_lock(self) -> bool:
@@ -161,42 +191,63 @@ class _Feeder:
         except LockNotOwnedError:
             return False
 
-    def _progress(self) -> dict[int, _Fed] | None:
-        """Return what is fed of the open slices, brought up to date; a stalled slice is left out, to be fed again.
+    def _is_readable(self, piece: Slice) -> bool:
+        """Tell whether a slice's questions can be read; where they cannot, the others are fed all the same."""
+        try:
+            self._run.questions(piece.part)
+        except FileNotFoundError:
+            self._damaged = DamagedError(f"{self._run.store.address(piece.key)}, a slice of the plan, is gone")
+        except DamagedError as error:
+            self._damaged = error
+        else:
+            return True
+        return False
 
-        None where the lock is lost meanwhile: another feeder is at work.
-        """
-        noted = {int(part): _Fed(**json.loads(entry)) for part, entry in self._client.hgetall(_key(self._run)).items()}
-        open_parts = {piece.part for piece in self._pieces}
-        fed: dict[int, _Fed] = {}
-        for part, last in noted.items():
-            if part not in open_parts:
-                self._client.hdel(_key(self._run), part)
-                continue
+    def _progress(self, *, look: bool) -> dict[int, Fed] | None:
+        """Return how far the open slices are fed, brought up to date. None where another feeder has taken the lock."""
+        timeout = settings().visibility_timeout
+        longest = timeout + min(max(timeout, _GRACE[0]), _GRACE[1])
+        fed: dict[int, Fed] = {}
+        for part, last in self._notes.read(self._pieces).items():
             staged = sum(sequence < last.upto for sequence in self._run.staged(part))
             if not self._holds_lock():  # a thousand slices in an object store take minutes to list
                 return None
-            entry = last if staged == last.finished else replace(last, finished=staged, moved=self._now)
-            if entry is not last:
-                self._note(part, entry)
-            lost = staged < last.finished and not self._run.store.exists(self._run.sidecar_key(part))
-            if lost or self._stalled(part, entry):
-                why = "lost staged questions" if lost else "made no progress"
-                logger.warning("%s: part %d %s; feeding it again", self._run.location, part, why)
-                self._client.hdel(_key(self._run), part)
-                continue
-            fed[part] = entry
+            entry = fed[part] = Fed(last.upto, staged)
+            if entry != last:
+                self._notes.write(part, entry)
+            # Fewer are staged where a damaged file was removed.
+            if look or staged < last.finished or self._notes.silence(part, entry) > longest:
+                self._suspects.add(part)
         return fed
 
-    def _stalled(self, part: int, entry: _Fed) -> bool:
-        """Tell whether a slice's messages seem lost: long silence, and no longer queue before them that would explain it."""
-        timeout = settings().visibility_timeout
-        silent = self._now - entry.moved > timeout + min(max(timeout, _GRACE[0]), _GRACE[1])
-        overtaken = part < self._last_published
-        return silent and entry.finished < entry.upto and (overtaken or self._queues_are_empty())
+    def _feed_lost(self, fed: dict[int, Fed]) -> int | None:
+        """Feed again what is neither staged nor in the queue of the slices in doubt; return how many. None as above.
 
-    def _queues_are_empty(self) -> bool:
-        return not any(map(self._client.llen, (self._queues.retry, *self._queues.lanes)))
+        A run that waits behind others, or for a worker, is silent too: therefore its messages are looked for.
+        """
+        missing: dict[int, set[int]] = {}
+        for part in self._suspects:
+            if fed[part].finished < fed[part].upto and self._is_readable(self._pieces[part]):
+                missing[part] = set(range(fed[part].upto)) - self._run.staged(part).keys()
+        if not missing:
+            return 0
+        found = waiting(self._client, self._run, self._queues, missing, self._holds_lock)
+        if found is None:
+            return None
+        number = 0
+        for part, sequences in missing.items():
+            self._notes.break_silence(part, fed[part])
+            staged = self._run.staged(part)  # again: what was with a worker then may be finished now
+            lost = sorted(s for s in sequences if (part, s) not in found and s not in staged)
+            if not lost or self._run.store.exists(self._run.sidecar_key(part)):
+                continue
+            logger.warning("%s: part %d lost %d messages; feeding them again", self._run.location, part, len(lost))
+            for start in range(0, len(lost), _CHUNK):
+                if not self._holds_lock():
+                    return None
+                self._publish(self._pieces[part], lost[start : start + _CHUNK])
+            number += len(lost)
+        return number
 
     def _publish(self, piece: Slice, sequences: list[int]) -> None:
         questions = self._run.questions(piece.part)
@@ -217,18 +268,6 @@ class _Feeder:
                     declare=(),  # a lane is a Redis list: nothing to declare, and that took a fifth of the time
                     retry=False,  # the batch is sent as a whole later; here it would only wrap each message
                 )
-
-    def _note(self, part: int, entry: _Fed) -> None:
-        self._client.hset(_key(self._run), part, json.dumps(asdict(entry)))
-
-
-def _key(run: Run) -> str:
-    return f"halp:fed:{run.run_id}"
-
-
-def _clock(client: Any) -> float:
-    seconds, microseconds = client.time()
-    return float(seconds) + float(microseconds) / 1e6
 
 
 @contextmanager

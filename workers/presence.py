@@ -55,6 +55,7 @@ class Presence:
     batches: int = 0
     prefixes: int = 0
     retrying: dict[str, int] = field(default_factory=dict)  # run id to its questions that wait here for another attempt
+    waits: dict[str, str] = field(default_factory=dict)  # runs that do not go on here: location to the reason
     gpu_memory_used: int | None = None  # bytes, of the GPU, by whomever
     gpu_memory_total: int | None = None
     gpu_busy: float | None = None  # of the last second or so
@@ -113,7 +114,7 @@ class Announcer:
         while True:
             try:
                 say()
-            except (OperationalError, RedisError, OSError) as error:  # a full disk, a broker that is away: say it later
+            except Exception as error:  # noqa: BLE001  (a full disk, a broker that is away, whatever it is: say it later)
                 logger.debug("cannot note that this process lives: %s", type(error).__name__)
             if self._ended.wait(interval):
                 return

@@ -17,17 +17,18 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
+from storage.errors import DamagedError
 from storage.run import Run
 from storage.sample import Failure
-from workers.bootsteps import current_extractor
+from workers.bootsteps import current_collector, current_extractor
 from workers.celery import app, model_queues
-from workers.collector import collect_run
 from workers.errors import (
     BatchFailedError,
     EngineStartError,
     MessageRefusedError,
     PermanentError,
     RunRefusedError,
+    RunWaitsError,
     TransientError,
     WorkerEndsError,
 )
@@ -36,11 +37,14 @@ from workers.feed import hint_collector
 from workers.message import QuestionMessage, RunMessage
 from workers.queues import EXTRACT, declaration
 from workers.settings import settings
-from workers.staging import keep
+from workers.staging import goes_on, keep, note_refusal
+from workers.troubles import troubles
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
 MAX_PASSES = 20  # of a question from a worker that refuses its run to whoever serves the retry queue
+MAX_DISK_RETRIES = 3  # of a question whose run cannot be read or written; then feeding brings it back
+PUT_OFF = "put off"  # how a task ends whose run cannot be read or written now
 _LONGEST_PASS = 30.0  # seconds
 _EXPECTED = (MessageRefusedError,)  # Celery logs these in a line, without a traceback
 # What leaves a task in Celery's threads pool without an acknowledgement, and costs the worker a thread for good.
@@ -52,9 +56,21 @@ _REASONS: dict[type[Exception], str] = {TransientError: "transient_error", Batch
 def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
+    if not troubles.may_try(message.run_dir):
+        return PUT_OFF
     try:
         return _extract(self, message)
-    except (OSError, *_ESCAPING) as error:  # a full disk, no memory: not the question's fault, however long it lasts
+    except RunWaitsError:
+        return PUT_OFF
+    except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
+        troubles.note(message.run_dir, f"waits: {error}", pause=False)
+        return PUT_OFF
+    except OSError as error:  # not the question's fault, however long it lasts
+        note_refusal(error, message.run_dir)
+        if self.request.retries >= MAX_DISK_RETRIES:  # what waits for its time to come takes room from other runs
+            return PUT_OFF
+        raise _retry(self, error) from error
+    except _ESCAPING as error:
         raise _retry(self, _harmless(error)) from error
 
 
@@ -75,7 +91,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except OSError:  # of marks in the run directory: what concerns an image is a TransientError
+    except (OSError, DamagedError):  # of the run directory: what concerns an image is a TransientError
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
@@ -95,20 +111,27 @@ def collect(*_: Any, **arguments: Any) -> str:
     message = RunMessage.decode(arguments)
     try:
         run = open_run_in_roots(message.run_dir, message.run_id, settings().data_roots)
-        return "finished" if collect_run(run) else "not finished yet"
+        if not troubles.may_try(run.location):
+            return PUT_OFF
+        return "finished" if current_collector().bring_forward(run) else "not finished yet"
+    except (OSError, DamagedError) as error:  # the sweep says so
+        return f"{PUT_OFF}: {error}"
     except _ESCAPING as error:
         raise _harmless(error) from error
 
 
 def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     try:
-        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir)
+        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir, message.run_id)
     except RunRefusedError as error:
         logger.error("refusing %s: %s", message.run_dir, error)
         raise _pass_on(task, error) from error
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
+        troubles.note(message.run_dir, f"waits: {error}")
+        if task.request.retries >= MAX_DISK_RETRIES:
+            raise RunWaitsError(str(error)) from error
         raise _retry(task, error) from error
 
 
@@ -124,7 +147,8 @@ def _check_planned(run: Run, part: int, sequence: int) -> None:
 def _keep(run: Run, write: Callable[[], None]) -> None:
     """Stage something, however long the disk refuses; when the worker ends meanwhile the question goes back."""
     try:
-        keep(write, run.location)
+        keep(write, run.location, run.run_id)
+        goes_on(run.location, run.run_id)
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
 
