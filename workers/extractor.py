@@ -62,7 +62,7 @@ class Extractor:
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
-        self._preprocess = Preprocessor(self.card)
+        self.preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             measured(self.engine.extract),
             max_batch_size=config.batch_size,
@@ -91,7 +91,7 @@ class Extractor:
         deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
         if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
             raise killed_worker(f"the engine died {deaths.alone} times")
-        with self._preprocess.hold(
+        with self.preprocess.hold(
             question.image_id,
             settings.images_dir,
             settings.image_roots,
@@ -100,7 +100,7 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
         ) as image:
             text = settings.prompt.replace(QUESTION, question.question)
-            request = self._preprocess.request(image, text, _recipe(settings, facts))
+            request = self.preprocess.request(image, text, _recipe(settings, facts))
             sample = self._compute(settings.run_id, request, deaths)
             if sequence == 0 and not settings.exact and not settings.halp_compat:
                 sample = self._with_certificate(settings.run_id, request, sample, deaths)
