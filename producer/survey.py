@@ -14,7 +14,7 @@ from storage.decoders import decoders
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url
 from workers.errors import PermanentError, TransientError
-from workers.preprocess import image_size, load_image, smart_resize
+from workers.preprocess import image_size, load_image, smart_resize, vision_tokens
 
 T = TypeVar("T")
 _TIMED = 32  # images that are decoded for the time it takes
@@ -73,8 +73,7 @@ class Gallery:
     def tokens(self, size: tuple[int, int], limits: tuple[int, int] | None = None) -> int:
         """Return the vision tokens of an image of a size, within these pixel limits or others."""
         width, height = size
-        resized_height, resized_width = smart_resize(height, width, self.factor, *(limits or self.limits))
-        return resized_height * resized_width // self.factor**2
+        return vision_tokens(*smart_resize(height, width, self.factor, *(limits or self.limits)), self.factor)
 
 
 def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:

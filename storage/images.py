@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,8 @@ from typing import BinaryIO
 from storage.errors import UserError
 from storage.location import is_url, is_within, join, resolve_location, split_url
 from storage.opening import open_regular, read_bounded, too_large
+
+_LOOKS = 5  # at a path of which links change meanwhile
 
 
 class OutsideRootError(ValueError):
@@ -22,7 +24,8 @@ def resolve_image(image_id: str, images_dir: str | Path, image_roots: Sequence[s
     """Return the location of an image: an absolute path, symbolic links followed, or a URL; nothing need be there.
 
     `images_dir` and `image_roots` are resolved locations: a root that is itself a link would admit nothing. Raises
-    OutsideRootError where the id leaves all of them, by `..`, as an absolute path or URL or through a link, or can be none.
+    OutsideRootError where the id leaves all of them, by `..`, as an absolute path or URL or through a link, or can be none;
+    OSError where links change all the while.
     """
     try:
         location = _locate(image_id, str(images_dir))
@@ -42,7 +45,12 @@ def _locate(image_id: str, images_dir: str) -> str:
         image_id.encode()
         bucket, prefix = split_url(images_dir)
         return join(bucket, os.path.normpath(f"/{prefix}/{image_id}").lstrip("/"))
-    return os.path.realpath(os.path.join(images_dir, image_id))
+    path = os.path.join(images_dir, image_id)
+    for _ in range(_LOOKS - 1):
+        # A link that goes away between `lstat` and `readlink` raises what a missing one does not (Python 3.11 to 3.13).
+        with suppress(OSError):
+            return os.path.realpath(path)
+    return os.path.realpath(path)
 
 
 def read_image(location: str, limit: int) -> bytes:

@@ -19,7 +19,7 @@ from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
 from workers.metrics import measured
-from workers.preprocess import Preprocessor
+from workers.preprocess import Preprocessor, limits_of
 from workers.settings import WorkerSettings
 
 # Far above the time that a question can take; reached only if the batcher's thread is gone.
@@ -141,6 +141,7 @@ class Extractor:
             layers = resolve_layers(settings.layers, card.num_hidden_layers)
         except UserError as error:
             raise RunRefusedError(str(error)) from error
+        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), card)
         facts = ModelFacts(
             model_type=card.model_type,
             revision=card.revision,
@@ -156,8 +157,8 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
             positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
             vision_only_definition="encoder" if settings.halp_compat else "merged",
-            min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
-            max_pixels=card.max_pixels if settings.max_pixels is None else settings.max_pixels,
+            min_pixels=minimum,
+            max_pixels=maximum,
             repetition_penalty=(
                 card.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
             ),

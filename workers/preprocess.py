@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
 _IDLE_IMAGE_BYTES = 64 << 20
-_CONTEXT = 32_768  # what the model was trained on; its config admits more, and transformers does not check
+MAX_PROMPT = 32_768  # tokens that the model was trained on; its config admits more, and transformers does not check
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ class Preprocessor:
             location = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
+        except OSError as error:
+            raise TransientError(f"{image_id!r} cannot be looked up: {error.strerror}") from error
 
         options = {"halp_compat": halp_compat, "exif_rotation": exif_rotation}
         with self._images.hold(
@@ -105,9 +107,9 @@ class Preprocessor:
     def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
         """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
         suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
-        tokens = image.pixels.shape[0] * image.pixels.shape[1] // self._factor**2
+        tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
         total = len(self._card.head_ids) + tokens + len(suffix)
-        limit = min(_CONTEXT, self._card.max_position_embeddings)
+        limit = min(MAX_PROMPT, self._card.max_position_embeddings)
         if total > limit:
             raise PermanentError(
                 "prompt_too_long",
@@ -184,6 +186,30 @@ def _prepared(result: Result, pixels: npt.NDArray[np.uint8], halp_compat: bool, 
     resized = f"{pixels.shape[1]}x{pixels.shape[0]}"
     key = f"{result.sha256}:{resized}{':bare' * halp_compat}{':upright' * exif_rotation}"
     return PreparedImage(key, pixels, result.sha256, (width, height))
+
+
+def vision_tokens(height: int, width: int, factor: int) -> int:
+    """Return how many tokens a resized image becomes."""
+    return height * width // factor**2
+
+
+class HasLimits(Protocol):
+    """A model, loaded or not, as far as its own pixel limits go."""
+
+    @property
+    def min_pixels(self) -> int: ...  # noqa: D102
+
+    @property
+    def max_pixels(self) -> int: ...  # noqa: D102
+
+
+def limits_of(asked: tuple[int | None, int | None], model: HasLimits) -> tuple[int, int]:
+    """Return the pixel limits of a run: those that were asked for, else the model's own."""
+    minimum, maximum = asked
+    return (
+        model.min_pixels if minimum is None else minimum,
+        model.max_pixels if maximum is None else maximum,
+    )
 
 
 @contextmanager
