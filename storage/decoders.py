@@ -122,9 +122,9 @@ class Decoders:
         """
         self._refuse_known(key)
         while not self._places.acquire(timeout=_STEP):
-            if self._ends_at is not None:
-                raise DecoderGoneError("was not begun, since this process ends")
+            self._refuse_at_end()
         try:
+            self._refuse_at_end()
             self._refuse_known(key)
             return self._run(source, job)
         except ImageRefusedError as error:
@@ -135,6 +135,10 @@ class Decoders:
             raise
         finally:
             self._places.release()
+
+    def _refuse_at_end(self) -> None:
+        if self._ends_at is not None:
+            raise DecoderGoneError("was not begun, since this process ends")
 
     def _refuse_known(self, key: Key) -> None:
         if known := self._refused.get(key):

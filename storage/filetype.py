@@ -56,8 +56,8 @@ def _text(data: bytes) -> str | None:
         return f"an SVG drawing: {_CONVERT}"
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return f"an HTML page, such as a server's error: {_FETCH}"
-    if start.startswith(b"<?xml"):
+    if start.startswith((b"<?xml", b"<error>")):
         return f"an XML document: {_FETCH}"
     if start.startswith((b'{"', b"[{", b'["')):
         return f"JSON, such as a server's error: {_FETCH}"
-    return None
+    return f"text: {_FETCH}" if start and start.decode(errors="replace").replace("\n", " ").isprintable() else None
