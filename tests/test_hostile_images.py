@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import signal
 import socket
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import make_run
+from clusters import Cluster, finished, table_of
 from image_work import dies_of, endless, greedy, size_of, stops
 from PIL import Image
+from processes import command, wait_for, write_csv
 
 from storage import bounded_image
 from storage.bounded_image import on_image_apart
@@ -315,3 +318,30 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path: Path, data: bytes, word
     assert f"{path} is not an image that Pillow can read: " in error.message
     with pytest.raises(PermanentError, match=words):
         image_size(path)
+
+
+@pytest.mark.slow
+def test_a_worker_serves_others_meanwhile_and_ends_when_it_is_asked(
+    cluster: Cluster, images: Path, tmp_path: Path
+) -> None:
+    """More slow images than it has places for: their run waits, another is written, and SIGTERM is not held up by them."""
+    cluster.variables["HALP_RUNTIME_DIR"] = str(tmp_path / "runtime")
+    slow = progressive(40_000, 9_000, hidden=True)  # minutes
+    for number in range(6):
+        (images / f"slow{number}.jpg").write_bytes(slow + bytes([number]))
+    rows = [{"question_id": f"q{n}", "image_id": f"slow{n}.jpg", "question": "What?", "answer": ""} for n in range(6)]
+    assert cluster.enqueue(write_csv(tmp_path / "slow.csv", rows), images, tmp_path / "slow").returncode == 0
+    worker = cluster.start("workers", "extract", "--name", "w", HALP_ENGINE="fake:0.01")
+    cluster.collector()
+
+    def busy() -> bool:
+        checks = json.loads(command("workers", "health", "--json", **cluster.variables).stdout)["checks"]
+        return any(check["name"].endswith(" images") and check["healthy"] for check in checks)
+
+    wait_for(busy, 60, "health shows that an image is worked on")
+    sound = tmp_path / "sound"
+    assert cluster.enqueue(table_of(tmp_path / "sound.csv", 40)[0], images, sound).returncode == 0
+    wait_for(lambda: finished(sound), 60, "the other run")
+    worker.terminate()
+    assert worker.wait(40) == 0
+    assert cluster.status(tmp_path / "slow")["outstanding"] == 6
