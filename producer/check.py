@@ -22,6 +22,7 @@ from storage.plan import Question
 from storage.settings import QUESTION
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, Recipe
+from workers.preprocess import limits_of
 from workers.settings import DEFAULT_MODEL, settings
 from workers.shapes import Shape, shape_of
 from workers.trial import Trial, TrialCase, run_trial
@@ -104,7 +105,11 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, ph
     seen = survey(gallery, list(asked), decode=decode, done=phases("opening images", len(asked)))
     tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
     disk = _disk(options, shape, len(questions), len(asked)) if shape else None
-    findings = [*table_findings(questions), *image_findings(options, seen, asked), *long_prompts(questions, tokens)]
+    findings = [
+        *table_findings(questions),
+        *image_findings(options, seen, asked),
+        *long_prompts(questions, tokens, options.prompt),
+    ]
     if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
         findings.append(
             Finding(
@@ -145,7 +150,7 @@ def _gallery(options: RunOptions, shape: Shape) -> Gallery:
     return Gallery(
         images_dir=resolve_location(options.images_dir),
         roots=tuple(map(resolve_location, options.image_roots)),
-        limits=(options.min_pixels or shape.min_pixels, options.max_pixels or shape.max_pixels),
+        limits=limits_of((options.min_pixels, options.max_pixels), shape),
         factor=shape.factor,
         halp_compat=options.halp_compat,
         exif_rotation=options.exif_rotation,
@@ -217,7 +222,8 @@ def _trial(
     spec = EngineSpec(settings().engine, options.model, options.revision, options.dtype, str(cache_dir))
     cases = [TrialCase(q.image_id, options.prompt.replace(QUESTION, q.question)) for q in chosen]
     places = (gallery.images_dir, gallery.roots)
-    return run_trial(spec, cases, places, recipe, options.layers, (options.min_pixels, options.max_pixels))
+    limits = (options.min_pixels, options.max_pixels)
+    return run_trial(spec, cases, places, recipe, options.layers, limits, options.exif_rotation)
 
 
 def in_bytes(number: float) -> str:

@@ -13,13 +13,14 @@ from producer.images import MAX_MISSING
 from producer.options import RunOptions
 from producer.survey import Survey
 from storage.plan import Question
+from storage.settings import QUESTION
+from workers.preprocess import MAX_PROMPT
 
 _SHOWN = 5
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _MISSING_WORDS = {"NA", "N/A", "NaN", "nan", "null", "NULL", "None", "n/a", "#N/A", "<NA>"}  # as pandas reads them
 _LETTERS = re.compile(r"\S(, ?\S| ,  ?)+")
 _TEMPLATE_TOKENS = 30
-_MAX_PROMPT = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +92,16 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
     return findings
 
 
-def long_prompts(questions: Sequence[Question], tokens: dict[str, int]) -> list[Finding]:
+def long_prompts(questions: Sequence[Question], tokens: dict[str, int], prompt: str) -> list[Finding]:
     """Find prompts that may not fit, four characters to a token: the worker's tokenizer has the last word."""
+    around = len(prompt.replace(QUESTION, ""))
     long = [
         question.question_id
         for question in questions
-        if tokens.get(question.image_id, 0) + len(question.question) // 4 + _TEMPLATE_TOKENS > _MAX_PROMPT
+        if tokens.get(question.image_id, 0) + (around + len(question.question)) // 4 + _TEMPLATE_TOKENS > MAX_PROMPT
     ]
     message = (
-        f"prompts may exceed {_MAX_PROMPT:,} tokens and fail as prompt_too_long: lower --max-pixels or shorten them"
+        f"prompts may exceed {MAX_PROMPT:,} tokens and fail as prompt_too_long: lower --max-pixels or shorten them"
     )
     return [_finding("fails", "prompt_too_long", long, message)] if long else []
 

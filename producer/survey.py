@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from producer.progress import Done, counted
+from storage.decoders import decoders
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url
 from workers.errors import PermanentError, TransientError
-from workers.preprocess import image_size, load_image, smart_resize
+from workers.preprocess import image_size, load_image, smart_resize, vision_tokens
 
 T = TypeVar("T")
 _TIMED = 32  # images that are decoded for the time it takes
@@ -72,8 +73,7 @@ class Gallery:
     def tokens(self, size: tuple[int, int], limits: tuple[int, int] | None = None) -> int:
         """Return the vision tokens of an image of a size, within these pixel limits or others."""
         width, height = size
-        resized_height, resized_width = smart_resize(height, width, self.factor, *(limits or self.limits))
-        return resized_height * resized_width // self.factor**2
+        return vision_tokens(*smart_resize(height, width, self.factor, *(limits or self.limits)), self.factor)
 
 
 def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
@@ -95,25 +95,32 @@ def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Do
 
     file_bytes = 0
     with ThreadPoolExecutor(_THREADS) as pool:
-        for image_id, found in counted(zip(image_ids, pool.map(look, image_ids)), done, step=1):
-            if isinstance(found, ImageProblem):
-                problems.append(found)
-            else:
-                sizes[image_id], number = found
-                file_bytes += number
+        try:
+            for image_id, found in counted(zip(image_ids, pool.map(look, image_ids)), done, step=1):
+                if isinstance(found, ImageProblem):
+                    problems.append(found)
+                else:
+                    sizes[image_id], number = found
+                    file_bytes += number
+        except KeyboardInterrupt:
+            decoders.end(0)  # or the pool would wait for the slowest image
+            raise
     return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)))
 
 
 def _decode_seconds(gallery: Gallery, image_ids: Sequence[str]) -> float | None:
-    """Time one core on images spread evenly over the dataset. What cannot be decoded after all does not count."""
+    """Time one core on images spread evenly over the dataset. What cannot be decoded after all does not count.
+
+    On the wall clock: some formats are decoded in another process, and nothing else is done here meanwhile.
+    """
     seconds, decoded = 0.0, 0
     for image_id in spread(image_ids, _TIMED):
-        begun = time.thread_time()
+        begun = time.perf_counter()
         try:
             gallery.decode(image_id)
         except (PermanentError, TransientError):
             continue
-        seconds += time.thread_time() - begun
+        seconds += time.perf_counter() - begun
         decoded += 1
     return seconds / decoded if decoded else None
 

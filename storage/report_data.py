@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from storage.account import Account, Bookkeeper
+from storage.bounded_image import on_image
 from storage.failures import published_failures
 from storage.images import resolve_image
 from storage.location import is_url
@@ -25,7 +25,6 @@ from storage.naming import question_id
 from storage.pack import sidecars
 from storage.run import Run
 from storage.sample import Failure
-from storage.store import read_bounded
 
 T = TypeVar("T")
 _PARTS = 200  # looked into for their times and certificates
@@ -39,8 +38,7 @@ _FAILURES = 20
 _TEXT = 300  # characters shown of a text
 _THUMBNAIL = (160, 120)
 _LARGEST = 50_000_000  # pixels of an image that a thumbnail is made of
-_LARGEST_FILE = 64 << 20  # bytes of it
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
+_SECONDS = 2.0  # of CPU for one, besides those for its pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,18 +198,22 @@ def _text(group: h5py.Group, name: str) -> str:
 
 def _thumbnail(run: Run, image_id: str) -> str:
     try:
-        data = read_bounded(resolve_image(image_id, run.settings.images_dir, run.settings.image_roots), _LARGEST_FILE)
-        if data is None:
-            return ""
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore")
-            if image.width * image.height > _LARGEST:
-                return ""
-            image.draft("RGB", _THUMBNAIL)
-            small = image.convert("RGB")
-            small.thumbnail(_THUMBNAIL)
-    except Exception:  # noqa: BLE001  (decoders raise anything; the images may not even be on this machine)
+        location = resolve_image(image_id, run.settings.images_dir, run.settings.image_roots)
+        small = on_image(location, _small, seconds=_SECONDS).array
+    except Exception:  # noqa: BLE001  (no image is worth a report; the images may not even be on this machine)
         return ""
+    if small is None:
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(small.tobytes()).decode()
+
+
+def _small(image: Image.Image) -> tuple[list[int], npt.NDArray[np.uint8] | None]:
+    """Return an open image's thumbnail, as the bytes of a JPEG; none of one that is too large for it."""
+    if image.width * image.height > _LARGEST:
+        return [], None
+    image.draft("RGB", _THUMBNAIL)
+    small = image.convert("RGB")
+    small.thumbnail(_THUMBNAIL)
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    return [], np.frombuffer(jpeg.getvalue(), np.uint8)

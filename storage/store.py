@@ -106,17 +106,6 @@ def local_file(location: str) -> Iterator[Path]:
         yield path
 
 
-def read_bounded(location: str, limit: int) -> bytes | None:
-    """Return the bytes of the file or object at a location; None, unread, where they are more than `limit`. Raises OSError."""
-    if is_url(location):
-        from storage.object_store import ObjectStore
-
-        bucket, key = split_url(location)
-        return ObjectStore(bucket).get_bounded(key, limit)
-    path = Path(location)
-    return path.read_bytes() if path.stat().st_size <= limit else None
-
-
 def missing_objects(root: str, urls: Collection[str]) -> set[str]:
     """Return those of some URLs below the URL `root` that no object has."""
     from storage.object_store import ObjectStore

@@ -125,3 +125,11 @@ def test_flower() -> None:
     assert (row["tasks"], row["remembered"]) == ("1,000", "500")
     assert float(row["events/s"].replace(",", "")) > 10
     assert 30 < float(row["memory, MB"]) < 1000
+
+
+def test_images() -> None:
+    (table,) = tables_of("images.py", "--rounds", "1", "--sizes", "0.3", "--other", str(BENCHMARKS.parent))
+    assert [row["format"] for row in table] == ["jpg", "progressive.jpg", "png", "webp", "tif", "gif"]
+    for row in table:
+        assert 1 < float(row["here, images/s"]) < 10_000
+        assert 0.1 < float(row["other, best ms"]) < 1000

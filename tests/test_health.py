@@ -41,6 +41,8 @@ def test_health_names_what_fails() -> None:
     assert failing(worker(device="", started=now - 150)) == []
     assert failing(worker(device="", started=now - 170)) == ["w@host engine"]
     assert failing(worker(loading_since=now - 170)) == ["w@host engine"]
+    assert failing(worker(image_since=now - 100)) == []  # a slow image is ended by its own limit
+    assert failing(worker(image_since=now - 400)) == ["w@host images"]
     collector = worker(serves="", collects=True, swept=now - 800)
     assert failing(collector) == []
     assert failing(replace(collector, swept=now - 1000)) == ["w@host collector"]

@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, UnidentifiedImageError, features
 from qwen_vl_utils.vision_process import smart_resize as their_smart_resize
 
+from storage.decoding import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
 from workers import preprocess
 from workers.engine import EngineSpec, ModelCard, Recipe
 from workers.errors import PermanentError, TransientError
 from workers.fake import FakeEngine
-from workers.preprocess import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS, PreparedImage, Preprocessor, load_image, smart_resize
+from workers.preprocess import PreparedImage, Preprocessor, load_image, load_quick, smart_resize
 
 FACTOR = 28
 LIMITS = (3136, 12845056)  # the checkpoint's own
@@ -388,7 +389,7 @@ def test_forbidden(tmp_path):
 
 def test_forbidden_by_the_file_system(tmp_path, monkeypatch):
     (tmp_path / "a.png").touch()
-    monkeypatch.setattr(Path, "read_bytes", raising(errno.EACCES))
+    monkeypatch.setattr("storage.images.open_regular", raising(errno.EACCES))
     assert "Permission denied" in refused(tmp_path / "a.png", "image_missing")
 
 
@@ -490,10 +491,11 @@ def test_hundred_megapixels_are_accepted(tmp_path):
     assert (prepared.pixels == 255).all()
 
 
+@pytest.mark.parametrize("place", ["storage.images.open_regular", "storage.bounded_image.read_bounded"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ETIMEDOUT])
-def test_other_os_errors_are_transient(tmp_path, monkeypatch, number):
+def test_other_os_errors_are_transient(tmp_path, monkeypatch, number, place):
     photograph().save(tmp_path / "a.png")
-    monkeypatch.setattr(Path, "read_bytes", raising(number))
+    monkeypatch.setattr(place, raising(number))
     with pytest.raises(TransientError) as caught:
         load(tmp_path / "a.png")
     assert str(tmp_path / "a.png") in str(caught.value)
@@ -512,7 +514,7 @@ def test_lack_of_memory_is_transient(tmp_path, monkeypatch, place):
 
 
 def raising(number: int) -> Callable[..., bytes]:
-    def read(_path: Path) -> bytes:
+    def read(*_arguments: object) -> bytes:
         raise OSError(number, os.strerror(number))
 
     return read
@@ -634,15 +636,15 @@ class Decodes:
         self.paths: list[Path] = []
         self.entered, self.go = threading.Event(), threading.Event()
         self.error: BaseException | None = None
-        monkeypatch.setattr(preprocess, "load_image", self)
+        monkeypatch.setattr(preprocess, "load_quick", self)
 
-    def __call__(self, path: Path, factor: int, limits: tuple[int, int], **options: bool) -> PreparedImage:
+    def __call__(self, path: Path, factor: int, limits: tuple[int, int], **options: bool) -> PreparedImage | None:
         self.paths.append(path)
         self.entered.set()
         assert self.go.wait(20)
         if self.error is not None:
             raise self.error
-        return load_image(path, factor, limits, **options)
+        return load_quick(path, factor, limits, **options)
 
 
 @pytest.fixture
@@ -762,7 +764,7 @@ def test_what_can_be_wrong_with_an_object(s3_url, s3_server, monkeypatch):
         with pytest.raises(PermanentError, match=f"{s3_url}/{name}") as permanent:
             load(f"{s3_url}/{name}")
         assert permanent.value.reason == reason
-    monkeypatch.setattr(preprocess, "MAX_IMAGE_BYTES", 7)
+    monkeypatch.setattr("storage.bounded_image.MAX_IMAGE_BYTES", 7)
     with pytest.raises(PermanentError, match="more than 7 bytes"):
         load(f"{s3_url}/text.png")
     s3_server.control(deny="GET")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
-from celery.signals import worker_shutdown
+from celery.signals import worker_shutdown, worker_shutting_down
 from celery.worker import state
 from celery.worker.request import Request
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _POOL = "celery.worker.components:Pool"
+_GRACE = 5.0  # seconds that an image may take once the worker is asked to end
 
 _extractor: Extractor | None = None
 _collector: Collector | None = None
@@ -103,6 +104,7 @@ def _now(worker: Any, first: Presence) -> Presence:
         loading_since=engine.loading_since,
         busy_since=engine.busy_since,
         answered=engine.answered,
+        image_since=_extractor.preprocess.loading_since(),
     )
 
 
@@ -154,6 +156,14 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if _extractor.card.environment["device"].startswith("cuda"):
             _gpu = GpuWatch()
         logger.info("loaded %s on %s", config.model, _extractor.card.environment["device"])
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _hasten_decoders(**_: Any) -> None:
+    """Give images that are slow to decode back to other workers, rather than wait for each of them."""
+    from storage.decoders import decoders
+
+    decoders.end(_GRACE)
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator]

@@ -19,7 +19,7 @@ from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
 from workers.metrics import measured
-from workers.preprocess import Preprocessor
+from workers.preprocess import Preprocessor, limits_of
 from workers.settings import WorkerSettings
 
 # Far above the time that a question can take; reached only if the batcher's thread is gone.
@@ -63,7 +63,7 @@ class Extractor:
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
-        self._preprocess = Preprocessor(self.card)
+        self.preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             measured(self.engine.extract),
             max_batch_size=config.batch_size,
@@ -96,7 +96,7 @@ class Extractor:
         deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
         if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
             raise killed_worker(f"the engine died {deaths.alone} times")
-        with self._preprocess.hold(
+        with self.preprocess.hold(
             question.image_id,
             settings.images_dir,
             settings.image_roots,
@@ -105,7 +105,7 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
         ) as image:
             text = settings.prompt.replace(QUESTION, question.question)
-            request = self._preprocess.request(image, text, _recipe(settings, facts))
+            request = self.preprocess.request(image, text, _recipe(settings, facts))
             sample = self._compute(settings.run_id, request, deaths)
             if sequence == 0 and not settings.exact and not settings.halp_compat:
                 sample = self._with_certificate(settings.run_id, request, sample, deaths)
@@ -146,6 +146,7 @@ class Extractor:
             layers = resolve_layers(settings.layers, card.num_hidden_layers)
         except UserError as error:
             raise RunRefusedError(str(error)) from error
+        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), card)
         facts = ModelFacts(
             model_type=card.model_type,
             revision=card.revision,
@@ -161,8 +162,8 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
             positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
             vision_only_definition="encoder" if settings.halp_compat else "merged",
-            min_pixels=card.min_pixels if settings.min_pixels is None else settings.min_pixels,
-            max_pixels=card.max_pixels if settings.max_pixels is None else settings.max_pixels,
+            min_pixels=minimum,
+            max_pixels=maximum,
             repetition_penalty=(
                 card.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
             ),

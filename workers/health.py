@@ -11,6 +11,7 @@ from workers.settings import WorkerSettings
 
 _BEAT = 60.0  # seconds; twelve times what lies between two notes
 _MARGIN = 60.0  # beyond the watchdog's own bound
+_IMAGE = 300.0  # decoding is ended after 60 s of CPU: this is a file system that does not answer, or no CPU to be had
 _SWEEP = 900.0  # a sweep packs a part for as long as it takes: 1,000 questions of the 7B model take 3 s
 
 
@@ -39,6 +40,9 @@ def _of_process(presence: Presence, now: float, config: WorkerSettings) -> list[
     found = [Check(f"{presence.name} process", age < _BEAT, f"pid {presence.pid}, last heard of {age:.0f} s ago")]
     if presence.serves:
         found.append(_of_engine(presence, now, config))
+        if presence.image_since is not None:
+            age = now - presence.image_since
+            found.append(Check(f"{presence.name} images", age < _IMAGE, f"busy with one image for {age:.0f} s"))
     if presence.collects and presence.swept is not None:
         age = now - presence.swept
         limit = _SWEEP + config.sweep_interval

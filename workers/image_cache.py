@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
+R = TypeVar("R")
 _IDLE_IMAGES = 128
 
 
@@ -38,8 +40,8 @@ class _Entry(Generic[T]):
 class ImageCache(Generic[T]):
     """Images in use, at most `max_bytes` and one more; and the 128 used last, at most `idle_bytes`. Thread-safe.
 
-    As many are loaded at a time as there are cores. While those in use exceed the bound, none is loaded: questions wait in
-    their threads, the engine frees what it finishes.
+    As many are loaded at a time as there are cores, and as many apart: those that may take long hold up no others. While
+    those in use exceed the bound, none is loaded: questions wait in their threads, the engine frees what it finishes.
     """
 
     def __init__(self, max_bytes: int, idle_bytes: int) -> None:
@@ -50,18 +52,25 @@ class ImageCache(Generic[T]):
         self._idle: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
         self._idle_bytes = 0
         self._changed = threading.Condition()
-        self._loaders = threading.BoundedSemaphore(max(2, len(os.sched_getaffinity(0))))
+        cores = max(2, len(os.sched_getaffinity(0)))
+        self._loaders, self._apart = threading.BoundedSemaphore(cores), threading.BoundedSemaphore(cores)
+        self._begun: dict[Hashable, float] = {}
+
+    def loading_since(self) -> float | None:
+        """Return when the oldest load that has not ended began, on the wall clock."""
+        return min(self._begun.copy().values(), default=None)
 
     @contextmanager
-    def hold(self, key: Hashable, load: Callable[[], T]) -> Iterator[T]:
+    def hold(self, key: Hashable, load: Callable[[], T | None], load_apart: Callable[[], T]) -> Iterator[T]:
         """Yield an image, from memory or loaded now; it is kept at least until the block ends.
 
-        Whoever waits for an image that cannot be loaded gets the error; it is not kept.
+        `load_apart` loads it where `load` returns None, since it may take long. Whoever waits for an image that cannot be
+        loaded gets the error; it is not kept.
         """
         entry, mine = self._take(key)
         try:
             if mine:
-                self._load(key, entry, load)
+                self._load(key, entry, load, load_apart)
             yield entry.loaded.result()
         finally:
             self._leave(key, entry)
@@ -94,18 +103,27 @@ class ImageCache(Generic[T]):
                     self._idle_bytes -= self._idle.popitem(last=False)[1].nbytes
             self._changed.notify_all()
 
-    def _load(self, key: Hashable, entry: _Entry[T], load: Callable[[], T]) -> None:
-        with self._loaders:
+    def _load(self, key: Hashable, entry: _Entry[T], load: Callable[[], T | None], load_apart: Callable[[], T]) -> None:
+        try:
+            image = self._within(self._loaders, key, load)
+            if image is None:
+                image = self._within(self._apart, key, load_apart)
+        except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
             with self._changed:
-                self._changed.wait_for(lambda: self._used_bytes <= self._max_bytes)
-            try:
-                image = load()
-            except BaseException as error:  # noqa: BLE001  (every question that waits for this image hears of it)
-                with self._changed:
-                    del self._used[key]
-                entry.loaded.set_exception(error)
-                return
+                del self._used[key]
+            entry.loaded.set_exception(error)
+            return
         with self._changed:
             entry.nbytes = image.nbytes
             self._used_bytes += entry.nbytes
         entry.loaded.set_result(image)
+
+    def _within(self, places: threading.BoundedSemaphore, key: Hashable, load: Callable[[], R]) -> R:
+        with places:
+            with self._changed:
+                self._changed.wait_for(lambda: self._used_bytes <= self._max_bytes)
+            self._begun[key] = time.time()
+            try:
+                return load()
+            finally:
+                del self._begun[key]

@@ -6,46 +6,34 @@ threads' process; the tests compare the two.
 
 from __future__ import annotations
 
-import hashlib
-import io
+import errno
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
+from storage.bounded_image import on_header, on_image_apart, on_image_quickly
+from storage.decoders import DecoderGoneError, Result
+from storage.decoding import ImageRefusedError
 from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
-from storage.location import is_url
-from storage.store import read_bounded
+from storage.opening import NotRegularError
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.image_cache import ImageCache
 from workers.prompt import QuestionTokenizer
 
-MAX_ASPECT_RATIO = 200
-MAX_IMAGE_PIXELS = 100_000_000
-MAX_IMAGE_BYTES = 1 << 30  # that many pixels, uncompressed, with 16 bits and transparency, have 800 MB
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
 _IDLE_IMAGE_BYTES = 64 << 20
-# Not EPS: Pillow runs Ghostscript on it, whatever the file is called.
-_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM", "ICO", "JPEG2000", "TGA", "AVIF")
-Image.init()
-_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # a build of Pillow may lack some
-_CONTEXT = 32_768  # what the model was trained on; its config admits more, and transformers does not check
-
-# `load_image` checks the size before decoding. Pillow's own bound, which raises above twice this value, is for the images
-# within images that only the decoder sees: an icon's PNG, a TIFF's tiles.
-Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2
+MAX_PROMPT = 32_768  # tokens that the model was trained on; its config admits more, and transformers does not check
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +84,15 @@ class Preprocessor:
             location = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as error:
             raise PermanentError("image_outside_root", str(error)) from error
+        except OSError as error:
+            raise TransientError(f"{image_id!r} cannot be looked up: {error.strerror}") from error
 
-        def load() -> PreparedImage:
-            return load_image(location, self._factor, limits, halp_compat=halp_compat, exif_rotation=exif_rotation)
-
-        with self._images.hold((location, *limits, halp_compat, exif_rotation), load) as image:
+        options = {"halp_compat": halp_compat, "exif_rotation": exif_rotation}
+        with self._images.hold(
+            (location, *limits, halp_compat, exif_rotation),
+            lambda: load_quick(location, self._factor, limits, **options),
+            lambda: load_apart(location, self._factor, limits, **options),
+        ) as image:
             yield image
 
     def image(self, *arguments: Any, **options: Any) -> PreparedImage:
@@ -108,12 +100,16 @@ class Preprocessor:
         with self.hold(*arguments, **options) as image:
             return image
 
+    def loading_since(self) -> float | None:
+        """Return when the oldest image began that is being read or decoded now, on the wall clock."""
+        return self._images.loading_since()
+
     def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
         """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
         suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
-        tokens = image.pixels.shape[0] * image.pixels.shape[1] // self._factor**2
+        tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
         total = len(self._card.head_ids) + tokens + len(suffix)
-        limit = min(_CONTEXT, self._card.max_position_embeddings)
+        limit = min(MAX_PROMPT, self._card.max_position_embeddings)
         if total > limit:
             raise PermanentError(
                 "prompt_too_long",
@@ -128,31 +124,44 @@ def load_image(
 ) -> PreparedImage:
     """Read, check, decode and resize an image, from a file or an object's URL. Raises PermanentError, TransientError.
 
-    `halp_compat` converts as the published scripts do: transparency is dropped, and 16 bits are clipped to white.
-    `exif_rotation` turns the image upright first, which the recipe does not.
+    `path` is a location as `resolve_image` returns it. `halp_compat` converts as the published scripts do: transparency is
+    dropped, and 16 bits are clipped to white. `exif_rotation` turns the image upright first, which the recipe does not.
     """
-    data = _read(path)
-    digest = hashlib.sha256(data).hexdigest()
-    with _decoding(path), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        _check_size(path, *image.size)
-        upright = ImageOps.exif_transpose(image) if exif_rotation else image
-        rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
-        width, height = rgb.size
-        resized_height, resized_width = smart_resize(height, width, factor, *limits)
-        pixels = np.array(rgb.resize((resized_width, resized_height)))
-    key = f"{digest}:{resized_width}x{resized_height}{':bare' * halp_compat}{':upright' * exif_rotation}"
-    return PreparedImage(key, pixels, digest, (width, height))
+    options = {"halp_compat": halp_compat, "exif_rotation": exif_rotation}
+    return load_quick(path, factor, limits, **options) or load_apart(path, factor, limits, **options)
+
+
+def load_quick(
+    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool, exif_rotation: bool
+) -> PreparedImage | None:
+    """Do what `load_image` does where that surely ends in seconds; return None where a process of its own is wanted."""
+    with _refusing(path):
+        arguments = (factor, limits, halp_compat, exif_rotation)
+        result = on_image_quickly(str(path), _resized, *arguments, exif=exif_rotation)
+    if result is None or result.array is None:
+        return None
+    # Pillow gives its pixels as bytes, which nobody may write to; torch wants arrays that one may.
+    return _prepared(result, np.array(result.array), halp_compat, exif_rotation)
+
+
+def load_apart(
+    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool, exif_rotation: bool
+) -> PreparedImage:
+    """Do what `load_image` does in a process that is killed where it takes too long."""
+    with _refusing(path):
+        result = on_image_apart(str(path), _resized, factor, limits, halp_compat, exif_rotation)
+    assert result.array is not None
+    return _prepared(result, result.array, halp_compat, exif_rotation)
 
 
 def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, int]:
-    """Return the width and height that an image's header says, checked as `load_image` checks them; decodes no pixels.
+    """Return the width and height that an image's header says, checked as `load_image` checks them.
 
     Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
     """
-    with _opened(path) as file, _decoding(path), Image.open(file, formats=_FORMATS) as image:
-        _check_size(path, *image.size)
-        turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else (image.width, image.height)
+    with _refusing(path):
+        width, height = on_header(str(path), _size, exif_rotation).facts
+    return width, height
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -172,37 +181,51 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rounded_height, rounded_width
 
 
-def _read(path: str | Path) -> bytes:
-    with _reading(path):
-        data = read_bounded(str(path), MAX_IMAGE_BYTES)
-    if data is None:
-        raise _too_many_bytes(path)
-    if not data:
-        raise _empty(path)
-    return data
+def _prepared(result: Result, pixels: npt.NDArray[np.uint8], halp_compat: bool, exif_rotation: bool) -> PreparedImage:
+    width, height = result.facts
+    resized = f"{pixels.shape[1]}x{pixels.shape[0]}"
+    key = f"{result.sha256}:{resized}{':bare' * halp_compat}{':upright' * exif_rotation}"
+    return PreparedImage(key, pixels, result.sha256, (width, height))
 
 
-def _opened(path: str | Path) -> BinaryIO:
-    """Return an image's file, or an object as one."""
-    with _reading(path):
-        if is_url(path):
-            from storage.object_file import open_image
+def vision_tokens(height: int, width: int, factor: int) -> int:
+    """Return how many tokens a resized image becomes."""
+    return height * width // factor**2
 
-            file, size = open_image(str(path))
-            if 0 < size <= MAX_IMAGE_BYTES:
-                return file
-        else:
-            size = os.stat(path).st_size
-            if 0 < size <= MAX_IMAGE_BYTES:
-                return Path(path).open("rb")
-    raise _too_many_bytes(path) if size else _empty(path)
+
+class HasLimits(Protocol):
+    """A model, loaded or not, as far as its own pixel limits go."""
+
+    @property
+    def min_pixels(self) -> int: ...  # noqa: D102
+
+    @property
+    def max_pixels(self) -> int: ...  # noqa: D102
+
+
+def limits_of(asked: tuple[int | None, int | None], model: HasLimits) -> tuple[int, int]:
+    """Return the pixel limits of a run: those that were asked for, else the model's own."""
+    minimum, maximum = asked
+    return (
+        model.min_pixels if minimum is None else minimum,
+        model.max_pixels if maximum is None else maximum,
+    )
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Raise what the file system or an object store raises as our errors."""
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Raise what the file system, an object store or a decoder raises as our errors."""
     try:
         yield
+    except ImageRefusedError as error:
+        raise PermanentError(error.reason, f"{path} {error.what}") from error
+    except DecoderGoneError as error:
+        raise TransientError(f"{path}: the decoder {error}") from error
+    except MemoryError as error:
+        raise TransientError(f"{path}: not enough memory to decode it") from error
+    except NotRegularError as error:
+        message = f"{path} is {error.strerror}, not a file: replace it"
+        raise PermanentError("image_unreadable", message) from error
     except FileNotFoundError as error:
         raise PermanentError("image_missing", f"{path} does not exist") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -210,50 +233,28 @@ def _reading(path: str | Path) -> Iterator[None]:
     except ObjectStoreError as error:  # access denied too: credentials expire in the middle of a run
         raise TransientError(str(error)) from error
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise PermanentError("image_too_large", f"{path} has {error.strerror}: shrink it") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise PermanentError("image_missing", f"{path} cannot be read: {error.strerror}") from error
         raise TransientError(f"{path}: {error.strerror}") from error
 
 
-@contextmanager
-def _decoding(path: str | Path) -> Iterator[None]:
-    """Raise what decoders raise as our errors."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except PermanentError:
-        raise
-    except ObjectStoreError as error:  # `image_size` fetches while it reads
-        raise TransientError(str(error)) from error
-    except Image.DecompressionBombError as error:
-        raise PermanentError("image_too_large", f"{path}: {error}: shrink it") from error
-    except UnidentifiedImageError as error:
-        raise PermanentError("image_unreadable", f"{path} is not an image that Pillow can read: replace it") from error
-    except MemoryError as error:
-        raise TransientError(f"{path}: not enough memory to decode it") from error
-    except Exception as error:
-        # On damaged data decoders raise OSError, SyntaxError, struct.error, ZeroDivisionError and more. What `load_image`
-        # decodes is in memory, so no I/O error is among them.
-        raise PermanentError("image_corrupt", f"{path} cannot be decoded ({error}): replace it") from error
+def _size(image: Image.Image, exif_rotation: bool) -> tuple[list[int], None]:
+    """Return an open image's width and height."""
+    turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return ([image.height, image.width] if turned else [image.width, image.height]), None
 
 
-def _empty(path: str | Path) -> PermanentError:
-    return PermanentError("image_empty", f"{path} has no bytes: replace it")
-
-
-def _too_many_bytes(path: str | Path) -> PermanentError:
-    return PermanentError("image_too_large", f"{path} has more than {MAX_IMAGE_BYTES:,} bytes: shrink it")
-
-
-def _check_size(path: str | Path, width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise PermanentError(
-            "image_too_large", f"{path} has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"
-        )
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise PermanentError(
-            "image_aspect_ratio",
-            f"{path} is {width}x{height}: the longer side is over {MAX_ASPECT_RATIO} times the shorter",
-        )
+def _resized(
+    image: Image.Image, factor: int, limits: tuple[int, int], halp_compat: bool, exif_rotation: bool
+) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """Return an open image's width and height, upright if that is wanted, and its pixels as the model sees them."""
+    upright = ImageOps.exif_transpose(image) if exif_rotation else image
+    rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
+    width, height = rgb.size
+    resized_height, resized_width = smart_resize(height, width, factor, *limits)
+    return [width, height], np.asarray(rgb.resize((resized_width, resized_height)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -47,6 +47,7 @@ class Presence:
     loading_since: float | None = None
     busy_since: float | None = None
     answered: float | None = None
+    image_since: float | None = None  # when the oldest image began that is being read or decoded
     done: int = 0  # questions since it began
     swept: float | None = None
     computed: int = (

@@ -30,7 +30,7 @@ from transformers.utils import cached_file, logging
 from storage.errors import UserError
 from workers.checkpoint import local_directory, resolve_layers
 from workers.engine import EngineSpec, Recipe
-from workers.errors import EngineStartError, PermanentError
+from workers.errors import EngineStartError, PermanentError, TransientError
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
 from workers.reference import Reference
@@ -111,6 +111,8 @@ def _run_engine(
                 requests.append(preprocess.request(image, case.question, one))
             except PermanentError as error:
                 raise UserError(error.message) from error
+            except TransientError as error:
+                raise UserError(str(error)) from error
         batches = [requests[start : start + _BATCH] for start in range(0, len(requests), _BATCH)]
         samples = [sample for batch in batches for sample in engine.extract(batch)]
         found.append(

@@ -11,6 +11,7 @@ from storage.errors import UserError
 from workers.checkpoint import local_directory
 
 _FACTOR, _MIN_PIXELS, _MAX_PIXELS = 28, 56 * 56, 14 * 14 * 4 * 16384  # of every released Qwen2.5-VL
+_UNNAMED_MIN_PIXELS, _UNNAMED_MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # of the processor, where a checkpoint names none
 _RELEASED = {  # hidden size, decoder layers, about how many bytes the bfloat16 weights have
     "3b": (2048, 36, 7_500_000_000),
     "7b": (3584, 28, 16_600_000_000),
@@ -47,7 +48,7 @@ def _read(directory: Path) -> Shape:
     try:
         config = json.loads((directory / "config.json").read_text())
         text, vision = config.get("text_config", config), config["vision_config"]
-        limits = _limits(directory / "preprocessor_config.json")
+        limits = _limits(directory)
         return Shape(
             hidden_size=int(text.get("hidden_size", config.get("hidden_size"))),
             vision_hidden_size=int(vision["hidden_size"]),
@@ -61,9 +62,22 @@ def _read(directory: Path) -> Shape:
         raise UserError(f"--model {directory}: its configuration is damaged ({error!r})") from error
 
 
-def _limits(path: Path) -> tuple[int, int]:
-    values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+def _limits(directory: Path) -> tuple[int, int]:
+    """Return the pixel limits that transformers' image processor takes from a checkpoint's files.
+
+    Source: `get_image_processor_dict` and `Qwen2VLImageProcessor.__init__` in transformers 5.23; 4.57 has the same defaults.
+    """
+    values: dict[str, Any] = _json(directory / "processor_config.json").get("image_processor") or _json(
+        directory / "preprocessor_config.json"
+    )
     size = values.get("size") or {}
-    minimum = values.get("min_pixels") or size.get("shortest_edge") or _MIN_PIXELS
-    maximum = values.get("max_pixels") or size.get("longest_edge") or _MAX_PIXELS
+    minimum, maximum = values.get("min_pixels"), values.get("max_pixels")
+    if minimum is None:
+        minimum = size.get("shortest_edge", _UNNAMED_MIN_PIXELS)
+    if maximum is None:
+        maximum = size.get("longest_edge", _UNNAMED_MAX_PIXELS)
     return int(minimum), int(maximum)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}

@@ -13,7 +13,7 @@ from workers.engine import EngineSpec, Recipe, Request
 from workers.engine_process import EngineProcess
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError, TransientError
 from workers.gpus import gpu_use, visible_gpus
-from workers.preprocess import Preprocessor
+from workers.preprocess import Preprocessor, limits_of
 from workers.settings import settings
 
 
@@ -48,12 +48,13 @@ def run_trial(
     recipe: Recipe,
     layers: tuple[int, ...] | Literal["all"] | None,
     limits: tuple[int | None, int | None],
+    turned: bool = False,
 ) -> Trial:
     """Load the engine and compute the cases in batches as a worker forms them.
 
-    `places` are the images directory and the further roots; `layers` as in a run's settings. Cases that cannot be prepared
-    are left out. Raises UserError; EngineStartError; BatchFailedError, EngineDiedError where a batch
-    fails; PermanentError where no case can be prepared.
+    `places` are the images directory and the further roots; `layers`, `limits` of pixels and `turned` (by EXIF data) as in a
+    run's settings. Cases that cannot be prepared are left out. Raises UserError; EngineStartError; BatchFailedError,
+    EngineDiedError where a batch fails; PermanentError where no case can be prepared.
     """
     engine = EngineProcess(spec, settings().engine_timeout)
     begun = time.monotonic()
@@ -62,8 +63,7 @@ def run_trial(
     try:
         recipe = replace(recipe, layers=resolve_layers(layers, card.num_hidden_layers))
         prepare = Preprocessor(card)
-        within = (limits[0] or card.min_pixels, limits[1] or card.max_pixels)
-        requests = [r for case in cases if (r := _request(prepare, case, places, within, recipe))]
+        requests = [r for c in cases if (r := _request(prepare, c, places, limits_of(limits, card), recipe, turned))]
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
         times = []
@@ -91,9 +91,11 @@ def _request(
     places: tuple[str, tuple[str, ...]],
     limits: tuple[int, int],
     recipe: Recipe,
+    turned: bool,
 ) -> Request | None:
     try:
-        image = prepare.image(case.image_id, *places, limits, halp_compat=recipe.halp_compat)
+        options = {"halp_compat": recipe.halp_compat, "exif_rotation": turned}
+        image = prepare.image(case.image_id, *places, limits, **options)
         return prepare.request(image, case.text, recipe)
     except (PermanentError, TransientError):
         return None
