@@ -48,3 +48,9 @@ class MessageRefusedError(Exception):
 
 class WorkerEndsError(Exception):
     """The worker was asked to end while a question waited: the question goes back into the queue."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return an exception's class and the first line of what it says, for a message of one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
