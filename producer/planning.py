@@ -23,7 +23,8 @@ from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
-from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
+from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
+from workers.checkpoint_files import check_files
 
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
@@ -102,6 +103,8 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
 
 
 def _check_layers(options: RunOptions) -> None:
+    if (directory := local_directory(options.model)) is not None:
+        check_files(directory)  # else the run would be bound to files that must be replaced
     number = local_num_layers(options.model)
     if number is not None:
         resolve_layers(options.layers, number)

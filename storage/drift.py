@@ -1,7 +1,8 @@
 """The drift certificate: how far a part's batched results are from exact ones, in units of the part's own spread.
 
-For the first question of a slice the worker also computes the exact result (batch 1, nothing shared), and that again under
-another attention kernel. They travel in the staged sample under names of their own; packing turns them into one attribute.
+For one question of a slice the worker also computes the exact result (batch 1, nothing shared), and that again under another
+attention kernel. They travel in the staged sample under names of their own; packing turns them into one attribute, or into
+the reason why there is none.
 A cosine would not do: a few massive dimensions hide everything else in it. So errors are divided, dimension by dimension,
 by the standard deviation over the first samples of the part, in the order of their keys.
 """
@@ -18,6 +19,8 @@ from storage.sample import Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs
 _EXACT, _KERNEL, _ANSWER = "exact/", "exact_other_kernel/", "exact_answer"
+_ABSENT, _FAILED = "certificate_absent", "certificate_failed"
+_UNKNOWN = "no question of this part was computed for it, or the worker ended meanwhile"
 
 
 def with_certificate(sample: Sample, exact: Sample, other_kernel: Sample) -> Sample:
@@ -25,6 +28,11 @@ def with_certificate(sample: Sample, exact: Sample, other_kernel: Sample) -> Sam
     carried = {_EXACT + name: vector for name, vector in exact.vectors.items()}
     carried |= {_KERNEL + name: vector for name, vector in other_kernel.vectors.items()}
     return replace(sample, vectors=sample.vectors | carried, facts={**sample.facts, _ANSWER: exact.answer})
+
+
+def without_certificate(sample: Sample, reason: str, *, tried: bool = False) -> Sample:
+    """Return a sample that carries why it has no exact result; `tried`: it was to have one."""
+    return replace(sample, facts={**sample.facts, _FAILED if tried else _ABSENT: reason})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class DriftMeter:
         self._count = 0
         self._moments: dict[tuple[str, tuple[int, ...]], _Moments] = {}
         self._certified: _Certified | None = None
+        self._reasons: dict[str, str] = {}
 
     def take(self, sample: Sample) -> Sample:
         """Count a sample in; return it as it belongs into the part, without what it carried."""
@@ -72,9 +81,12 @@ class DriftMeter:
         if self._count <= _SPREAD_SAMPLES:
             for name, vector in vectors.items():
                 self._moments.setdefault((name, vector.shape), _Moments(vector.shape)).add(vector)
-        if _ANSWER not in sample.facts:
+        if not sample.facts.keys() & {_ANSWER, _ABSENT, _FAILED}:
             return sample
         facts = dict(sample.facts)
+        self._reasons |= {name: str(facts.pop(name)) for name in (_ABSENT, _FAILED) if name in facts}
+        if _ANSWER not in facts:
+            return Sample(vectors, sample.answer, facts)
         answer = facts.pop(_ANSWER)
         bare = Sample(vectors, sample.answer, facts)
         self._certified = _Certified(bare, _carried(sample, _EXACT), _carried(sample, _KERNEL), answer)
@@ -97,6 +109,12 @@ class DriftMeter:
                 "noise_floor": _z_score(certified.other_kernel[name], certified.exact[name], spread),
             }
         return {"answers_agree": certified.sample.answer == certified.exact_answer, "fields": fields}
+
+    def absence(self) -> str | None:
+        """Return why there is no certificate; None where there is one, or no sample."""
+        if self._certified is not None or self._count == 0:
+            return None
+        return self._reasons.get(_FAILED) or self._reasons.get(_ABSENT) or _UNKNOWN
 
 
 def _z_score(

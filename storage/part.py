@@ -16,7 +16,7 @@ from storage.columns import COLUMN
 from storage.drift import DriftMeter
 from storage.memory import keep_heap, uncollected
 from storage.naming import group_key, model_type, question_id
-from storage.objects import create_group, write_attributes, write_text
+from storage.objects import clean, create_group, write_attributes, write_text
 from storage.placement import Placement, check_placed
 from storage.plan import Question
 from storage.rows import ROWS, TEXTS, encode_rows
@@ -88,6 +88,8 @@ def write_part(
         }
         if (certificate := meter.certificate()) is not None:
             attributes["drift"] = json.dumps(certificate)
+        elif not (settings.exact or settings.halp_compat) and (absence := meter.absence()) is not None:
+            attributes["drift_absent"] = clean(absence)
         for name, value in attributes.items():
             file.attrs[name] = value
     check_placed(path, columns)

@@ -145,10 +145,10 @@ def _in_order(field: str) -> tuple[str, int]:
 
 def _drift(data: ReportData) -> dict[str, Any] | None:
     """Return the certificates in one row a field: the median over the parts, and the worst; None where there are none."""
-    if not data.certificates:
+    if not data.certificates and not data.uncertified:
         return None
     rows = {}
-    for name in sorted(data.certificates[0]["fields"], key=_in_order):
+    for name in sorted({name for c in data.certificates for name in c["fields"]}, key=_in_order):
         drifts, floors = [], []
         for certificate in data.certificates:
             found = certificate["fields"].get(name) or {}
@@ -158,4 +158,4 @@ def _drift(data: ReportData) -> dict[str, Any] | None:
         if drifts:
             rows[name] = (float(np.median(drifts)), max(drifts), float(np.median(floors)))
     agree = sum(bool(certificate["answers_agree"]) for certificate in data.certificates)
-    return {"rows": rows, "agree": agree, "parts": len(data.certificates)}
+    return {"rows": rows, "agree": agree, "parts": len(data.certificates), "absent": data.uncertified.most_common()}

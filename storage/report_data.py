@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class ReportData:
     account: Account
     progress: list[tuple[float, float]] = field(default_factory=list)  # hours since the plan, questions published
     certificates: list[dict[str, Any]] = field(default_factory=list)
+    uncertified: Counter[str] = field(default_factory=Counter)  # parts without one, by the reason
     environments: dict[str, set[str]] = field(default_factory=dict)
     prompt_tokens: list[int] = field(default_factory=list)
     answer_tokens: list[int] = field(default_factory=list)
@@ -123,6 +125,8 @@ def _read_attributes(data: ReportData, file: h5py.File) -> float:
     attributes = file.attrs
     if "drift" in attributes:
         data.certificates.append(json.loads(attributes["drift"]))
+    if "drift_absent" in attributes:
+        data.uncertified[str(attributes["drift_absent"])] += 1
     for name in ("device", "gpu", "attention_implementation", "library_versions"):
         if attributes.get(name):
             data.environments.setdefault(name, set()).add(str(attributes[name]))

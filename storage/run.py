@@ -27,6 +27,7 @@ _CANCELLED = ".run/cancelled.json"
 _RESULT, _FAILURE = ".safetensors", ".json"
 _SUSPECT, _DEATH = ".suspect", ".death-"
 _DECODE: dict[str, Callable[..., object]] = {_RESULT: decode_sample, _FAILURE: decode_failure}
+_CERTIFICATE = "certificate"
 T = TypeVar("T")
 
 
@@ -219,6 +220,10 @@ class Run:
 
     def _deaths(self, part: int, sequence: int) -> list[str]:
         return [n for n in self.store.list(self._staging_directory(part)) if n.startswith(f"{sequence:06d}{_DEATH}")]
+
+    def claim_certificate(self, part: int) -> bool:
+        """Tell whether a slice's drift certificate is the caller's to compute: the first one's, and nobody's after it."""
+        return self.store.put_new(f"{self._staging_directory(part)}/{_CERTIFICATE}-{self.run_id}", b"{}")
 
     def read_samples(self, part: int, sequences: Iterable[int]) -> Iterator[Sample]:
         """Yield staged results in the order asked for. A damaged one is removed, to be computed again: DamagedError."""

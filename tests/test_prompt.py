@@ -186,8 +186,73 @@ def test_foreign_template_is_refused(processor, template):
 def test_tokenizer_that_joins_the_question_with_the_template_is_refused(processor):
     """Then the parts' ids, put together, would not be the prompt's."""
 
-    def one_token(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [hash(text)]}
+    class OneToken:
+        backend_tokenizer = processor.tokenizer.backend_tokenizer
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [hash(text)]}
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {}
 
     with pytest.raises(EngineStartError, match="merges the question"):
-        split_prompt(foreign(processor, CHAT_TEMPLATE, one_token))
+        split_prompt(foreign(processor, CHAT_TEMPLATE, OneToken()))
+
+
+def test_tokenizer_that_adds_a_token_is_refused(processor):
+    """As one whose post-processor begins every text with a token: each part would have it."""
+
+    class Adding:
+        backend_tokenizer = processor.tokenizer.backend_tokenizer
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [8192, *processor.tokenizer(text)["input_ids"]]}
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return processor.tokenizer.get_added_vocab()
+
+    with pytest.raises(EngineStartError, match="adds tokens of its own"):
+        split_prompt(foreign(processor, CHAT_TEMPLATE, Adding()))
+
+
+TEXT = "{{ content['text'] }}"
+
+
+def test_released_template_needs_nothing_more(parts):
+    assert (parts.around, parts.trims) == (("", ""), False)
+
+
+@pytest.mark.parametrize(
+    ("inserted", "trims", "around"),
+    [
+        ("{{ content['text'] | trim }}", True, ("", "")),
+        ("{{ content['text'].strip() }}", True, ("", "")),
+        (f"\n{TEXT}", False, ("\n", "")),
+        (f"Question: {TEXT} Answer in one word.", False, ("Question: ", " Answer in one word.")),
+        ("Q:{{ content['text'] | trim }}", True, ("Q:", "")),
+    ],
+)
+@pytest.mark.parametrize("question", [*QUESTIONS[:14], "word", "\n line", "trailing "])
+def test_other_templates_are_followed(processor, inserted, trims, around, question):
+    """Text that touches the question is tokenised with it: a line break before a blank is one token with it."""
+    other = foreign(processor, CHAT_TEMPLATE.replace(TEXT, inserted))
+    parts = split_prompt(other)
+    assert parts.trims is trims
+    assert parts.around in (around, ("", ""))
+    tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str(), parts.around, trims=parts.trims)
+    assert whole(processor, parts, tokenize, question) == processor.tokenizer(rendered(other, question))["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "filter_",
+    [
+        "| upper", "| lower", "| capitalize", "| title", "| e", "| urlencode", "| truncate(60)",
+        "| replace('  ', ' ')", "| striptags",
+        "| wordwrap(40)", "| tojson", "| default('Describe.', true)", "[:200]", "| indent", "| trim | upper", ".lstrip()",
+    ],
+)  # fmt: skip
+def test_template_that_changes_the_question_is_refused(processor, filter_):
+    template = CHAT_TEMPLATE.replace(TEXT, f"{{{{ content['text'] {filter_} }}}}")
+    assert template != CHAT_TEMPLATE
+    with pytest.raises(EngineStartError, match=r"does not insert the question as it is|is not Qwen2\.5-VL's"):
+        split_prompt(foreign(processor, template))

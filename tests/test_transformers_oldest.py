@@ -18,7 +18,10 @@ pytestmark = pytest.mark.slow
 OLDEST = "4.57.1"
 PINNED = (f"transformers=={OLDEST}", "tokenizers==0.22.1", "huggingface_hub==0.36.*")
 ROOT = Path(__file__).parent.parent
-RUN = ("tests/test_engine.py", "tests/test_prompt.py", "tests/test_small_model.py")
+RUN = (
+    "tests/test_engine.py", "tests/test_generation.py", "tests/test_prompt.py", "tests/test_small_model.py",
+    "tests/test_soundness.py",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

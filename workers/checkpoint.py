@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from storage.errors import UserError
+from workers.checkpoint_files import adapter_problem
 
 _SAMPLES, _SAMPLE_SIZE = 16, 1 << 16
 
@@ -36,6 +37,8 @@ def local_directory(model: str) -> Path | None:
             raise UserError(f"--model {model}: no such directory")
         return None
     if not (directory / "config.json").is_file():
+        if (adapter := adapter_problem(directory)) is not None:
+            raise UserError(f"--model {model}: {adapter}")
         raise UserError(f"--model {model}: the directory holds no checkpoint (there is no config.json in it)")
     return directory
 

@@ -46,6 +46,8 @@ class ModelCard:
     max_pixels: int
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
+    around_question: tuple[str, str] = ("", "")  # text of the template that is tokenised with the question
+    trims_questions: bool = False  # whether the template strips them
 
 
 @dataclass(frozen=True, slots=True)

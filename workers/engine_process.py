@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from storage.errors import UserError
 from storage.sample import Sample
 from workers.checkpoint import local_directory
 from workers.engine import Engine, EngineSpec, ModelCard, Request
-from workers.errors import BatchFailedError, EngineDiedError, EngineStartError
+from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, in_a_line
+from workers.memory_errors import is_out_of_memory
 from workers.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class EngineProcess:
             ) from error
         if isinstance(answer, _BatchError):
             self.stop()
-            logger.error("the engine could not be loaded:\n%s", answer.traceback)
+            if answer.traceback:
+                logger.error("the engine could not be loaded:\n%s", answer.traceback)
             raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}")
         assert isinstance(answer, ModelCard)
         return answer
@@ -182,13 +185,15 @@ def _serve(connection: Connection) -> None:
 
 def _is_sticky(error: Exception) -> bool:
     """Tell whether the device refuses every call from here on, as after a fault; it is not so when memory ran out."""
+    if is_out_of_memory(error):
+        return False
     return type(error).__name__ == "AcceleratorError" or "CUDA error:" in str(error)
 
 
 def _error(error: Exception) -> _BatchError:
-    lines = str(error).strip().splitlines()
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return _BatchError(f"{type(error).__name__}: {lines[0] if lines else ''}", traceback.format_exc(), out_of_memory)
+    if isinstance(error, (EngineStartError, UserError)):  # ours say it all
+        return _BatchError(str(error), "")
+    return _BatchError(in_a_line(error), traceback.format_exc(), is_out_of_memory(error))
 
 
 def _describe(code: int | None) -> str:

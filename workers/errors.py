@@ -52,3 +52,9 @@ class WorkerEndsError(Exception):
 
 class RunWaitsError(Exception):
     """A run cannot be read or written now: its message is dropped, and feeding brings the question back."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return an exception's class and the first line of what it says, for a message of one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from storage.drift import with_certificate
+import numpy as np
+
 from storage.errors import UserError
 from storage.location import is_within, resolve_location
 from storage.run import Run
 from storage.sample import Sample
 from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts, RunSettings
 from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
+from workers.certificate import Certifier
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import EngineDiedError, MessageRefusedError, RunRefusedError, TransientError
+from workers.errors import EngineDiedError, MessageRefusedError, PermanentError, RunRefusedError, TransientError
 from workers.metrics import measured
 from workers.preprocess import Preprocessor, limits_of
 from workers.settings import WorkerSettings
@@ -71,6 +73,7 @@ class Extractor:
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
         )
+        self._certifier = Certifier(self._compute)
         self._roots = config.data_roots
         self._runs: dict[tuple[str, str], OpenRun] = {}
         self._lock = threading.Lock()
@@ -87,7 +90,7 @@ class Extractor:
             return opened
 
     def extract(self, opened: OpenRun, part: int, sequence: int) -> Sample:
-        """Compute one question. With the first of a part comes how far it is from its exact result; the part keeps that.
+        """Compute one question. With one of each part come its exact results: the part keeps how far they are.
 
         Raises PermanentError, TransientError, BatchFailedError, EngineStartError.
         """
@@ -107,21 +110,15 @@ class Extractor:
             text = settings.prompt.replace(QUESTION, question.question)
             request = self.preprocess.request(image, text, _recipe(settings, facts))
             sample = self._compute(settings.run_id, request, deaths)
-            if sequence == 0 and not settings.exact and not settings.halp_compat:
-                sample = self._with_certificate(settings.run_id, request, sample, deaths)
+            _refuse_unfinite(sample)
+            if not settings.exact and not settings.halp_compat:
+                sample = self._certifier.add(opened.run, part, request, sample)
         facts_of_image = {
             "image_sha256": image.sha256,
             "image_size": list(image.original_size),
             "resized_size": list(image.resized_size),
         }
         return replace(sample, facts={**sample.facts, **facts_of_image})
-
-    def _with_certificate(self, run_id: str, request: Request, sample: Sample, deaths: Deaths) -> Sample:
-        """Add how far a sample is from its exact result, and that from itself under another attention kernel."""
-        exact = replace(request.recipe, exact=True)
-        other = replace(exact, math_kernel=True, max_new_tokens=0)
-        results = [self._compute(run_id, replace(request, recipe=recipe), deaths) for recipe in (exact, other)]
-        return with_certificate(sample, *results)
 
     def _compute(self, run_id: str, request: Request, deaths: Deaths) -> Sample:
         return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
@@ -189,6 +186,16 @@ def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:
         exact=settings.exact,
         halp_compat=settings.halp_compat,
     )
+
+
+def _refuse_unfinite(sample: Sample) -> None:
+    """Raise PermanentError for vectors that no probe can use; computed again they would be the same."""
+    for name, vector in sample.vectors.items():
+        if not np.isfinite(vector).all():
+            raise PermanentError(
+                "not_finite",
+                f"the model gives {name} values that are not finite for it: try --dtype float32, or another image",
+            )
 
 
 def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:

@@ -5,6 +5,7 @@ A mark in a question's text makes it go wrong, for tests of what then happens:
 - `[kill]`: the process ends by SIGKILL; `[kill-in-company]`: only where the question shares its batch.
 - `[hang]`: no answer ever.
 - `[error]`: an exception; `[error:N]`: in company, and the first N times alone in this process.
+- `[kill-exact]`, `[error-exact]`: the same, but only where it is to be computed exactly, as for a drift certificate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WIDTH, _LAYERS, _FACTOR = 8, 4, 28
 _KEPT_IMAGES = 32
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # token 3 + i is letter i; printable ASCII stands for itself
 _OPENING = 3 + _ALPHABET.index("[")
-_MARK = re.compile(r"\[(kill|kill-in-company|hang|error)(?::(\d+))?\]")
+_MARK = re.compile(r"\[(kill|kill-in-company|kill-exact|hang|error|error-exact)(?::(\d+))?\]")
 
 
 class FakeEngine:
@@ -78,7 +79,10 @@ class FakeEngine:
         self._images.clear()
 
     def _go_wrong(self, request: Request, *, alone: bool) -> None:
-        for kind, number in _MARK.findall("".join(_ALPHABET[i - 3] for i in request.suffix_ids if i >= 3)):
+        for mark, number in _MARK.findall("".join(_ALPHABET[i - 3] for i in request.suffix_ids if i >= 3)):
+            kind = mark.removesuffix("-exact")
+            if kind != mark and not request.recipe.exact:
+                continue
             if kind == "kill" or (kind == "kill-in-company" and not alone):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif kind == "hang":
@@ -86,7 +90,7 @@ class FakeEngine:
             elif kind == "error":
                 self._errors[request.suffix_ids] += alone
                 if not number or not alone or self._errors[request.suffix_ids] <= int(number):
-                    raise RuntimeError("the question is marked [error]")
+                    raise RuntimeError(f"the question is marked [{mark}]")
 
     def _sample(self, request: Request, batch_size: int) -> Sample:
         image = request.pixels.tobytes()

@@ -61,7 +61,7 @@ class Preprocessor:
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
-        self._tokenize = QuestionTokenizer(card.tokenizer_json)
+        self._tokenize = QuestionTokenizer(card.tokenizer_json, card.around_question, trims=card.trims_questions)
         self._factor = card.patch_size * card.merge_size
         self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 

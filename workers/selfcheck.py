@@ -31,6 +31,7 @@ from storage.errors import UserError
 from workers.checkpoint import local_directory, resolve_layers
 from workers.engine import EngineSpec, Recipe
 from workers.errors import EngineStartError, PermanentError, TransientError
+from workers.memory_errors import is_out_of_memory
 from workers.preprocess import Preprocessor
 from workers.qwen import QwenEngine
 from workers.reference import Reference
@@ -55,7 +56,9 @@ def check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Cal
     """Check one dtype. Raises UserError: the model or an image cannot be read, or memory ran out."""
     try:
         return _check(spec, cases, max_new_tokens, log)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"{spec.dtype}: the device ran out of memory: end what else uses it, or take another"
         ) from error

@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch: the repetition penalty over unpadded ids, finished rows dropped, probabilities kept."""
+"""Greedy decoding of a batch: tokens by the checkpoint's rules, finished rows dropped, probabilities kept."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from workers.qwen.cache import Batch
+from workers.qwen.generation import Rules
 
 _DROP_SHARE = 0.125  # of the batch: dropping copies the cache, so finished rows leave together
 
 
 @dataclass(slots=True)
 class Answer:
-    """A generated answer. Log-probabilities and the first token's entropy are the model's, before the penalty, in nats."""
+    """A generated answer. Log-probabilities and the first token's entropy are the model's, before any rule, in nats."""
 
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
@@ -40,28 +41,26 @@ class Answer:
 def decode(
     batch: Batch,
     last: Tensor,
-    prompts: Sequence[Sequence[int]],
     *,
+    rules: Rules,
     head: torch.nn.Linear,
     forward: Callable[[Batch, Tensor], Tensor],
     eos: Sequence[int],
-    penalty: float,
     max_new_tokens: int,
 ) -> list[Answer]:
     """Continue every prompt; `last` holds the last prompt tokens' final states, (B, D).
 
     `forward` runs one token per sequence, (B,) to (B, D), and extends the batch. The tokens are those of
-    `generate(do_sample=False)` with the same penalty; source: transformers' RepetitionPenaltyLogitsProcessor.
+    `generate(do_sample=False)`, by the rules that it has from the checkpoint.
     """
-    answers = [Answer(finish_reason="length") for _ in prompts]
-    seen = _seen(prompts, head.out_features).to(last.device)
+    answers = [Answer(finish_reason="length") for _ in last]
     ends = torch.tensor(list(eos), device=last.device)
-    alive = list(range(len(prompts)))  # sequences in the batch
+    alive = list(range(len(answers)))  # sequences in the batch
     running = set(alive)  # of these, the ones that have not ended
     for step in range(max_new_tokens):
         logits = head(last).to(last.device).float()  # (B, V); of a model on several GPUs, the head may be on another
         distribution = logits.log_softmax(-1)
-        tokens = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits).argmax(-1)
+        tokens = rules.scores(logits).argmax(-1)
         taken = distribution.gather(1, tokens[:, None])[:, 0]
         entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
         for row, entropy in zip(alive, entropies):
@@ -80,16 +79,9 @@ def decode(
         if len(alive) - len(running) >= max(1, _DROP_SHARE * len(alive)):
             keep = torch.tensor([i for i, row in enumerate(alive) if row in running], device=last.device)
             batch.select(keep)
-            seen, tokens = seen[keep], tokens[keep]
+            rules.select(keep)
+            tokens = tokens[keep]
             alive = [row for row in alive if row in running]
-        seen.scatter_(1, tokens[:, None], True)
+        rules.append(tokens)
         last = forward(batch, tokens)
     return answers
-
-
-def _seen(prompts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Return which tokens the penalty falls on, (B, V)."""
-    seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
-    for row, ids in zip(seen, prompts):
-        row[list(set(ids))] = True
-    return seen

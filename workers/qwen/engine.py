@@ -11,27 +11,26 @@ Knows nothing of runs, files or queues.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoProcessor
-from transformers.utils import cached_file
 
 from storage.sample import Sample
-from workers.engine import EngineSpec, ModelCard, Recipe, Request
+from workers.engine import EngineSpec, Recipe, Request
 from workers.prompt import split_prompt
 from workers.qwen.cache import Batch, Prefix, PrefixCache
 from workers.qwen.decode import Answer, decode
+from workers.qwen.generation import Generation
 from workers.qwen.hooks import ending_after, outputs
-from workers.qwen.loading import as_ids, environment, free_memory, kv_bytes_per_token, load_model, pixel_limits
+from workers.qwen.kernels import PlainAttention
+from workers.qwen.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_card
+from workers.qwen.proof import plain_prompts, refuse_difference
+from workers.qwen.soundness import refuse_no_end
 from workers.qwen.vision import Image, VisionTower
 
 # One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
@@ -47,57 +46,38 @@ class QwenEngine:
     """A loaded Qwen2.5-VL checkpoint of any size."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        source: dict[str, Any] = {"cache_dir": spec.cache_dir}
-        if not Path(spec.model).is_dir():
-            source["revision"] = spec.revision
-        self._model = load_model(spec, source)
+        """Load and prove a checkpoint. Raises EngineStartError, UserError: why it cannot be served."""
+        self._model, processor, config_file = load_checkpoint(spec)
         self._device = self._model.get_input_embeddings().weight.device
-        processor = AutoProcessor.from_pretrained(spec.model, **source)
         self._tokenizer = processor.tokenizer
         self._decoder = self._model.model.language_model
+        self._generation = Generation(self._model)
+        refuse_no_end(self._generation.ends, self._tokenizer)
+        self._image_token = self._model.config.image_token_id
+        prompt = split_prompt(processor)
+        plain = plain_prompts(self._model, processor)  # the tower is as transformers makes it until the next line
         self._vision = VisionTower(
             self._model.model.visual, processor.image_processor, self._model.dtype, self._model.model.visual.device
         )
-        config, generation = self._model.config, self._model.generation_config
-        self._image_token = config.image_token_id
-        self._eos = as_ids(generation.eos_token_id)
-        self._penalty = float(generation.repetition_penalty or 1.0)
         cuda = self._device.type == "cuda"
         free = free_memory(self._device)
         self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
         self._prefixes = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
-        prompt = split_prompt(processor)
-        text, vision = config.get_text_config(), config.vision_config
-        minimum, maximum = pixel_limits(processor.image_processor)
-        config_file = Path(cached_file(spec.model, "config.json", **source))
-        self.card = ModelCard(
-            model_type=config.model_type,
-            revision=getattr(config, "_commit_hash", None) or spec.revision,
-            config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),
-            template_sha256=prompt.sha256,
-            num_hidden_layers=text.num_hidden_layers,
-            hidden_size=text.hidden_size,
-            vision_hidden_size=vision.hidden_size,
-            max_position_embeddings=text.max_position_embeddings,
-            repetition_penalty=self._penalty,
-            tokenizer_json=self._tokenizer.backend_tokenizer.to_str(),
-            head_ids=prompt.head_ids,
-            after_image_ids=prompt.after_image_ids,
-            tail_ids=prompt.tail_ids,
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            min_pixels=minimum,
-            max_pixels=maximum,
-            max_batch_tokens=max(1, int(free * _BATCH_SHARE) // kv_bytes_per_token(text, self._model.dtype)),
-            environment=environment(self._device, config._attn_implementation),
+        batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(
+            self._model.config.get_text_config(), self._model.dtype
         )
+        self.card = model_card(
+            self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)
+        )
+        refuse_difference(plain, self.card, self._image_token, self.extract)
+        self.forget()
 
     @torch.inference_mode()
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order. All requests have one recipe."""
         recipe = requests[0].recipe
         if recipe.exact or recipe.halp_compat:
-            with sdpa_kernel(SDPBackend.MATH) if recipe.math_kernel else nullcontext():
+            with PlainAttention() if recipe.math_kernel else nullcontext():
                 return [self._extract_whole(request) for request in requests]
         return self._extract_shared(requests, recipe)
 
@@ -262,14 +242,17 @@ class QwenEngine:
             assert states is not None
             return states[:, -1]
 
+        head = self._model.lm_head
+        rules = self._generation.rules(
+            prompts, head.out_features, recipe.repetition_penalty, recipe.max_new_tokens, self._device
+        )
         return decode(
             batch,
             last,
-            prompts,
-            head=self._model.lm_head,
+            rules=rules,
+            head=head,
             forward=forward,
-            eos=self._eos,
-            penalty=self._penalty if recipe.repetition_penalty is None else recipe.repetition_penalty,
+            eos=self._generation.ends,
             max_new_tokens=recipe.max_new_tokens,
         )
 

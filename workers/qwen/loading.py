@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import cached_file
 
-from workers.engine import EngineSpec
-from workers.errors import EngineStartError
+from workers.checkpoint import local_directory
+from workers.checkpoint_files import check_files
+from workers.engine import EngineSpec, ModelCard
+from workers.errors import EngineStartError, in_a_line
+from workers.prompt import PromptParts
+from workers.qwen.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
+def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
+    """Return a checkpoint's model, its processor and its config.json.
+
+    Raises UserError for files that are missing or damaged, EngineStartError for a checkpoint that cannot be served.
+    """
+    source: dict[str, Any] = {"cache_dir": spec.cache_dir}
+    if (directory := local_directory(spec.model)) is not None:
+        check_files(directory)
+    else:
+        source["revision"] = spec.revision
+    model = _load_model(spec, source)
+    try:
+        processor = AutoProcessor.from_pretrained(spec.model, **source)
+    except Exception as error:
+        # Whatever transformers and tokenizers raise for files that are not what they should be.
+        raise EngineStartError(
+            f"its processor cannot be loaded ({in_a_line(error)}): restore tokenizer.json, "
+            "tokenizer_config.json, preprocessor_config.json and the chat template of the base checkpoint"
+        ) from error
+    if processor.chat_template is None:
+        raise EngineStartError(
+            "it has no chat template: put the base checkpoint's chat_template.json (or chat_template.jinja) beside its "
+            "config.json; the processor does not read one in tokenizer_config.json"
+        )
+    refuse_foreign_tokenizer(model.config, processor.tokenizer, model.get_input_embeddings().weight.shape[0])
+    return model, processor, Path(cached_file(spec.model, "config.json", **source))
+
+
+def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     """Load the weights on the GPU, on several where there are several, or on the CPU.
 
     Raises EngineStartError for another kind of model, and where transformers would warn and fill in random weights.
     """
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
-    kind = AutoConfig.from_pretrained(spec.model, **source).model_type
-    if kind != "qwen2_5_vl":
-        raise EngineStartError(f"it is a {kind} model, not Qwen2.5-VL")
+    config = AutoConfig.from_pretrained(spec.model, **source)
+    if config.model_type != "qwen2_5_vl":
+        raise EngineStartError(f"it is a {config.model_type} model, not Qwen2.5-VL")
+    refuse_unserved(config)
     placement: dict[str, Any] = {}
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
@@ -41,12 +77,47 @@ def load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     )
     if missing := sorted(report["missing_keys"]):
         raise EngineStartError(f"the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    refuse_unmerged(report["unexpected_keys"])
+    refuse_unfinite(model)
     return model.eval()
 
 
-def as_ids(value: Any) -> list[int]:
-    """Return one or several token ids as a list."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def model_card(
+    model: Any,
+    processor: Any,
+    prompt: PromptParts,
+    config_file: Path,
+    revision: str,
+    penalty: float,
+    max_batch_tokens: int,
+) -> ModelCard:
+    """Return what others must know of a loaded checkpoint."""
+    config = model.config
+    text, vision = config.get_text_config(), config.vision_config
+    minimum, maximum = pixel_limits(processor.image_processor)
+    return ModelCard(
+        model_type=config.model_type,
+        revision=getattr(config, "_commit_hash", None) or revision,
+        config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),
+        template_sha256=prompt.sha256,
+        num_hidden_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vision_hidden_size=vision.hidden_size,
+        max_position_embeddings=text.max_position_embeddings,
+        repetition_penalty=penalty,
+        tokenizer_json=processor.tokenizer.backend_tokenizer.to_str(),
+        head_ids=prompt.head_ids,
+        after_image_ids=prompt.after_image_ids,
+        tail_ids=prompt.tail_ids,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=minimum,
+        max_pixels=maximum,
+        max_batch_tokens=max_batch_tokens,
+        environment=environment(model.get_input_embeddings().weight.device, config._attn_implementation),
+        around_question=prompt.around,
+        trims_questions=prompt.trims,
+    )
 
 
 def pixel_limits(processor: Any) -> tuple[int, int]:

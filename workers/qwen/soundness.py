@@ -1,0 +1,89 @@
+"""What a checkpoint must not be: refused by name when it is loaded, where transformers says nothing or warns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from workers.errors import EngineStartError
+
+_TOKENS = {"<|image_pad|>": "image_token_id", "<|vision_start|>": "vision_start_token_id"}
+_PADDING = 64  # released vocabularies are rounded up to a multiple of it, and more: 151,665 tokens have 152,064 rows
+# Weights that change what the others do: of adapters that were not merged, of quantisation whose settings were lost.
+_TELLING = ("lora_", "base_layer", "modules_to_save", "weight_scale", "scale_inv", "qweight", "qzeros", "absmax")
+_BY_LENGTH = {"dynamic", "longrope"}  # rotary scaling that differs between a prefix and the whole prompt
+
+
+def refuse_unserved(config: Any) -> None:
+    """Raise EngineStartError where config.json asks for what a shared image prefix does not reproduce."""
+    text = config.get_text_config()
+    if set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
+        raise EngineStartError(
+            f"its config.json has use_sliding_window (sliding_window {text.sliding_window}), which is not served here: "
+            "every layer must attend to the whole prompt, as in the released checkpoints"
+        )
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = getattr(text, name, None) or {}
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind in _BY_LENGTH:
+            raise EngineStartError(
+                f"its config.json has {name} of the kind {kind!r}, by which positions depend on a prompt's length: "
+                "that is not served here"
+            )
+
+
+def refuse_unmerged(unexpected: Iterable[str]) -> None:
+    """Raise EngineStartError where the files have weights that transformers leaves out and that change the others."""
+    if found := sorted(name for name in unexpected if any(part in name for part in _TELLING)):
+        raise EngineStartError(
+            f"its weights have {found[0]} and {len(found) - 1} more of the kind, which would be left out: they are of an "
+            "adapter that was not merged, or of quantisation that config.json does not mention. Merge them and save again"
+        )
+
+
+def refuse_foreign_tokenizer(config: Any, tokenizer: Any, rows: int) -> None:
+    """Raise EngineStartError where the tokenizer is not the one that the embeddings, `rows` tokens, were trained with."""
+    restore = "restore tokenizer.json (or vocab.json, merges.txt, added_tokens.json) and tokenizer_config.json"
+    vocabulary = tokenizer.get_vocab()
+    for token, setting in _TOKENS.items():
+        wanted, found = getattr(config, setting, None), vocabulary.get(token)
+        if found is None or (wanted is not None and wanted != found):
+            there = "is not known to its tokenizer" if found is None else f"is token {found} of its tokenizer"
+            raise EngineStartError(f"{token} {there}, and token {wanted} by config.json ({setting}): {restore}")
+    last = max(vocabulary.values())
+    if last >= rows:
+        raise EngineStartError(f"its tokenizer has tokens up to {last}, its embeddings only {rows} rows: {restore}")
+    if rows > last + 1 and rows % _PADDING:
+        raise EngineStartError(
+            f"its embeddings have {rows} rows, and its tokenizer tokens up to {last}: they were resized for tokens that the "
+            f"tokenizer lacks; {restore}"
+        )
+
+
+def refuse_no_end(ends: Iterable[int], tokenizer: Any) -> None:
+    """Raise EngineStartError where no end token is one of the tokenizer's."""
+    vocabulary = set(tokenizer.get_vocab().values())
+    if not vocabulary.intersection(ends):
+        raise EngineStartError(
+            f"no answer would end: its end token (eos_token_id {list(ends)} in generation_config.json) is none of its "
+            "tokenizer's"
+        )
+
+
+def refuse_unfinite(model: Any) -> None:
+    """Raise EngineStartError for weights that are NaN or infinite: every vector behind them would be."""
+    bad = []
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            ends = torch.stack(weight.detach().aminmax()).tolist()  # NaN wins both; one pass, nothing is allocated
+            if not all(map(math.isfinite, ends)):
+                bad.append(name)
+    if bad:
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise EngineStartError(
+            f"its weights {bad[0]}{others} have values that are not finite: the files are damaged, or training diverged. "
+            "Download them again, or take another checkpoint"
+        )
