@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +21,7 @@ from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS without a lock manager, Lustre without `-o flock`
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -139,6 +142,14 @@ def _only_one(run: Run) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another `producer run` is at work on {run.location}: wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            reason = os.strerror(error.errno)
+            print(
+                f"{run.location} has no file locks ({reason}): a second `producer run` on it goes unnoticed",
+                file=sys.stderr,
+            )
         yield
 
 

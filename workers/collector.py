@@ -139,13 +139,16 @@ def collect_run(run: Run) -> bool:
 def _finish(run: Run) -> bool:
     if not run.is_finished():
         _write_report(run)  # before the account: a retry may be planned meanwhile
-    account = Bookkeeper(run).account()
+    books = Bookkeeper(run)
+    account = books.account()
     if not account.finished:  # a retry has planned more at this moment
         return False
     if failures := published_failures(run):
         run.store.put(FAILURES_FILE, failures_csv(failures))
     else:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
+    for sentence in books.lost_parts():
+        logger.error("%s: %s: `producer enqueue … --repair` computes it again", run.location, sentence)
     run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     return True
