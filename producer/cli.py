@@ -41,6 +41,8 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output 
 def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check a dataset, plan a run over it and put its questions into the queue. Again: finish what is missing.
 
+    Exit code 4: a published part is gone or cut.
+
     Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
     """
     from kombu.exceptions import OperationalError
@@ -56,7 +58,8 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
             run = plan_run(options, phases)
-            account = Bookkeeper(run).account()
+            books = Bookkeeper(run)
+            account = books.account()
             if not account.finished:
                 check_private_files(run)
             if run.is_cancelled():
@@ -65,13 +68,14 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             room = settings().queue_limit or account.outstanding
             put = phases("filling the queue", min(room, account.outstanding))
             number = 0 if account.finished else feed(run, put=put)
+            lost = books.lost_parts()
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
     if as_json:
         from producer.display import account_json
 
-        print(json.dumps({**account_json(run, account), "queued": number}))
+        print(json.dumps({**account_json(run, account), "queued": number, "lost_parts": lost}))
     elif not quiet:
         print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
@@ -81,6 +85,9 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             )
             print(f"The collector feeds the rest, at most {most}.")
         print(f"Watch: producer status {options.output_dir} --watch")
+    if lost:
+        _print_lost(lost)
+        raise SystemExit(4)
 
 
 @app.command()
@@ -97,7 +104,8 @@ def run(
     """Do everything on this machine: an embedded queue, a worker per GPU (or one on the CPU), the collector.
 
     Exit code 0: every question is written. 1: some failed; they are in failures.csv. 2: a mistake in the call or the
-    input. 3: a process kept dying. 130: Ctrl-C or `producer cancel`. After any of them the same command resumes.
+    input. 3: a process kept dying. 4: a published part is gone or cut. 130: Ctrl-C or
+    `producer cancel`. After any of them the same command resumes.
 
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
@@ -117,6 +125,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool 
     from producer.listeners import serving_workers
     from producer.live import LiveAccount
     from producer.local import RunStoppedError, run_locally
+    from storage.account import Bookkeeper
 
     console = Console(stderr=True, quiet=quiet or as_json)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -129,15 +138,20 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool 
     except RunStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    books = Bookkeeper(run)
+    books.account()
+    lost = books.lost_parts()
     if as_json:
-        print(json.dumps(account_json(run, account)))
+        print(json.dumps({**account_json(run, account), "lost_parts": lost}))
     elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
         print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
-        return 1
-    return 0
+    if lost:
+        _print_lost(lost)
+        return 4
+    return 1 if account.failed else 0
 
 
 @app.command()
@@ -211,9 +225,11 @@ def status(
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
                 account = bookkeeper.account()
+    lost = bookkeeper.lost_parts()
     listeners = None if account.finished or run.is_cancelled() else listening_workers(run)
     if as_json:
         body = account_json(run, account)
+        body["lost_parts"] = lost
         body["workers"] = listeners.names if listeners else []
         body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
         body["problems"] = listeners.problems if listeners else []
@@ -225,6 +241,7 @@ def status(
         if listeners.workers:
             Console().print(workers_table(listeners.workers))
         _print_hints(Console(stderr=True), listeners.problems)
+    _print_lost(lost)
     for worker, message in run.refusals().items():
         print(f"refused by {worker}: {message}", file=sys.stderr)
 
@@ -323,6 +340,15 @@ def _print_failures(run: Run, account: Account) -> None:
         print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
     if len(failures) > 10:
         print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
+
+
+def _print_lost(lost: list[str]) -> None:
+    for sentence in lost[:10]:
+        print(sentence, file=sys.stderr)
+    if len(lost) > 10:
+        print(f"and {len(lost) - 10:,} more", file=sys.stderr)
+    if lost:
+        print("The command that the run was begun with computes them again with --repair.", file=sys.stderr)
 
 
 def _print_hints(console: Console, problems: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +25,7 @@ _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked 
 _REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
 _SILENCE = 10.0  # seconds without a finished question after which the run's files are looked at
 _LOOKED_AT = 20  # slices of the plan that are next
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS without a lock manager, Lustre without `-o flock`
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -148,6 +151,14 @@ def _only_one(run: Run) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another `producer run` is at work on {run.location}: wait for it, or stop it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            reason = os.strerror(error.errno)
+            print(
+                f"{run.location} has no file locks ({reason}): a second `producer run` on it goes unnoticed",
+                file=sys.stderr,
+            )
         yield
 
 

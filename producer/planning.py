@@ -23,6 +23,7 @@ from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
+from storage.verify import Finding
 from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
 from workers.checkpoint_files import check_files
 
@@ -61,7 +62,11 @@ def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
 def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> None:
     run = Run.open(output_dir)
     _refuse_differences(run, settings)
-    for name, reason in repair(run, phases("verifying parts", len(run.slices))).items():
+
+    def unread(finding: Finding) -> None:
+        print(f"{finding}; the part stays as it is", file=sys.stderr)
+
+    for name, reason in repair(run, phases("verifying parts", len(run.slices)), unread).items():
         aside = run.store.address(".run/damaged")
         print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
 

@@ -6,6 +6,7 @@ It is by question id: of a question that was planned again after a failure its l
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from storage.pack import Sidecar, read_sidecar
@@ -38,6 +39,7 @@ class _Published:
 
     written: int
     reasons: Counter[str]  # of the failed
+    size: int
 
 
 class Bookkeeper:
@@ -94,7 +96,25 @@ class Bookkeeper:
                 reasons[failure.reason] += 1
             elif retried[failure.question_id] == sidecar.part:
                 self._retried_reasons[failure.question_id] = failure.reason
-        return _Published(len(sidecar.question_ids) - len(healed), reasons)
+        return _Published(len(sidecar.question_ids) - len(healed), reasons, sidecar.size)
+
+    def lost_parts(self) -> list[str]:
+        """Return a sentence on each part of the last account that is gone or has another size than it was published with.
+
+        By one listing, so what keeps the size is left to `storage verify`. Raises OSError.
+        """
+        sizes, lost = self._run.store.sizes(), []
+        for number, part in sorted(self._published.items()):
+            name = self._run.part_name(number)
+            size = sizes.get(name)
+            if size is None:  # an NFS client may list a directory as it was a minute ago
+                with suppress(FileNotFoundError):
+                    size = self._run.store.size(name)
+            if size is None:
+                lost.append(f"{name} was published and is gone")
+            elif size != part.size:
+                lost.append(f"{name} has {size:,} bytes; it was published with {part.size:,}")
+        return lost
 
     def _staged(self, piece: Slice) -> int:
         staged = self._run.staged(piece.part)

@@ -89,7 +89,9 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that every planned question is accounted for exactly once and every vector is whole. Exit code 1 if not.
+    """Check that every planned question is accounted for exactly once and every vector is whole.
+
+    Exit code 1: something is wrong. 3: nothing is found wrong, but a part could not be looked at (its disk or network).
 
     Example: storage verify output/ --deep
     """
@@ -112,7 +114,7 @@ def verify(
         if not quiet:
             print(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
                   f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip
-    raise SystemExit(1 if findings else 0)
+    raise SystemExit((3 if all(finding.unread for finding in findings) else 1) if findings else 0)
 
 
 @app.command()

@@ -7,20 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from storage.chunks import CODEC, Planes, join_planes, read_planes
-from storage.errors import ADVICE, DamagedError, ObjectStoreError, UserError
-from storage.naming import group_key, question_id
-from storage.object_file import BLOCK, File, ObjectFile, on_this_machine, open_raw
+from storage.errors import ADVICE, DamagedError, UserError
+from storage.layout import Part, open_part
+from storage.naming import group_key
+from storage.object_file import BLOCK, File, on_this_machine, open_raw
+from storage.trouble import named
 
 COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a column
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
 Vectors = npt.NDArray[np.float32]
 _SMALL_GAP = 65536  # reading over it is cheaper than a second read
 _ROWS_AT_ONCE = 16  # their values stay in the processor's cache
+_SLACK = 1024  # bytes by which a chunk may be longer than its values: of a deflate stream's blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,14 @@ class Column:
             self._read_chunks(values, places, rows, self.index[list(rows)])
 
     def _read_datasets(self, values: Vectors, places: Sequence[int], rows: Sequence[int]) -> None:
-        with on_this_machine(self.path) as path, open_part(path) as file:
+        with on_this_machine(self.path) as path, open_part(path) as part:
             for place, row in zip(places, rows, strict=True):
-                key = group_key(self.ids[row])
-                if self.field not in file[key]:
+                vector = part.question(group_key(self.ids[row])).vector(self.field)
+                if vector is None:
                     raise UserError(f"{self._where(row)}: there is no {self.field}")
-                vector = file[key][self.field][()]
-                if vector.shape != (self.width,):
-                    raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: {vector.shape}")
-                values[place] = vector
+                if vector.width != self.width:
+                    raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: ({vector.width},)")
+                values[place] = vector.read()
 
     def _read_chunks(self, values: Vectors, places: Sequence[int], rows: Sequence[int], index: Index) -> None:
         chunks = read_runs(self.path, index)
@@ -85,43 +86,38 @@ class Column:
         return f"{self.path}, question {self.ids[row]}"
 
 
-def open_part(path: File) -> h5py.File:
-    """Open a part for reading. Raises UserError where there is none, DamagedError where HDF5 cannot read it.
+def column_of(part: Part, field: str) -> Column:
+    """Return a field of an open part. Raises UserError where a question lacks it, DamagedError."""
+    if not part.keys:
+        return Column(part.path, field, [], 0, None)
+    index = _index(part, field)
+    if index is not None and not index[:, 1].all():
+        row = int(np.argmin(index[:, 1] > 0))
+        if part.question(part.keys[row]).vector(field) is not None:
+            raise DamagedError(f"{part.path}, question {part.ids[row]}: {field} is not in the column index; {ADVICE}")
+        raise UserError(f"{part.path}, question {part.ids[row]}: there is no {field}")
+    if index is not None and max(int(index[:, :2].max()), int(index[:, :2].sum(axis=1).max())) > part.size:
+        raise DamagedError(f"{part.path} is shorter than its column index says; {ADVICE}")
+    first = part.question(part.keys[0]).vector(field)
+    if first is None:
+        raise UserError(f"{part.path}, question {part.ids[0]}: there is no {field}")
+    part.allow_vectors(len(part.keys), first.width, field)
+    # A chunk is inflated whole: one that is longer than its values would take a thousand times its length.
+    if index is not None and int(index[:, 1].max()) > 4 * first.width + first.width // 64 + _SLACK:
+        raise part.refusal(COLUMN + field, f"names longer chunks than {first.width:,} values need")
+    return Column(part.path, field, part.ids, first.width, index)
 
-    One in an object store must be closed before the program ends: HDF5 would close it after Python has, and crash.
-    """
-    try:
-        here = path.copy if isinstance(path, ObjectFile) else path
-        return h5py.File(here or open_raw(path), "r")
-    except ObjectStoreError:
-        raise
-    except OSError as error:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file") from error
-        raise DamagedError(f"{path}: not a readable HDF5 file ({error}); {ADVICE}") from error
 
-
-def column_of(path: File, file: h5py.File, keys: list[str], ids: list[str], field: str) -> Column:
-    """Return a field of an open part with these keys. Raises UserError where a question lacks it, DamagedError."""
-    index = file.attrs.get(COLUMN + field)
-    if not keys:
-        return Column(path, field, [], 0, None)
-    if index is not None:
-        if index.shape != (len(keys), 3):
-            raise DamagedError(
-                f"{path}: the index of {field} has the shape {index.shape}, not ({len(keys)}, 3); {ADVICE}"
-            )
-        if not index[:, 1].all():
-            row = int(np.argmin(index[:, 1] > 0))
-            if field in file[keys[row]]:
-                raise DamagedError(f"{path}, question {ids[row]}: {field} is not in the column index; {ADVICE}")
-            raise UserError(f"{path}, question {ids[row]}: there is no {field}")
-    elif field not in file[keys[0]]:
-        raise UserError(f"{path}, question {ids[0]}: there is no {field}")
-    shape = file[keys[0]][field].shape
-    if len(shape) != 1:
-        raise UserError(f"{path}: {field} has {len(shape)} dimensions, not one")
-    return Column(path, field, ids, int(shape[0]), index)
+def _index(part: Part, field: str) -> Index | None:
+    index = part.attribute(COLUMN + field)
+    if index is None:
+        return None
+    if np.shape(index) != (len(part.keys), 3):
+        shape = f"the shape {np.shape(index)}, not ({len(part.keys)}, 3)"
+        raise DamagedError(f"{part.path}: the index of {field} has {shape}; {ADVICE}")
+    if index.dtype != np.uint64:
+        raise part.refusal(COLUMN + field, f"is of {index.dtype}, not of uint64")
+    return np.asarray(index)
 
 
 def read_column(path: File, field: str) -> tuple[list[str], Vectors]:
@@ -130,22 +126,22 @@ def read_column(path: File, field: str) -> tuple[list[str], Vectors]:
     Without an index the datasets are read one by one, with the same result: ten times slower. Raises UserError where a
     question lacks the field or has another width, DamagedError where a chunk is not what was written.
     """
-    with open_part(path) as file:
-        keys = list(file)
-        column = column_of(path, file, keys, [question_id(key) for key in keys], field)
+    with open_part(path) as part:
+        column = column_of(part, field)
     return column.ids, column.read()
 
 
-def read_index(file: h5py.File) -> dict[str, Index]:
+def read_index(part: Part) -> dict[str, Index]:
     """Return the index of every column of an open part; empty where it has none."""
-    return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
+    names = (name for name in part.attribute_names() if name.startswith(COLUMN))
+    return {name.removeprefix(COLUMN): part.attribute(name) for name in names}
 
 
 def read_runs(path: File, index: Index) -> dict[int, memoryview]:
     """Return the bytes at each offset, read in as few runs as they lie in: one, in a part as we write it."""
     chunks: dict[int, memoryview] = {}
     gap = _SMALL_GAP if isinstance(path, Path) or path.copy else BLOCK
-    with open_raw(path) as file:
+    with named(path, "it cannot be read"), open_raw(path) as file:
         length = file.seek(0, os.SEEK_END)
         rows = [(offset, size) for offset, size in np.unique(index[:, :2], axis=0).tolist()]
         if rows and max(offset + size for offset, size in rows) > length:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from storage.layout import Part
 from storage.sample import Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs
@@ -129,3 +131,31 @@ def _z_score(
 
 def _carried(sample: Sample, prefix: str) -> dict[str, npt.NDArray[Any]]:
     return {name.removeprefix(prefix): v for name, v in sample.vectors.items() if name.startswith(prefix)}
+
+
+class _Error(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    rms: float
+    max: float
+
+
+class _Field(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    drift: _Error | None = None
+    noise_floor: _Error | None = None
+
+
+class _Certificate(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    answers_agree: bool
+    fields: dict[str, _Field]
+
+
+def read_certificate(part: Part) -> dict[str, Any] | None:
+    """Return the certificate of an open part; None where it has none. Raises LayoutError."""
+    if (text := part.text("drift")) is None:
+        return None
+    try:
+        return _Certificate.model_validate_json(text).model_dump()
+    except ValidationError as error:
+        raise part.refusal("/@drift", f"is no drift certificate ({error.error_count()} faults)") from error

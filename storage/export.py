@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
@@ -128,10 +129,10 @@ def _parquet(source: str | Path, name: str | None, progress: bool) -> Callable[[
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install 'halp-extractor[parquet]'") from None
     if name is None:
-        answers = pa.Table.from_pandas(load_frame(source, progress=progress), preserve_index=False)
+        answers = _table(pa, load_frame(source, progress=progress))
         return lambda path: parquet.write_table(answers, path)
     found = _locate(source, name, progress)
-    table = pa.Table.from_pandas(found.frame, preserve_index=False)
+    table = _table(pa, found.frame)
     kind = pa.list_(pa.float32(), found.stack.width)
     schema = table.schema.append(pa.field("vector", kind)).with_metadata({"field": name})
 
@@ -145,6 +146,13 @@ def _parquet(source: str | Path, name: str | None, progress: bool) -> Callable[[
                 start += len(vectors)
 
     return write
+
+
+def _table(pa: Any, frame: pd.DataFrame) -> Any:
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except pa.ArrowException as error:  # of a stranger's part: numbers and texts in one column
+        raise UserError(f"these questions are no table that Parquet can hold: {error}") from error
 
 
 def _locate(source: str | Path, name: str, progress: bool) -> Located:

@@ -1,4 +1,4 @@
-"""Looking into a part with bare h5py: its metadata, its questions, one question's shapes, dtypes and statistics."""
+"""Looking into a part: its metadata, its questions, one question's shapes, dtypes and statistics."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
 from storage.columns import COLUMN
+from storage.drift import read_certificate
 from storage.errors import UserError
+from storage.layout import open_part
 from storage.naming import group_key, question_id
-from storage.rows import ROWS, TEXTS
+from storage.part import read_failures
+from storage.rows import ROWS
+from storage.stored import TEXTS, StoredQuestion
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +59,20 @@ class PartSummary:
 
 
 def describe_part(path: Path, selected: str | None = None) -> PartSummary:
-    """Read a part's summary; the whole question is `selected`, or the first. Raises UserError."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        reason = "no such file" if not path.exists() else f"not a readable HDF5 file ({error})"
-        raise UserError(f"{path}: {reason}") from error
-    with file:
-        keys = list(file)
-        if not all(isinstance(node, h5py.Group) for node in file.values()):
-            raise UserError(f"{path}: not a part: something else than a question's group is at its root")
+    """Read a part's summary; the whole question is `selected`, or the first. Raises UserError, DamagedError."""
+    with open_part(path) as part:
+        keys = part.keys
         key = group_key(selected) if selected is not None else (keys[0] if keys else None)
         if selected is not None and key not in keys:
             first = f", the first is {question_id(keys[0])!r}" if keys else ""
             raise UserError(f"{path} holds no question {selected!r}; it has {len(keys)}{first}")
+        read_failures(part), read_certificate(part)  # which are shown as they are meant, not as any text
         return PartSummary(
             file=str(path),
-            size=path.stat().st_size,
-            attributes={name: _plain(file.attrs[name]) for name in file.attrs if not _is_for_programs(name)},
-            questions={question_id(k): _texts(file[k]) for k in keys},
-            selected=_describe_question(key, file[key]) if key is not None else None,
+            size=part.size,
+            attributes={n: _plain(part.attribute(n)) for n in part.attribute_names() if not _is_for_programs(n)},
+            questions={question_id(k): _texts(part.question(k)) for k in keys},
+            selected=_describe_question(key, part.question(key)) if key is not None else None,
         )
 
 
@@ -138,33 +136,31 @@ def _question_table(question: QuestionSummary) -> Table:
     return table
 
 
-def _describe_question(key: str, group: h5py.Group) -> QuestionSummary:
-    datasets: list[DatasetSummary] = []
-
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and node.ndim == 1:
-            values = node[:]
-            wide = values.astype(np.float64)
-            summary = DatasetSummary(
-                name=name,
-                shape=values.shape,
-                dtype=str(values.dtype),
-                mean=float(wide.mean()),
-                std=float(wide.std()),
-                minimum=float(wide.min()),
-                maximum=float(wide.max()),
-                norm=float(np.linalg.norm(wide)),
-                finite=bool(np.isfinite(wide).all()),
-            )
-            datasets.append(summary)
-
-    group.visititems(visit)
-    attributes = {name: _plain(value) for name, value in group.attrs.items()}
-    return QuestionSummary(question_id(key), _texts(group), attributes, tuple(datasets))
+def _describe_question(key: str, question: StoredQuestion) -> QuestionSummary:
+    vectors = [(name, vector) for name in question.fields() if (vector := question.vector(name)) is not None]
+    attributes = {name: _plain(value) for name, value in question.attributes().items()}
+    datasets = tuple(_describe_vector(name, vector.read()) for name, vector in vectors)
+    return QuestionSummary(question_id(key), _texts(question), attributes, datasets)
 
 
-def _texts(group: h5py.Group) -> dict[str, str]:
-    return {name: group[name].asstr()[()] if name in group else "" for name in TEXTS}
+def _describe_vector(name: str, values: npt.NDArray[Any]) -> DatasetSummary:
+    wide = values.astype(np.float64)
+    return DatasetSummary(
+        name=name,
+        shape=values.shape,
+        dtype=str(values.dtype),
+        mean=float(wide.mean()),
+        std=float(wide.std()),
+        minimum=float(wide.min()),
+        maximum=float(wide.max()),
+        norm=float(np.linalg.norm(wide)),
+        finite=bool(np.isfinite(wide).all()),
+    )
+
+
+def _texts(question: StoredQuestion) -> dict[str, str]:
+    texts = question.texts()
+    return {name: texts.get(name, "") for name in TEXTS}
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from storage.errors import LayoutError
 from storage.location import split_url
 from storage.store import Store, local_file, open_store
 
@@ -60,10 +63,28 @@ def size_of(file: File) -> int:
 
 
 def open_raw(file: File) -> io.RawIOBase:
-    """Open a file for reading, unbuffered. Raises FileNotFoundError, ObjectStoreError."""
+    """Open a file for reading, unbuffered. Raises FileNotFoundError, ObjectStoreError; LayoutError for a pipe or a device."""
     if isinstance(file, ObjectFile) and file.copy is None:
         return _Ranges(*file.place(), size_of(file))
-    return (file if isinstance(file, Path) else cast(Path, file.copy)).open("rb", buffering=0)
+    return _open_regular(file if isinstance(file, Path) else cast(Path, file.copy))
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    """Open a file by a handle that cannot block: a pipe of that name would keep a reader for ever."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise _not_regular(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _not_regular(path)
+    return io.FileIO(handle)
+
+
+def _not_regular(path: Path) -> LayoutError:
+    return LayoutError(path, "it", "is no regular file")
 
 
 @contextmanager

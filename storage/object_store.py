@@ -137,6 +137,10 @@ class ObjectStore:
         listing = self._listing(prefix)
         return sorted(map(_name, [*listing["common_prefixes"], *(entry["path"] for entry in listing["objects"])]))
 
+    def sizes(self) -> dict[str, int]:
+        """Return the objects directly below the root, each with its length in bytes."""
+        return {_name(entry["path"]): entry["size"] for entry in self._listing("")["objects"]}
+
     def put_new(self, key: str, data: bytes) -> bool:
         """Create an object; return False, changing nothing, where it exists already."""
         return self._create(key, data, _SMALL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from storage.account import Account, Bookkeeper
 from storage.columns import Column
+from storage.drift import read_certificate
 from storage.naming import field_order
 from storage.source import OpenPart, Source
 
@@ -126,9 +126,13 @@ def _field(columns: list[Column]) -> FieldOverview:
 
 
 def _look(part: OpenPart) -> tuple[int, dict[str, Any], list[dict[str, Any]], list[Column]]:
-    drift = part.file.attrs.get("drift")
-    certificate = [] if drift is None else [json.loads(drift)]
-    return len(part.ids), part.kind(), certificate, [part.column(field) for field in part.fields()]
+    certificate = read_certificate(part.file)
+    return (
+        len(part.ids),
+        part.kind(),
+        [certificate] if certificate else [],
+        [part.column(field) for field in part.fields()],
+    )
 
 
 def _drift(certificates: list[dict[str, Any]]) -> Iterator[DriftOverview]:

@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from storage.columns import COLUMN
 from storage.drift import DriftMeter
+from storage.layout import Part, open_part
 from storage.memory import keep_heap, uncollected
-from storage.naming import group_key, model_type, question_id
+from storage.naming import group_key, model_type
 from storage.objects import clean, create_group, write_attributes, write_text
 from storage.placement import Placement, check_placed
 from storage.plan import Question
-from storage.rows import ROWS, TEXTS, encode_rows
+from storage.rows import ROWS, encode_rows
 from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings
+from storage.stored import TEXTS
 
 # Facts of a sample that describe the worker, not the question: a part lists the distinct ones at its root.
 ENVIRONMENT = ("device", "gpu", "attention_implementation", "library_versions")
@@ -65,7 +67,7 @@ def write_part(
     placement, meter = Placement(), DriftMeter()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
     rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
-    with h5py.File(path, "x", libver=_LIBVER) as file:
+    with h5py.File(path, "x", libver=_LIBVER, locking=False) as file:
         for question, staged in samples:
             sample = meter.take(staged)
             facts = dict(sample.facts)
@@ -76,7 +78,8 @@ def write_part(
             own = {"question_id": question.question_id, "csv_row": question.csv_row}
             rows[key] = _texts(question, sample), {**question.extra, **facts, **own}
             _write_question(file, placement, key, sample.vectors, *rows[key])
-    with h5py.File(path, "r+", libver=_LIBVER, meta_block_size=placement.metadata_size, **_NO_CHUNK_CACHE) as file:
+    options = {"libver": _LIBVER, "locking": False, "meta_block_size": placement.metadata_size, **_NO_CHUNK_CACHE}
+    with h5py.File(path, "r+", **options) as file:
         columns = placement.write(file.id)
         attributes = {
             **_root_attributes(settings, model, part),
@@ -96,16 +99,24 @@ def write_part(
 
 
 def read_header(path: Path) -> PartHeader | None:
-    """Return what a part says of itself; None where the file is no part of any run of ours. Raises OSError if unreadable."""
-    with h5py.File(path, "r") as file:
-        if not {"run_id", "part", "failures"} <= set(file.attrs):
+    """Return what a part says of itself; None where the file is no part of any run of ours. Raises as `open_part` does."""
+    with open_part(path) as part:
+        if not all(map(part.has, ("run_id", "part", "failures"))):
             return None
         return PartHeader(
-            run_id=str(file.attrs["run_id"]),
-            part=int(file.attrs["part"]),
-            question_ids=tuple(map(question_id, file)),
-            failures=tuple(Failure(**f) for f in json.loads(file.attrs["failures"])),
+            run_id=part.text("run_id") or "",
+            part=int(part.attribute("part")),
+            question_ids=tuple(part.ids),
+            failures=read_failures(part),
         )
+
+
+def read_failures(part: Part) -> tuple[Failure, ...]:
+    """Return the failures that an open part lists; none where it does not say. Raises LayoutError."""
+    try:
+        return tuple(Failure(**failure) for failure in json.loads(part.text("failures") or "[]"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise part.refusal("/@failures", f"is no list of failures ({error})") from error
 
 
 def _texts(question: Question, sample: Sample) -> dict[str, str]:

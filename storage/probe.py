@@ -6,21 +6,23 @@ process costs 0.2 s, so it is for files of which nothing is known: a published p
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from storage.errors import UserError
+from storage.errors import DamagedError, LayoutError, NotReadError
 from storage.part import read_header
 
 Verdict = Literal["ours", "damaged", "foreign"]
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_UNREADABLE = 3  # exit code of the process
+_UNREADABLE, _NO_PART = 3, 4  # exit codes of the process
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE}
 _TIMEOUT = 60.0  # seconds; a sound part of 1000 questions takes 0.01, on a bad day of a shared directory some
 
@@ -29,11 +31,15 @@ def whose(path: Path, run_id: str, part: int) -> Verdict:
     """Tell whose a file is that has the name of a run's part: by its own word, where HDF5 can read it.
 
     One that it cannot read is damaged if it begins as HDF5 files do, or with the zeros or the nothing that a crash of the
-    machine leaves. Anything else is foreign: it was never a part. Raises UserError where the process ended for another reason.
+    machine leaves. Anything else is foreign: it was never a part. Raises NotReadError where the process ended
+    for another reason.
     """
-    if path.is_dir() or not path.exists():
+    try:
+        status = path.stat()
+    except FileNotFoundError:
         return "foreign"
-    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return "foreign"
     return _whose(path.absolute(), run_id, part, status.st_size, status.st_mtime_ns)
 
 
@@ -50,17 +56,18 @@ def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Ver
         return "damaged" if _was_hdf5(path) else "foreign"
     if done.returncode == _UNREADABLE or done.returncode in _CRASHES:
         return "damaged" if _was_hdf5(path) else "foreign"
+    if done.returncode == _NO_PART:
+        return "foreign"
     if done.returncode:  # out of memory, an unreadable disk: it says nothing of the file
-        raise UserError(
+        raise NotReadError(
+            errno.EIO,
             f"cannot look into {path}: the process that reads it ended with exit code {done.returncode}; try again. "
-            f"{done.stderr.decode(errors='replace').strip()[-500:]}"
+            f"{done.stderr.decode(errors='replace').strip()[-500:]}",
         )
     return "ours" if json.loads(done.stdout) == [run_id, part] else "foreign"
 
 
 def _was_hdf5(path: Path) -> bool:
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         begin = file.read(len(_SIGNATURE))
     return _SIGNATURE.startswith(begin) or not any(begin)
@@ -70,9 +77,9 @@ def main(path: str) -> None:
     """Print the run and the part that a file says it is of; fail where it cannot be read."""
     try:
         header = read_header(Path(path))
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        if getattr(error, "errno", None):  # of the disk
-            raise
+    except LayoutError:
+        raise SystemExit(_NO_PART) from None
+    except (DamagedError, ValueError, TypeError):
         raise SystemExit(_UNREADABLE) from None
     print(json.dumps(header and [header.run_id, header.part]))
 

@@ -165,14 +165,14 @@ def part_frame(part: OpenPart) -> pd.DataFrame:
     """Return the questions of an open part in key order."""
     columns: Columns = part.rows()
     number = part_number(part.path.name)
-    columns.setdefault("part", [number] * len(part.keys))
+    columns.setdefault("part", [number] * len(part.ids))
     names = [name for name in FIRST if name in columns]
     return pd.DataFrame({name: columns[name] for name in [*names, *(n for n in columns if n not in names)]})
 
 
 def _no_frame(part: OpenPart) -> pd.DataFrame:
     """Return a row without columns for each question of an open part."""
-    return pd.DataFrame(index=range(len(part.keys)))
+    return pd.DataFrame(index=range(len(part.ids)))
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -185,6 +185,8 @@ def _ordered(source: Source, ids: list[str], frame: pd.DataFrame, order: Order) 
     if order == "csv" and ids:
         if "csv_row" not in frame or frame["csv_row"].isna().any():
             raise UserError("these files do not say where a question was in the CSV (csv_row): use order='file'")
+        if frame["csv_row"].dtype.kind not in "iuf":
+            raise UserError("in these files csv_row is not a number everywhere: use order='file'")
         rows: list[int] = frame["csv_row"].argsort(kind="stable").tolist()
         return rows
     if order not in {"csv", "file"}:

@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from storage.errors import DamagedError
 from storage.plan import Slice
 from storage.run import Run, part_names
-from storage.verify import verify_part, verify_undescribed
+from storage.verify import Finding, verify_slice
 
 _ASIDE = ".run/damaged"
 
 
-def repair(run: Run, looked_at: Callable[[int], object] = lambda _: None) -> dict[str, str]:
+def repair(
+    run: Run,
+    looked_at: Callable[[int], object] = lambda _: None,
+    unread: Callable[[Finding], object] = lambda _: None,
+) -> dict[str, str]:
     """Move damaged parts and the sidecars of damaged or lost ones to `.run/damaged/`; return the parts with the reasons.
 
-    `looked_at` is told how many parts have been, since every byte of them is read.
+    `looked_at` is told how many parts have been, since every byte of them is read. `unread` is told of those that could not be
+    looked at: they stay as they are.
     The part goes before its sidecar: a part without one would be described, and so declared sound, by the next collector.
     Killed in between, the next call finds the part gone and goes on.
     """
@@ -26,7 +31,8 @@ def repair(run: Run, looked_at: Callable[[int], object] = lambda _: None) -> dic
     for number, piece in enumerate(run.slices, start=1):
         name = run.part_name(piece.part)
         there = piece.part in published or name in present
-        if there and (reason := next(_reasons(run, piece, described=piece.part in published), None)) is not None:
+        reasons = _reasons(run, piece, unread, described=piece.part in published) if there else iter(())
+        if (reason := next(reasons, None)) is not None:
             _move_aside(run, name)
             _move_aside(run, run.sidecar_key(piece.part))
             moved[name] = reason
@@ -43,10 +49,12 @@ def repair_command(run: Run) -> str:
     return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
 
 
-def _reasons(run: Run, piece: Slice, *, described: bool) -> Iterator[str]:
+def _reasons(run: Run, piece: Slice, unread: Callable[[Finding], object], *, described: bool) -> Iterator[str]:
     try:
-        for finding in verify_part(run, piece) if described else [verify_undescribed(run, piece)]:
-            if finding.part is not None:
+        for finding in verify_slice(run, piece, described=described):
+            if finding.unread:
+                unread(finding)
+            elif finding.part is not None:
                 yield str(finding)
     except DamagedError as error:
         yield str(error)  # what the sidecar said of the file is lost, and the file may be damaged too

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from storage.account import Account, Bookkeeper
 from storage.bounded_image import on_image
+from storage.drift import read_certificate
+from storage.errors import DamagedError, UserError
 from storage.failures import published_failures
 from storage.images import resolve_image
+from storage.layout import Part, open_part
 from storage.location import is_url
 from storage.naming import question_id
-from storage.pack import sidecars
+from storage.pack import Sidecar, sidecars
 from storage.run import Run
 from storage.sample import Failure
 
@@ -92,11 +93,12 @@ def gather(run: Run) -> ReportData:
     for part in parts:
         hours = None
         if part.part in looked:
-            with suppress(OSError), run.local_part(part.part) as path, h5py.File(path, "r") as file:
+            # ValueError and TypeError: a stranger's file, whose attributes have our names and other values.
+            with suppress(OSError, UserError, DamagedError, ValueError, TypeError), _opened(run, part) as file:
                 hours = _read_attributes(data, file)
                 if part in counted:
-                    for key in spread(list(file), -(-_QUESTIONS // len(counted))):
-                        _count_question(data, file[key])
+                    for key in spread(file.keys, -(-_QUESTIONS // len(counted))):
+                        _count_question(data, file.question(key))
                 if part in shown:
                     _read_vectors(data, file, rows, -(-_VECTORS // len(shown)))
                     _show(data, file, -(-_SAMPLES // len(shown)))
@@ -120,29 +122,37 @@ def spread(items: Sequence[T], number: int) -> list[T]:
     return [items[i * len(items) // number] for i in range(number)]
 
 
-def _read_attributes(data: ReportData, file: h5py.File) -> float:
+@contextmanager
+def _opened(run: Run, part: Sidecar) -> Iterator[Part]:
+    with run.local_part(part.part) as path, open_part(path) as file:
+        yield file
+
+
+def _read_attributes(data: ReportData, file: Part) -> float:
     """Note what a part says of itself; return the hours from the plan to its publication."""
-    attributes = file.attrs
-    if "drift" in attributes:
-        data.certificates.append(json.loads(attributes["drift"]))
-    if "drift_absent" in attributes:
-        data.uncertified[str(attributes["drift_absent"])] += 1
+    if (certificate := read_certificate(file)) is not None:
+        data.certificates.append(certificate)
+    if (reason := file.text("drift_absent")) is not None:
+        data.uncertified[reason] += 1
     for name in ("device", "gpu", "attention_implementation", "library_versions"):
-        if attributes.get(name):
-            data.environments.setdefault(name, set()).add(str(attributes[name]))
-    created, begun = (datetime.fromisoformat(t) for t in (attributes["created_at"], data.run.settings.created_at))
+        if value := file.text(name):
+            data.environments.setdefault(name, set()).add(value)
+    created, begun = (datetime.fromisoformat(t) for t in (file.text("created_at") or "", data.run.settings.created_at))
     return (created - begun).total_seconds() / 3600
 
 
-def _read_vectors(
-    data: ReportData, file: h5py.File, rows: dict[str, list[npt.NDArray[np.float32]]], number: int
-) -> None:
-    for key in spread(list(file), number):
-        group = file[key]
-        if all(name in group for name in rows):
-            for name, vectors in rows.items():
-                vectors.append(group[name][:])
-            data.groups.append(compare(_text(group, "answer"), _text(group, "ground_truth_answer")))
+def _read_vectors(data: ReportData, file: Part, rows: dict[str, list[npt.NDArray[np.float32]]], number: int) -> None:
+    facts = data.run.model_facts()
+    widths = {} if facts is None else facts.field_widths()
+    for key in spread(file.keys, number):
+        question = file.question(key)
+        stored = {name: question.vector(name) for name in rows}
+        vectors = {name: v.read() for name, v in stored.items() if v is not None and v.width == widths.get(name)}
+        if len(vectors) == len(rows):
+            for name, vector in vectors.items():
+                rows[name].append(vector)
+            texts = question.texts()
+            data.groups.append(compare(texts.get("answer", ""), texts.get("ground_truth_answer", "")))
 
 
 def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[float, float]]:
@@ -156,8 +166,8 @@ def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[flo
     return points
 
 
-def _count_question(data: ReportData, group: h5py.Group) -> None:
-    attributes = group.attrs
+def _count_question(data: ReportData, question: StoredQuestion) -> None:
+    attributes, texts = question.attributes(), question.texts()
     for name, values in (
         ("seq_len", data.prompt_tokens),
         ("num_answer_tokens", data.answer_tokens),
@@ -166,7 +176,7 @@ def _count_question(data: ReportData, group: h5py.Group) -> None:
         if name in attributes:
             values.append(int(attributes[name]))
     data.shared_prefixes += attributes.get("image_prefix") == "shared"
-    kind = compare(_text(group, "answer"), _text(group, "ground_truth_answer"))
+    kind = compare(texts.get("answer", ""), texts.get("ground_truth_answer", ""))
     data.answers_equal[kind] = data.answers_equal.get(kind, 0) + 1
 
 
@@ -175,17 +185,17 @@ def _fields(run: Run) -> list[str]:
     return [] if facts is None else list(facts.field_widths())
 
 
-def _show(data: ReportData, file: h5py.File, number: int) -> None:
-    for key in spread(list(file), min(number, _SAMPLES - len(data.shown))):
-        group = file[key]
-        image_id = _text(group, "image_id")
+def _show(data: ReportData, file: Part, number: int) -> None:
+    for key in spread(file.keys, min(number, _SAMPLES - len(data.shown))):
+        texts = dict.fromkeys(TEXTS, "") | file.question(key).texts()
+        image_id = texts["image_id"]
         data.shown.append(
             Shown(
                 question_id=clipped(question_id(key)),
                 image_id=clipped(image_id),
-                question=clipped(_text(group, "question")),
-                answer=clipped(_text(group, "answer")),
-                ground_truth=clipped(_text(group, "ground_truth_answer")),
+                question=clipped(texts["question"]),
+                answer=clipped(texts["answer"]),
+                ground_truth=clipped(texts["ground_truth_answer"]),
                 thumbnail=_thumbnail(data.run, image_id),
             )
         )
@@ -194,10 +204,6 @@ def _show(data: ReportData, file: h5py.File, number: int) -> None:
 def clipped(text: str) -> str:
     """Return a text cut to what the page shows."""
     return text if len(text) <= _TEXT else text[:_TEXT] + "…"
-
-
-def _text(group: h5py.Group, name: str) -> str:
-    return str(group[name].asstr(errors="replace")[()]) if name in group else ""
 
 
 def _thumbnail(run: Run, image_id: str) -> str:

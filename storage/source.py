@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import h5py
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from storage.columns import COLUMN, Column, column_of, open_part
+from storage.columns import COLUMN, Column, column_of
 from storage.errors import ADVICE, DamagedError, UnfinishedWarning, UserError
+from storage.layout import Part, open_part
 from storage.location import is_url, join, resolve_location
-from storage.naming import field_order, question_id
 from storage.object_file import File, ObjectFile, on_this_machine, size_of
 from storage.pack import read_sidecar
 from storage.rows import Columns, read_rows
 from storage.run import Run, is_run, part_names
 from storage.settings import ModelFacts
+from storage.trouble import named
 
 T = TypeVar("T")
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -34,39 +34,35 @@ KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
 
 @dataclass(frozen=True, slots=True)
 class OpenPart:
-    """A part while it is open."""
+    """A part of a source while it is open."""
 
-    path: File
-    file: h5py.File
-    keys: list[str]
-    ids: list[str]  # in key order
+    file: Part
     run_id: str | None  # the run that it is of; None in files of the reference script
+
+    @property
+    def path(self) -> File:
+        """Where it lies."""
+        return self.file.path
+
+    @property
+    def ids(self) -> list[str]:
+        """The questions, in key order."""
+        return self.file.ids
 
     def column(self, field: str) -> Column:
         """Return one field. Raises UserError, naming the fields that there are, where this one is not."""
-        if (
-            self.keys
-            and COLUMN + field not in self.file.attrs
-            and not isinstance(self.file[self.keys[0]].get(field), h5py.Dataset)
-        ):
+        keys = self.file.keys
+        if keys and not self.file.has(COLUMN + field) and self.file.question(keys[0]).vector(field) is None:
             raise UserError(f"{self.path} has no {field}; it has {', '.join(self.fields())}")
-        return column_of(self.path, self.file, self.keys, self.ids, field)
+        return column_of(self.file, field)
 
     def fields(self) -> list[str]:
         """Return the names of the first question's vectors."""
-        found: list[str] = []
-
-        def visit(name: str, node: Any) -> None:
-            if isinstance(node, h5py.Dataset) and node.ndim == 1:
-                found.append(name)
-
-        if self.keys:
-            self.file[self.keys[0]].visititems(visit)
-        return sorted(found, key=field_order)
+        return self.file.question(self.file.keys[0]).fields() if self.file.keys else []
 
     def rows(self) -> Columns:
         """Return the texts and attributes of the questions."""
-        return read_rows(str(self.path), self.file, self.keys, self.ids)
+        return read_rows(self.file)
 
     def kind(self) -> dict[str, Any]:
         """Return what says which kind of vectors these are."""
@@ -122,9 +118,9 @@ class Source:
         for listed in track(self.files, "opening", console=console, disable=not progress, transient=True):
             run_id, known = self._described(listed)
             with on_this_machine(known) if whole else nullcontext(known) as path:
-                with _named_damage(path), open_part(path) as file:
-                    part = _opened(path, file, run_id)
-                    if not part.keys:  # of failures alone
+                with open_part(path) as file:
+                    part = OpenPart(file, run_id or file.text("run_id"))
+                    if not part.ids:  # of failures alone
                         continue
                     if first is None:
                         first = known, part.run_id
@@ -173,38 +169,19 @@ def _file(path: str | os.PathLike[str]) -> File:
 
 
 def _size(path: File) -> int:
-    try:
+    with named(path):
         return size_of(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
 
 
-def _opened(path: File, file: h5py.File, run_id: str | None) -> OpenPart:
-    keys = list(file)
-    if run_id is None and (value := file.attrs.get("run_id")) is not None:
-        run_id = str(value)
-    return OpenPart(path, file, keys, [question_id(key) for key in keys], run_id)
-
-
-@contextmanager
-def _named_damage(path: File) -> Iterator[None]:
-    """Say which file it is that HDF5 cannot read: its own errors do not."""
-    try:
-        yield
-    except UserError:  # an object store that is away is one, and an OSError too
-        raise
-    except (OSError, KeyError, RuntimeError) as error:
-        raise DamagedError(f"{path}: HDF5 cannot read it ({error}); {ADVICE}") from error
-
-
-def _kind(file: h5py.File) -> dict[str, Any]:
-    return {name: _plain(file.attrs[name]) for name in KIND if name in file.attrs}
+def _kind(file: Part) -> dict[str, Any]:
+    return {name: _plain(value) for name in KIND if (value := file.attribute(name)) is not None}
 
 
 def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:
+    path = part.path
     for question in part.ids:
-        if (other := seen.setdefault(question, part.path)) is not part.path:
-            raise UserError(f"question {question} is in {other} and in {part.path}: give the files of one run")
+        if (other := seen.setdefault(question, path)) is not path:
+            raise UserError(f"question {question} is in {other} and in {path}: give the files of one run")
 
 
 def _refuse_mixture(first: File, second: OpenPart) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,9 @@ class Store(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """Return the sorted names directly below a prefix, "" being the root; empty where there is no such prefix."""
+
+    def sizes(self) -> dict[str, int]:
+        """Return the objects directly below the root, each with its length in bytes, by one listing."""
 
     def directories(self, prefix: str) -> Sequence[str]:
         """Return those of the names that have others below them."""
@@ -166,6 +170,16 @@ class DirectoryStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def sizes(self) -> dict[str, int]:
+        """Return the files directly below the root, each with its length in bytes."""
+        found = {}
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # gone in between
+                    if stat.S_ISREG((status := entry.stat()).st_mode):
+                        found[entry.name] = status.st_size
+        return found
+
     def directories(self, prefix: str) -> Sequence[str]:
         """Return the sorted names of the directories directly below a prefix; links are not followed."""
         try:
@@ -224,8 +238,7 @@ class DirectoryStore:
     def local_copy(self, key: str) -> Iterator[Path]:
         """Yield where an object lies. Raises FileNotFoundError."""
         path = self.path(key)
-        if not path.exists():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        path.stat()  # where it cannot be looked at, it is not gone: `exists` would say so of some errors
         yield path
 
     def move(self, key: str, target: str) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from storage import placement
 from storage.chunks import CODEC, ZLIB, decode_chunk, encode_chunk, join_planes, raw, read_planes
-from storage.columns import COLUMN, read_column, read_index
+from storage.columns import COLUMN, read_column
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
 from storage.pack import pack
@@ -51,6 +51,10 @@ def of(vectors: dict[str, dict[str, np.ndarray]]) -> list[tuple[Question, Sample
         (replace(q, question_id=question_id), Sample(fields, "", {}))
         for q, (question_id, fields) in zip(questions, vectors.items(), strict=True)
     ]
+
+
+def index_of(file: h5py.File) -> dict[str, np.ndarray]:
+    return {name.removeprefix(COLUMN): file.attrs[name] for name in file.attrs if name.startswith(COLUMN)}
 
 
 # Chunks
@@ -136,7 +140,7 @@ def test_a_column_is_one_run_of_the_file_and_the_index_says_where(tmp_path):
     with h5py.File(path, "r") as file:
         keys = list(file)
         assert keys == sorted(f"q{n}" for n in range(1, 61))
-        columns = read_index(file)
+        columns = index_of(file)
         fields: list[str] = []
         file["q1"].visititems(lambda name, node: fields.append(name) if getattr(node, "ndim", 0) == 1 else None)
         assert sorted(columns) == sorted(fields)
@@ -157,7 +161,7 @@ def test_the_index_is_right_where_a_column_is_in_several_pieces(tmp_path, monkey
     )  # headers of datasets come to lie between the chunks
     path = write(tmp_path / "part.h5", samples := pairs(60))
     with h5py.File(path, "r") as file:
-        index = read_index(file)[FIELD]
+        index = index_of(file)[FIELD]
         assert (np.diff(index[:, 0].astype(int)) != index[:-1, 1]).any()
         for key, (offset, size, _) in zip(file, index.tolist(), strict=True):
             stored = file[key][FIELD].id.get_chunk_info(0)
@@ -308,7 +312,7 @@ def test_a_field_that_a_question_lacks_is_named(tmp_path, first):
     one = np.ones(4, np.float32)
     path = write(tmp_path / "part.h5", of({"x": {} if first else {"v": one}, "y": {"v": one} if first else {}}))
     with h5py.File(path, "r") as file:
-        assert read_index(file)["v"].shape == (2, 3)
+        assert index_of(file)["v"].shape == (2, 3)
     with pytest.raises(UserError, match=f"question {'x' if first else 'y'}: there is no v"):
         read_column(path, "v")
     with pytest.raises(UserError, match="question x: there is no nonsense"):

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 import storage
 from producer.table import read_questions
-from storage.columns import COLUMN, open_part
+from storage.columns import COLUMN
 from storage.errors import DamagedError, UnfinishedWarning, UserError
+from storage.layout import open_part
 from storage.memory import uncollected
 from storage.naming import part_number
 from storage.pack import pack

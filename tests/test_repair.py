@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import h5py
 import pytest
@@ -17,6 +16,7 @@ from producer import planning
 from storage import cli
 from storage.columns import COLUMN
 from storage.errors import DamagedError, UserError
+from storage.layout import open_part
 from storage.pack import _describe, pack
 from storage.repair import repair
 from storage.rows import ROWS, encode_rows
@@ -111,13 +111,13 @@ def test_damage_is_found_before_hdf5_sees_the_file(run, monkeypatch):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    opened, open_file = [], h5py.File
+    opened = []
 
-    def note(name, *arguments, **options):
-        opened.append(Path(name).name)
-        return open_file(name, *arguments, **options)
+    def note(path):
+        opened.append(path.name)
+        return open_part(path)
 
-    monkeypatch.setattr(h5py, "File", note)
+    monkeypatch.setattr("storage.verify.open_part", note)
     assert damaged(run) == {1}
     assert opened == [SECOND]
 
@@ -236,6 +236,22 @@ def test_a_damaged_part_is_moved_aside_and_computed_again(run, kind):
     assert pack(run, 1)
     assert found(run, deep=True) == []
     assert repair(run) == {}
+
+
+def test_values_that_are_not_finite_are_found_and_not_computed_again(tmp_path, monkeypatch, capsys):
+    """The same weights would give the same again, whatever the repair costs."""
+    run = publish_by_hand(
+        tmp_path, lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts)
+    )
+    assert repair(run) == {}
+    assert run.part_path(1).exists()
+    monkeypatch.setattr(sys, "argv", ["storage", "verify", str(run.output_dir)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    shown = capsys.readouterr().err
+    assert "vision_only_representation has values that are not finite: the model's weights" in shown
+    assert "--repair" not in shown
 
 
 def test_a_repair_that_was_killed_half_way_is_finished_by_the_next(run, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 from builders import make_questions, make_run, make_sample, make_settings, stage
 
 from storage import cli
+from storage.layout import open_part
 from storage.pack import _describe, pack
 from storage.part import write_part
 from storage.run import Run
@@ -115,7 +116,7 @@ def test_a_flipped_bit_is_found_without_opening_the_file(run, monkeypatch, where
     data[int(len(data) * where)] ^= 16
     path.write_bytes(data)
     opened = []
-    monkeypatch.setattr("storage.verify.h5py.File", lambda path, mode: opened.append(path) or h5py.File(path, mode))
+    monkeypatch.setattr("storage.verify.open_part", lambda path: opened.append(path) or open_part(path))
     run.store.delete(".run/parts/002.json")
     run.part_path(2).unlink()
     assert findings(run) == [
@@ -174,14 +175,21 @@ def test_other_files_are_no_findings(run):
         ),
         (lambda v: {**v, "vision_only_representation": np.zeros(7, np.float32)}, "is float32 (7,), not float32 (8,)"),
         (lambda v: {**v, "vision_only_representation": np.zeros(6, np.float32)}, "is float32 (6,), not float32 (8,)"),
-        (lambda v: {**v, "vision_only_representation": np.zeros((1, 8), np.float32)}, "is float32 (1, 8), not"),
         (lambda v: {k: x for k, x in v.items() if k != "vision_only_representation"}, "is missing"),
     ],
-    ids=["NaN", "infinity", "too narrow", "the encoder's width", "two-dimensional", "missing"],
+    ids=["NaN", "infinity", "too narrow", "the encoder's width", "missing"],
 )
 def test_a_vector_that_is_not_whole_is_found(tmp_path, change, problem):
     [finding] = findings(publish_by_hand(tmp_path, with_vectors(change)))
     assert finding.startswith(f"{FIRST}, question q2: vision_only_representation {problem}")
+
+
+def test_a_vector_of_two_dimensions_is_found(tmp_path):
+    two = np.zeros((1, 8), np.float32)
+    [finding] = findings(publish_by_hand(tmp_path, with_vectors(lambda v: {**v, "vision_only_representation": two})))
+    assert finding == (
+        f"{FIRST}: is not a part of this layout: q2/vision_only_representation has 2 dimensions, not one"
+    )
 
 
 def test_one_bad_value_in_one_layer_is_found(tmp_path):
@@ -192,8 +200,11 @@ def test_one_bad_value_in_one_layer_is_found(tmp_path):
         return vectors
 
     [finding] = findings(publish_by_hand(tmp_path, with_vectors(change)))
-    name = "query_token_representation/layer_3"
-    assert finding.startswith(f"{FIRST}, question q2: {name} has values that are not finite, as the model gave them")
+    what = f"{FIRST}, question q2: query_token_representation/layer_3 has values that are not finite"
+    assert (
+        finding
+        == f"{what}: the model's weights or the run's dtype make them, so computing it again would give the same"
+    )
 
 
 def test_every_missing_vector_is_named(tmp_path):
@@ -302,7 +313,7 @@ def test_verify_as_json(run, storage):
     body = json.loads(output.out)
     assert body["ok"] is False
     assert body["findings"] == [
-        {"file": SECOND, "question_id": None, "problem": "was published and is gone", "part": 2}
+        {"file": SECOND, "question_id": None, "problem": "was published and is gone", "part": 2, "unread": False}
     ]
 
 
@@ -453,10 +464,10 @@ def test_inspect_of_what_is_no_part(run, tmp_path, storage, kind, as_json):
     reason = {
         "missing": "no such file",
         "a directory": "there is no *.h5 in it",
-        "another HDF5 file": "not a part",
+        "another HDF5 file": "is not a part of this layout",
     }.get(kind, "not a readable HDF5 file")
     assert (output.code, output.out) == (2, "")
-    assert output.err.startswith(f"error: {path}: {reason}")
+    assert output.err.startswith((f"error: {path}: {reason}", f"error: {path} {reason}"))
 
 
 def test_inspect_of_an_unknown_question(run, storage):

@@ -135,13 +135,16 @@ def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool
 
 def _finish(run: Run, ended: Callable[[str], None]) -> bool:
     was_finished = run.is_finished()
-    account = Bookkeeper(run).account()
+    books = Bookkeeper(run)
+    account = books.account()
     if not account.finished:  # a retry has planned more at this moment
         return False
     if failures := published_failures(run):
         run.store.put(FAILURES_FILE, failures_csv(failures))
     else:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
+    for sentence in books.lost_parts():
+        logger.error("%s: %s: `producer enqueue … --repair` computes it again", run.location, sentence)
     run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     if not was_finished:
