@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from producer.check import Checked, in_bytes
+from storage.console import Console, Text
 
 _BAR = 30
 _MEGAPIXELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -13,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from producer.options import RunOptions, with_run_options
-from storage.errors import DamagedError, UserError
+from storage.command import run_command
+from storage.console import Console
+from storage.errors import UserError
+from storage.terminal import echo, echo_json, one_line
 
 if TYPE_CHECKING:
     from storage.account import Account
@@ -68,16 +68,16 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     if as_json:
         from producer.display import account_json
 
-        print(json.dumps({**account_json(run, account), "queued": number}))
+        echo_json({**account_json(run, account), "queued": number})
     elif not quiet:
-        print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
+        echo(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
             most = (
                 f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
             )
-            print(f"The collector feeds the rest, at most {most}.")
-        print(f"Watch: producer status {options.output_dir} --watch")
+            echo(f"The collector feeds the rest, at most {most}.")
+        echo(f"Watch: producer status {options.output_dir} --watch")
 
 
 @app.command()
@@ -124,13 +124,13 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool 
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
     except RunStoppedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", err=True)
         return 3
     if as_json:
-        print(json.dumps(account_json(run, account)))
+        echo_json(account_json(run, account))
     elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
+        echo(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
         return 1
@@ -166,7 +166,7 @@ def check(
     except TRIAL_ERRORS as error:
         raise UserError(f"--sample {sample}: {error}") from None
     if as_json:
-        print(json.dumps(check_json(checked)))
+        echo_json(check_json(checked))
     elif not quiet:
         print_check(checked, Console())
     raise SystemExit(checked.exit_code)
@@ -215,7 +215,7 @@ def status(
         body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
         body["problems"] = listeners.problems if listeners else []
         body["problem"] = "\n".join(body["problems"]) or None
-        print(json.dumps(body))
+        echo_json(body)
         return
     Console().print(account_table(run, account))
     if listeners is not None:
@@ -223,7 +223,7 @@ def status(
             Console().print(workers_table(listeners.workers))
         _print_hints(Console(stderr=True), listeners.problems)
     for worker, message in run.refusals().items():
-        print(f"refused by {worker}: {message}", file=sys.stderr)
+        echo(one_line(f"refused by {worker}: {message}"), err=True)
 
 
 @app.command()
@@ -256,17 +256,17 @@ def retry(
     except (OperationalError, RedisError) as error:
         number, problem = 0, f"{_unreachable(error)} Or start a collector that sees the run: it feeds it."
     if as_json:
-        print(json.dumps({**asdict(planned), "queued": number, "problem": problem}))
+        echo_json({**asdict(planned), "queued": number, "problem": problem})
     elif not quiet:
         parts = f"{planned.parts[0]} to {planned.parts[-1]}" if len(planned.parts) > 1 else f"{planned.parts[0]}"
         noun = "question is" if planned.questions == 1 else "questions are"
-        print(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
+        echo(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
         if planned.staged:
-            print(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
-        print(f"Watch: producer status {directory} --watch")
-        print("On one machine, the `producer run` command that the run was begun with computes them.", flush=True)
+            echo(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
+        echo(f"Watch: producer status {directory} --watch")
+        echo("On one machine, the `producer run` command that the run was begun with computes them.")
     if problem and not as_json:
-        print(problem, file=sys.stderr)
+        echo(problem, err=True)
 
 
 @app.command()
@@ -284,11 +284,11 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
         raise UserError(f"{run.location} is finished: there is nothing to cancel")
     newly = run.cancel()
     if as_json:
-        print(json.dumps({"newly_cancelled": newly, "outstanding": account.outstanding}))
+        echo_json({"newly_cancelled": newly, "outstanding": account.outstanding})
     elif not quiet:
         was = "is cancelled" if newly else "was cancelled before"
-        print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
-        print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
+        echo(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
+        echo("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
 @app.command()
@@ -315,11 +315,11 @@ def _print_failures(run: Run, account: Account) -> None:
     from storage.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
-    print(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", file=sys.stderr)
+    echo(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", err=True)
     for failure in failures[:10]:
-        print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
+        echo(one_line(f"  {failure.question_id}: {failure.reason}: {failure.message}"), err=True)
     if len(failures) > 10:
-        print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
+        echo(f"  and {len(failures) - 10:,} more", err=True)
 
 
 def _print_hints(console: Console, problems: list[str]) -> None:
@@ -333,7 +333,7 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
 
     failures = [*published_failures(run), *staged_failures(run)]
     if as_json:
-        print(json.dumps({"failures": [failed_json(failed) for failed in failures]}))
+        echo_json({"failures": [failed_json(failed) for failed in failures]})
     else:
         Console().print(failed_table(run, failures))
 
@@ -354,13 +354,7 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
-    try:
-        app()
-    except (UserError, DamagedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

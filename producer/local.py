@@ -12,7 +12,7 @@ from pathlib import Path
 from producer.server import EmbeddedServer
 from storage.account import Account, Bookkeeper
 from storage.errors import UserError
-from storage.location import is_url
+from storage.location import is_url, join_roots
 from storage.run import Run
 from workers.children import Child
 from workers.gpus import visible_gpus
@@ -44,7 +44,7 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         environment = {
             **os.environ,
             "HALP_BROKER_URL": server.url,
-            "HALP_DATA_ROOTS": run.location,
+            "HALP_DATA_ROOTS": join_roots([run.location]),
             "HALP_SWEEP_INTERVAL": "1",
             "HALP_MODEL": run.settings.model,
             "HALP_REVISION": run.settings.revision,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,15 +12,16 @@ from producer.images import check_images
 from producer.options import RunOptions
 from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
-from producer.table import file_sha256, read_questions
+from producer.table import Table, read_table
 from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
-from storage.plan import Question, write_generation
+from storage.plan import write_generation
 from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
+from storage.terminal import echo, one_line
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
 
 
@@ -31,11 +30,12 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
-    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    table = read_table(options.csv, phases)
+    questions = select(table.questions, limit=options.limit, test=options.test)
     check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, table, len(questions))
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
@@ -51,9 +51,9 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     return run
 
 
-def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
+def refuse_faults(options: RunOptions, table: Table, number: int) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, table, number)
     _refuse_other_content(options.output_dir, settings)
 
 
@@ -62,11 +62,12 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
     _refuse_differences(run, settings)
     for name, reason in repair(run, phases("verifying parts", len(run.slices))).items():
         aside = run.store.address(".run/damaged")
-        print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
+        echo(f"{name} will be computed again, its files are in {aside}: {one_line(reason)}", err=True)
 
 
-def _settings(options: RunOptions, *, slices: int) -> RunSettings:
+def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
     _check_layers(options)
+    slices = -(-number // options.checkpoint_interval)
     model = options.model
     return RunSettings(
         run_id=uuid.uuid4().hex[:16],
@@ -88,7 +89,7 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         min_pixels=options.min_pixels,
         max_pixels=options.max_pixels,
         dataset=options.csv.name,
-        dataset_sha256=file_sha256(options.csv),
+        dataset_sha256=table.sha256,
         images_dir=resolve_location(options.images_dir),
         image_roots=tuple(map(resolve_location, options.image_roots)),
         order=options.order,

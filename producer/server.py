@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from storage.command import child_environment
 from workers.parent import PARENT_VARIABLE, die_with_named_parent
 
 _START_TIMEOUT = 20.0
@@ -34,7 +35,7 @@ class EmbeddedServer:
         return f"redis+socket://{self._socket}?virtual_host=0"
 
     def __enter__(self) -> EmbeddedServer:
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        environment = {**child_environment(os.environ), PARENT_VARIABLE: str(os.getpid())}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "producer.server", str(self._directory)],

@@ -11,10 +11,10 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.progress import track
 
 from storage.columns import Vectors
+from storage.console import Console
 from storage.errors import UserError
 from storage.reading import Located, field_name, load_frame, locate
 from storage.source import Source

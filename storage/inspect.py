@@ -10,9 +10,9 @@ from typing import Any
 import h5py
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from storage.columns import COLUMN
+from storage.console import Text
 from storage.errors import UserError
 from storage.naming import group_key, question_id
 from storage.rows import ROWS, TEXTS

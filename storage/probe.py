@@ -17,6 +17,7 @@ from typing import Literal
 
 from storage.errors import UserError
 from storage.part import read_header
+from storage.terminal import echo_json
 
 Verdict = Literal["ours", "damaged", "foreign"]
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -74,7 +75,7 @@ def main(path: str) -> None:
         if getattr(error, "errno", None):  # of the disk
             raise
         raise SystemExit(_UNREADABLE) from None
-    print(json.dumps(header and [header.run_id, header.part]))
+    echo_json(header and [header.run_id, header.part])
 
 
 if __name__ == "__main__":

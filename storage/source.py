@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import h5py
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from storage.columns import COLUMN, Column, column_of, open_part
+from storage.console import Console
 from storage.errors import ADVICE, DamagedError, UnfinishedWarning, UserError
 from storage.location import is_url, join, resolve_location
 from storage.naming import field_order, question_id

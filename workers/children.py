@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from storage.command import child_environment
 from workers.parent import PARENT_VARIABLE
 
 
@@ -20,7 +21,7 @@ class Child:
         self.name = name
         self.deaths = 0  # in a row, as its supervisor counts them
         self._command = [sys.executable, "-P", "-m", "workers.cli", *arguments]
-        self._environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
+        self._environment = {**child_environment(environment), PARENT_VARIABLE: str(os.getpid())}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, output: int | IO[bytes]) -> subprocess.Popen[bytes]:
