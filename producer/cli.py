@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from storage.errors import UserError
 from storage.terminal import echo, echo_json, one_line
 
 if TYPE_CHECKING:
+    from producer.resuming import Resumption
     from storage.account import Account
     from storage.run import Run
 
@@ -48,17 +50,24 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 
     from producer.planning import plan_run
     from producer.progress import bars
+    from producer.resuming import Resumption
     from storage.account import Bookkeeper
     from workers.feed import feed, forget
     from workers.settings import settings
 
+    resumption = Resumption.of(options.output_dir)
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
             run = plan_run(options, phases)
             account = Bookkeeper(run).account()
-            if run.is_cancelled():
+            if resumption.found is not None and run.cancellation() == resumption.found:
                 forget(run)  # what was in the queue has been dropped
-                run.withdraw_cancellation()
+            if not resumption.take_back(run):
+                echo(
+                    f"{run.location} was cancelled while this command was at work; the same command resumes it.",
+                    err=True,
+                )
+                raise SystemExit(130)
             room = settings().queue_limit or account.outstanding
             put = phases("filling the queue", min(room, account.outstanding))
             number = 0 if account.finished else feed(run, put=put)
@@ -77,7 +86,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
                 f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
             )
             echo(f"The collector feeds the rest, at most {most}.")
-        echo(f"Watch: producer status {options.output_dir} --watch")
+        echo(f"Watch: {shlex.join(['producer', 'status', options.output_dir, '--watch'])}")
 
 
 @app.command()
@@ -100,15 +109,17 @@ def run(
     """
     from producer.planning import plan_run
     from producer.progress import bars
+    from producer.resuming import Resumption
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
+    resumption = Resumption.of(options.output_dir)
     with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
         planned = plan_run(options, phases)
-    raise SystemExit(run_to_end(planned, cache_dir, quiet=quiet, as_json=as_json))
+    raise SystemExit(run_to_end(planned, resumption, cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
+def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
     from producer.display import account_json
     from producer.listeners import serving_workers
@@ -119,7 +130,7 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            account = run_locally(run, cache_dir=cache_dir, show=live.show)
+            account = run_locally(run, resumption, cache_dir=cache_dir, show=live.show)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
@@ -263,7 +274,7 @@ def retry(
         echo(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
         if planned.staged:
             echo(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
-        echo(f"Watch: producer status {directory} --watch")
+        echo(f"Watch: {shlex.join(['producer', 'status', directory, '--watch'])}")
         echo("On one machine, the `producer run` command that the run was begun with computes them.")
     if problem and not as_json:
         echo(problem, err=True)
@@ -277,12 +288,16 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
     """
     from storage.account import Bookkeeper
     from storage.run import Run
+    from storage.space import describe
 
     run = Run.open(directory)
     account = Bookkeeper(run).account()
     if account.finished:
         raise UserError(f"{run.location} is finished: there is nothing to cancel")
-    newly = run.cancel()
+    try:
+        newly = run.cancel()
+    except OSError as error:
+        raise UserError(f"cannot cancel: {describe(error, run.location)}; the run goes on") from None
     if as_json:
         echo_json({"newly_cancelled": newly, "outstanding": account.outstanding})
     elif not quiet:
@@ -303,9 +318,11 @@ def demo(
     Example: producer demo --questions 50
     """
     from producer.demo import plan_demo, show_demo
+    from producer.resuming import Resumption
 
+    resumption = Resumption.of(output_dir)
     run = plan_demo(output_dir, questions)
-    code = run_to_end(run, output_dir / "model_cache", quiet=quiet, as_json=as_json)
+    code = run_to_end(run, resumption, output_dir / "model_cache", quiet=quiet, as_json=as_json)
     if code == 0 and not (quiet or as_json):
         show_demo(run)
     raise SystemExit(code)

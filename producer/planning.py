@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from producer.faults import short
 from producer.images import check_images
 from producer.options import RunOptions
 from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
 from producer.table import Table, read_table
 from storage.errors import UserError
-from storage.location import resolve_location
-from storage.naming import model_slug
+from storage.location import is_url, resolve_location
+from storage.naming import model_slug, part_name
 from storage.plan import write_generation
 from storage.probe import Verdict, whose
 from storage.repair import repair
@@ -23,6 +25,8 @@ from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
 from storage.terminal import echo, one_line
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
+
+_ASIDE = 9  # characters that `--repair` puts before the name of a part that it moves aside
 
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
@@ -36,6 +40,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, table, len(questions))
+    _refuse_unwritable(options, settings)
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
@@ -54,6 +59,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 def refuse_faults(options: RunOptions, table: Table, number: int) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
     settings = _settings(options, table, number)
+    _refuse_unwritable(options, settings)
     _refuse_other_content(options.output_dir, settings)
 
 
@@ -107,6 +113,26 @@ def _check_layers(options: RunOptions) -> None:
         resolve_layers(options.layers, number)
     if options.min_pixels is not None and options.max_pixels is not None and options.min_pixels > options.max_pixels:
         raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
+
+
+def _refuse_unwritable(options: RunOptions, settings: RunSettings) -> None:
+    """Raise UserError where a part would have a name that cannot be written: its questions would be computed and wait."""
+    name = part_name(settings.model_slug, 0, settings.part_digits)
+    longest = _longest_name(options.output_dir) - _ASIDE
+    if len(name) > longest:
+        raise UserError(
+            f"--model {short(options.model)}: parts would be called {short(name)} and have names of {len(name)} characters, "
+            f"of which {longest} can be written: give the model's directory a shorter name, or name a link to it"
+        )
+
+
+def _longest_name(output_dir: str) -> int:
+    """Return how many bytes a file's name may have where a run will lie: 255 mostly, 143 where names are encrypted."""
+    path = Path(resolve_location(output_dir)) if not is_url(output_dir) else Path("/")
+    try:
+        return os.pathconf(next(place for place in (path, *path.parents) if os.path.isdir(place)), "PC_NAME_MAX")
+    except OSError:
+        return 255
 
 
 def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
