@@ -16,7 +16,7 @@ from storage.errors import UserError
 from storage.location import is_url, join_roots
 from storage.naming import model_slug
 from storage.run import Run
-from workers.children import Child
+from workers.children import Child, on_gpu
 from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
@@ -58,7 +58,7 @@ def run_locally(run: Run, resumption: Resumption, *, cache_dir: Path, show: Call
         logs = _local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]
-        workers = {f"worker-gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
+        workers = {on_gpu("worker", gpu): {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
         for name, own in workers.items():
             processes.append(_Logged(name, ["extract", "--name", name], environment | own, logs))
         stack.callback(_end, processes)

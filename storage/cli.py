@@ -128,8 +128,13 @@ def report(
     """
     from storage.report import write_report
     from storage.run import Run
+    from storage.space import describe
 
-    address = write_report(Run.open(directory))
+    run = Run.open(directory)
+    try:
+        address = write_report(run)
+    except OSError as error:
+        raise UserError(f"cannot write the report: {describe(error, run.location)}") from None
     _print_written("report", address, as_json, quiet)
 
 
@@ -150,6 +155,12 @@ def export_command(
         Path | None,
         typer.Option(metavar="PATH", help="A new file. [default: answers.FORMAT or FIELD.FORMAT]", show_default=False),
     ] = None,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas", help="Of a CSV for a spreadsheet: write ' before cells that it would compute."
+        ),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -163,7 +174,8 @@ def export_command(
         raise UserError(f"--to {to}: the formats are {', '.join(FORMATS)}")
     if layer is not None and field is None:
         raise UserError("--layer needs --field, as in: --field query_token_representation --layer 21")
-    written = export(source, to, field, layer, output, progress=not quiet and sys.stderr.isatty())
+    progress = not quiet and sys.stderr.isatty()
+    written = export(source, to, field, layer, output, escape_formulas=escape_formulas, progress=progress)
     _print_written("file", str(written), as_json, quiet)
 
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from types import TracebackType
 
 from storage.errors import DamagedError, UserError
 from storage.space import reason
@@ -35,16 +36,18 @@ def run_command(command: Callable[[], object]) -> None:
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno not in _OF_THE_PLACE:
-            _print_traceback()
+            sys.excepthook = _show
+            raise
         echo(f"error: {reason(error)}", err=True)
         raise SystemExit(2) from None
-    except Exception:  # noqa: BLE001  (the end of the process: Python would print the error's text as it is)
-        _print_traceback()
+    except Exception:
+        sys.excepthook = _show  # here, since typer sets its own
+        raise
 
 
-def _print_traceback() -> None:
-    echo(traceback.format_exc().rstrip(), err=True)
-    raise SystemExit(1) from None
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback: Python would print the error's text as it is."""
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip(), err=True)
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:

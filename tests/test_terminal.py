@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from storage.console import Console, Text
 from storage.errors import UserError
 from storage.pack import pack
 from storage.plan import Question
+from storage.report import write_report
 from storage.terminal import echo, echo_json, guard_logs, one_line, visible
 
 OSC, CSI, C1, RTL = "\x1b]52;c;ZWNobw==\x1b\\", "\x1b[2J", "\x9b31m", "\u202egnp.exe"
@@ -110,23 +113,43 @@ def test_logs_of_every_logger_show_it(capsys):
     assert "Logging error" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [(UserError(HOSTILE), 2), (OSError(28, "full", HOSTILE), 2), (OSError(28, "full"), 2), (ValueError(HOSTILE), 1)],
-)
-def test_an_error_ends_a_command_without_commanding(monkeypatch, capsys, error, code):
+@pytest.fixture
+def undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what a command sets for its whole process."""
+    factory, hook, show = logging.getLogRecordFactory(), sys.excepthook, warnings.showwarning
+    yield
+    logging.setLogRecordFactory(factory)
+    sys.excepthook, warnings.showwarning = hook, show
+
+
+@pytest.mark.parametrize("error", [UserError(HOSTILE), OSError(28, "full", HOSTILE), OSError(28, "full")])
+def test_a_users_error_is_a_sentence_that_commands_nothing(capsys, undone, error):
     def command() -> None:
         raise error
 
-    factory = logging.getLogRecordFactory()
     with pytest.raises(SystemExit) as ended:
         run_command(command)
-    logging.setLogRecordFactory(factory)
     err = capsys.readouterr().err
-    assert ended.value.code == code and harmless(err)
-    assert ("Traceback" in err) == (code == 1)
-    if code == 2:
-        assert err.startswith("error: ") and err.count("\n") == 1
+    assert ended.value.code == 2 and harmless(err)
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError(HOSTILE), OSError(10, HOSTILE)])
+def test_a_traceback_commands_nothing(capsys, undone, error):
+    def command() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_command(command)
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and r"x\x1b]52" in err and harmless(err)
+
+
+def test_a_warning_commands_nothing(capsys, undone):
+    run_command(lambda: warnings.warn(HOSTILE, stacklevel=1))
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and harmless(err)
 
 
 def hostile_run(directory: Path):
@@ -163,6 +186,12 @@ def test_commands_over_a_hostile_run(tmp_path, monkeypatch, capsys, storage_comm
         captured = capsys.readouterr()
         assert harmless(captured.out + captured.err), arguments
         assert "a[/b] 12:30" in captured.out + captured.err
+
+
+def test_the_report_has_none_either(tmp_path):
+    run = hostile_run(tmp_path / f"run{CSI}")
+    page = Path(write_report(run)).read_bytes().decode()
+    assert r"\x1b]52" in page and harmless(page.replace("\t", ""))
 
 
 def test_a_failure_forges_no_line(tmp_path, capsys):

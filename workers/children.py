@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from typing import IO
 
 from storage.command import child_environment
 from workers.parent import PARENT_VARIABLE
+
+
+def on_gpu(name: str, gpu: str) -> str:
+    """Return a worker's name on a GPU, which files are called after: CUDA calls a share of one `MIG-GPU-…/1/0`."""
+    return f"{name}-gpu{re.sub(r'[^A-Za-z0-9._-]', '-', gpu)}"
 
 
 class Child:

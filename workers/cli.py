@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import sys
@@ -88,7 +89,7 @@ def extract(
         arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
         raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
 
-    node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
+    node = _node(name or f"extract-{os.getpid()}")
     queues = model_queues(settings()).in_order_of(node)
     number = concurrency or 2 * settings().batch_size
     _become_celery(
@@ -121,7 +122,7 @@ def collect(
 
     settings()  # a faulty variable is named here, and not in a traceback of Celery's
 
-    node = f"{name or f'collect-{os.getpid()}'}@{socket.gethostname()}"
+    node = _node(name or f"collect-{os.getpid()}")
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", "1", "--hostname", node, "--queues", COLLECT,
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
@@ -252,6 +253,13 @@ def _set_roots(locations: list[str] | None) -> None:
         raise UserError(f"no such directory: {', '.join(missing)}")
     if locations:
         os.environ["HALP_DATA_ROOTS"] = join_roots(map(resolve_location, locations))
+
+
+def _node(name: str) -> str:
+    """Return the name of a worker in its cluster. Celery would expand `%h` in it, and files are called after it."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        raise UserError(f"--name {name!r}: use letters, digits and `._-` alone, up to 100")
+    return f"{name}@{socket.gethostname()}"
 
 
 def _become_celery(*arguments: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from storage.terminal import echo
-from workers.children import Child
+from workers.children import Child, on_gpu
 from workers.settings import settings
 
 _POLL = 0.2
@@ -55,7 +55,7 @@ class _Worker:
     """The worker of one GPU, and when it is started next."""
 
     def __init__(self, gpu: str, arguments: Sequence[str], metrics: dict[str, str]) -> None:
-        name = f"extract-{os.getpid()}-gpu{gpu}"
+        name = on_gpu(f"extract-{os.getpid()}", gpu)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, **metrics}
         self.child = Child(f"gpu{gpu}", ["extract", "--name", name, *arguments], environment)
         self.given_up = False
