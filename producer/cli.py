@@ -341,7 +341,7 @@ def _print_failures(run: Run, account: Account) -> None:
 
 def _print_hints(console: Console, problems: list[str]) -> None:
     for problem in problems:
-        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+        console.print(one_line(problem), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:

@@ -72,6 +72,7 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
 
 
 def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
+    _refuse_not_utf8(options)
     _check_layers(options)
     slices = -(-number // options.checkpoint_interval)
     model = options.model
@@ -79,7 +80,7 @@ def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
         run_id=uuid.uuid4().hex[:16],
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
         model_slug=model_slug(model),
@@ -105,6 +106,24 @@ def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
         # Room for as many parts again, which retries of failures may add: sorted names stay the plan's order.
         part_digits=max(3, len(str(2 * slices))),
     )
+
+
+def _refuse_not_utf8(options: RunOptions) -> None:
+    """Raise UserError where a setting cannot be written into run.json: Linux takes any bytes for a name."""
+    roots = map(resolve_location, options.image_roots)
+    for option, text in (
+        ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
+        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.prompt),
+        *(("--image-root", root) for root in roots),
+    ):  # fmt: skip
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option} {text}: the name has bytes that are not UTF-8: give it another one") from None
+
+
+def _model(options: RunOptions) -> str:
+    return str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
 
 
 def _check_layers(options: RunOptions) -> None:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from storage.command import child_environment
 from storage.errors import UserError
 from storage.part import read_header
 from storage.terminal import echo_json
@@ -45,7 +46,7 @@ def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Ver
     try:
         done = subprocess.run(  # -P: a module in the working directory, which others may write to, is not imported
             [sys.executable, "-P", "-m", "storage.probe", path],
-            capture_output=True, timeout=_TIMEOUT, check=False, env={**os.environ, "PYTHONPATH": search},
+            capture_output=True, timeout=_TIMEOUT, check=False, env=child_environment({**os.environ, "PYTHONPATH": search}),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "damaged" if _was_hdf5(path) else "foreign"

@@ -118,6 +118,27 @@ def test_an_output_directory_that_cannot_be_is_refused(tmp_path, monkeypatch, ca
     assert error.startswith("error: ") and "Traceback" not in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["the CSV", "--images-dir", "--model", "--prompt", "--image-root"])
+def test_bytes_that_are_no_utf8_are_refused(tmp_path, monkeypatch, capsys, dataset, option):
+    """Linux takes any bytes for a name; run.json, which is JSON, does not."""
+    other = tmp_path / os.fsdecode(b"caf\xe9")
+    arguments = [*dataset, "--output-dir", tmp_path / "out"]
+    if option == "the CSV":
+        arguments[0] = arguments[0].rename(other)
+    elif option == "--images-dir":
+        arguments[2] = arguments[2].rename(other)
+    else:
+        other.mkdir()
+        arguments += [option, f"{{question}} {other}" if option == "--prompt" else other]
+        (other / "config.json").write_text("{}")
+    if option != "--model":
+        arguments += ["--model", "m"]
+    for command in ("enqueue", "check"):
+        error = call(monkeypatch, capsys, command, *arguments)
+        assert error.startswith(f"error: {option} ") and r"caf\udce9: the name has bytes that are not UTF-8" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_columns_than_can_be_kept_are_refused(tmp_path):
     path = tmp_path / "wide.csv"
     for number in (2000, 2001, 66_000):
