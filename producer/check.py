@@ -16,7 +16,7 @@ from producer.planning import refuse_faults
 from producer.progress import Phases, silent
 from producer.selection import order_by_image, select
 from producer.survey import Gallery, Survey, spread, survey
-from producer.table import read_questions
+from producer.table import read_table
 from storage.location import is_url, resolve_location
 from storage.plan import Question
 from storage.settings import QUESTION
@@ -96,9 +96,10 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, ph
 
     Raises UserError where the run would be refused before its images are looked at.
     """
-    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    table = read_table(options.csv, phases)
+    questions = select(table.questions, limit=options.limit, test=options.test)
     check_images(questions, options.images_dir, options.image_roots, allow_missing=True, phases=phases)
-    refuse_faults(options, questions)
+    refuse_faults(options, table, len(questions))
     shape = shape_of(options.model)
     gallery = _gallery(options, shape or _default_shape())
     asked = Counter(question.image_id for question in questions)

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from producer.check import Checked, in_bytes
+from storage.console import Console, Text
+from storage.terminal import one_line
 
 _BAR = 30
 _MEGAPIXELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -57,9 +57,9 @@ def print_check(checked: Checked, console: Console) -> None:
         console.print(_bars("vision tokens of an image", _histogram(checked.tokens, _TOKENS)))
         console.print(_what_ifs(checked))
     for finding in checked.findings:
-        console.print(Text(f"{finding.level}: {finding.number:,} {finding.message}"), soft_wrap=True)
+        console.print(Text(one_line(f"{finding.level}: {finding.number:,} {finding.message}")), soft_wrap=True)
         for example in finding.examples:
-            console.print(Text(f"  {example}"), soft_wrap=True)
+            console.print(Text(one_line(f"  {example}")), soft_wrap=True)
         if finding.number > len(finding.examples) > 0:
             console.print(Text(f"  and {finding.number - len(finding.examples):,} more"))
     if not checked.findings:

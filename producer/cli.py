@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import signal
-import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from producer.options import RunOptions, with_run_options
-from storage.errors import DamagedError, UserError
+from storage.command import run_command
+from storage.console import Console
+from storage.errors import UserError
+from storage.terminal import echo, echo_json, one_line
 
 if TYPE_CHECKING:
+    from producer.resuming import Resumption
     from storage.account import Account
     from storage.run import Run
 
@@ -50,11 +52,13 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 
     from producer.planning import plan_run
     from producer.progress import bars
+    from producer.resuming import Resumption
     from storage.account import Bookkeeper
     from storage.soundness import check_private_files
     from workers.feed import feed, forget
     from workers.settings import settings
 
+    resumption = Resumption.of(options.output_dir)
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
             run = plan_run(options, phases)
@@ -62,9 +66,14 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             account = books.account()
             if not account.finished:
                 check_private_files(run)
-            if run.is_cancelled():
+            if resumption.found is not None and run.cancellation() == resumption.found:
                 forget(run)  # what was in the queue has been dropped
-                run.withdraw_cancellation()
+            if not resumption.take_back(run):
+                echo(
+                    f"{run.location} was cancelled while this command was at work; the same command resumes it.",
+                    err=True,
+                )
+                raise SystemExit(130)
             room = settings().queue_limit or account.outstanding
             put = phases("filling the queue", min(room, account.outstanding))
             number = 0 if account.finished else feed(run, put=put)
@@ -75,16 +84,16 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     if as_json:
         from producer.display import account_json
 
-        print(json.dumps({**account_json(run, account), "queued": number, "lost_parts": lost}))
+        echo_json({**account_json(run, account), "queued": number, "lost_parts": lost})
     elif not quiet:
-        print(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
+        echo(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
             most = (
                 f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
             )
-            print(f"The collector feeds the rest, at most {most}.")
-        print(f"Watch: producer status {options.output_dir} --watch")
+            echo(f"The collector feeds the rest, at most {most}.")
+        echo(f"Watch: {shlex.join(['producer', 'status', options.output_dir, '--watch'])}")
     if lost:
         _print_lost(lost)
         raise SystemExit(4)
@@ -111,15 +120,17 @@ def run(
     """
     from producer.planning import plan_run
     from producer.progress import bars
+    from producer.resuming import Resumption
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
+    resumption = Resumption.of(options.output_dir)
     with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
         planned = plan_run(options, phases)
-    raise SystemExit(run_to_end(planned, cache_dir, quiet=quiet, as_json=as_json))
+    raise SystemExit(run_to_end(planned, resumption, cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
+def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
     from producer.display import account_json
     from producer.listeners import serving_workers
@@ -131,21 +142,21 @@ def run_to_end(run: Run, cache_dir: Path, *, quiet: bool = False, as_json: bool 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            account = run_locally(run, cache_dir=cache_dir, show=live.show)
+            account = run_locally(run, resumption, cache_dir=cache_dir, show=live.show)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
     except RunStoppedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", err=True)
         return 3
     books = Bookkeeper(run)
     books.account()
     lost = books.lost_parts()
     if as_json:
-        print(json.dumps({**account_json(run, account), "lost_parts": lost}))
+        echo_json({**account_json(run, account), "lost_parts": lost})
     elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        print(f"{questions} written into {account.parts_published:,} parts: {run.location}")
+        echo(f"{questions} written into {account.parts_published:,} parts: {run.location}")
     if account.failed:
         _print_failures(run, account)
     if lost:
@@ -183,7 +194,7 @@ def check(
     except TRIAL_ERRORS as error:
         raise UserError(f"--sample {sample}: {error}") from None
     if as_json:
-        print(json.dumps(check_json(checked)))
+        echo_json(check_json(checked))
     elif not quiet:
         print_check(checked, Console())
     raise SystemExit(checked.exit_code)
@@ -234,7 +245,7 @@ def status(
         body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
         body["problems"] = listeners.problems if listeners else []
         body["problem"] = "\n".join(body["problems"]) or None
-        print(json.dumps(body))
+        echo_json(body)
         return
     Console().print(account_table(run, account))
     if listeners is not None:
@@ -243,7 +254,7 @@ def status(
         _print_hints(Console(stderr=True), listeners.problems)
     _print_lost(lost)
     for worker, message in run.refusals().items():
-        print(f"refused by {worker}: {message}", file=sys.stderr)
+        echo(one_line(f"refused by {worker}: {message}"), err=True)
 
 
 @app.command()
@@ -276,17 +287,17 @@ def retry(
     except (OperationalError, RedisError) as error:
         number, problem = 0, f"{_unreachable(error)} Or start a collector that sees the run: it feeds it."
     if as_json:
-        print(json.dumps({**asdict(planned), "queued": number, "problem": problem}))
+        echo_json({**asdict(planned), "queued": number, "problem": problem})
     elif not quiet:
         parts = f"{planned.parts[0]} to {planned.parts[-1]}" if len(planned.parts) > 1 else f"{planned.parts[0]}"
         noun = "question is" if planned.questions == 1 else "questions are"
-        print(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
+        echo(f"{planned.questions:,} failed {noun} planned again in part {parts}; {number:,} put into the queue now.")
         if planned.staged:
-            print(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
-        print(f"Watch: producer status {directory} --watch")
-        print("On one machine, the `producer run` command that the run was begun with computes them.", flush=True)
+            echo(f"{planned.staged:,} more failed, but their parts are not published yet: retry them later.")
+        echo(f"Watch: {shlex.join(['producer', 'status', directory, '--watch'])}")
+        echo("On one machine, the `producer run` command that the run was begun with computes them.")
     if problem and not as_json:
-        print(problem, file=sys.stderr)
+        echo(problem, err=True)
 
 
 @app.command()
@@ -297,18 +308,22 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
     """
     from storage.account import Bookkeeper
     from storage.run import Run
+    from storage.space import describe
 
     run = Run.open(directory)
     account = Bookkeeper(run).account()
     if account.finished:
         raise UserError(f"{run.location} is finished: there is nothing to cancel")
-    newly = run.cancel()
+    try:
+        newly = run.cancel()
+    except OSError as error:
+        raise UserError(f"cannot cancel: {describe(error, run.location)}; the run goes on") from None
     if as_json:
-        print(json.dumps({"newly_cancelled": newly, "outstanding": account.outstanding}))
+        echo_json({"newly_cancelled": newly, "outstanding": account.outstanding})
     elif not quiet:
         was = "is cancelled" if newly else "was cancelled before"
-        print(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
-        print("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
+        echo(f"{run.location} {was}; {account.outstanding:,} questions are outstanding.")
+        echo("The command that it was begun with (`producer enqueue` or `producer run`) resumes it.")
 
 
 @app.command()
@@ -323,9 +338,11 @@ def demo(
     Example: producer demo --questions 50
     """
     from producer.demo import plan_demo, show_demo
+    from producer.resuming import Resumption
 
+    resumption = Resumption.of(output_dir)
     run = plan_demo(output_dir, questions)
-    code = run_to_end(run, output_dir / "model_cache", quiet=quiet, as_json=as_json)
+    code = run_to_end(run, resumption, output_dir / "model_cache", quiet=quiet, as_json=as_json)
     if code == 0 and not (quiet or as_json):
         show_demo(run)
     raise SystemExit(code)
@@ -335,25 +352,25 @@ def _print_failures(run: Run, account: Account) -> None:
     from storage.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
-    print(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", file=sys.stderr)
+    echo(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", err=True)
     for failure in failures[:10]:
-        print(f"  {failure.question_id}: {failure.reason}: {failure.message}", file=sys.stderr)
+        echo(one_line(f"  {failure.question_id}: {failure.reason}: {failure.message}"), err=True)
     if len(failures) > 10:
-        print(f"  and {len(failures) - 10:,} more", file=sys.stderr)
+        echo(f"  and {len(failures) - 10:,} more", err=True)
 
 
 def _print_lost(lost: list[str]) -> None:
     for sentence in lost[:10]:
-        print(sentence, file=sys.stderr)
+        echo(one_line(sentence), err=True)
     if len(lost) > 10:
-        print(f"and {len(lost) - 10:,} more", file=sys.stderr)
+        echo(f"and {len(lost) - 10:,} more", err=True)
     if lost:
-        print("The command that the run was begun with computes them again with --repair.", file=sys.stderr)
+        echo("The command that the run was begun with computes them again with --repair.", err=True)
 
 
 def _print_hints(console: Console, problems: list[str]) -> None:
     for problem in problems:
-        console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+        console.print(one_line(problem), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:
@@ -362,7 +379,7 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
 
     failures = [*published_failures(run), *staged_failures(run)]
     if as_json:
-        print(json.dumps({"failures": [failed_json(failed) for failed in failures]}))
+        echo_json({"failures": [failed_json(failed) for failed in failures]})
     else:
         Console().print(failed_table(run, failures))
 
@@ -383,13 +400,7 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
-    try:
-        app()
-    except (UserError, DamagedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import csv
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
 from producer.gallery import accuracy_table, gallery
 from producer.options import RunOptions
 from producer.planning import plan_run
+from storage.console import Console
 from storage.errors import UserError
 from storage.inspect import describe_part, part_tables
 from storage.probing.answers import is_right

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
 from storage.account import Account
+from storage.console import Text
 from storage.failures import Failed
 from storage.run import Run
 

@@ -10,7 +10,8 @@ from rich import box
 from rich.color import Color
 from rich.style import Style
 from rich.table import Table
-from rich.text import Text
+
+from storage.console import RichText, Text
 
 _IMAGES = 4
 _LINES = 10  # questions of one image: as many as the lines of its picture with the name below
@@ -27,7 +28,7 @@ def gallery(answers: pd.DataFrame, images_dir: Path, *, pictures: bool) -> Table
         table.add_column(name, no_wrap=True)  # a line each, or questions and answers would not stand side by side
     for image_id, rows in _chosen(answers):
         shown = rows.head(_LINES)
-        image = Text(image_id)
+        image: RichText = Text(image_id)
         if pictures:
             image = Text("\n").join([picture(images_dir / image_id), image])
         given = zip(shown["answer"], shown["ground_truth_answer"], shown["right"])
@@ -48,7 +49,7 @@ def accuracy_table(answers: pd.DataFrame) -> Table:
     return table
 
 
-def picture(path: Path) -> Text:
+def picture(path: Path) -> RichText:
     """Return an image as coloured half blocks."""
     with Image.open(path) as image:
         small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
@@ -62,13 +63,13 @@ def picture(path: Path) -> Text:
     return Text("\n").join(lines)
 
 
-def _answer(answer: str, truth: str, right: bool) -> Text:
+def _answer(answer: str, truth: str, right: bool) -> RichText:
     if right:
         return Text.assemble(("✓ ", "green"), _line(answer))
-    return Text.assemble(("✗ ", "bold red"), _line(answer), (f" ({truth})", "bold"))
+    return Text.assemble(("✗ ", "bold red"), _line(answer), Text(f" ({truth})", "bold"))
 
 
-def _line(text: str) -> Text:
+def _line(text: str) -> RichText:
     return Text(" ".join(text.split()))
 
 

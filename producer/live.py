@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from producer.display import workers_table
 from storage.account import Account
+from storage.console import Console, Text
 from storage.location import is_url
 from storage.run import Run
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from producer.resuming import Resumption
 from producer.server import EmbeddedServer
 from storage.account import Account, Bookkeeper
 from storage.errors import UserError
-from storage.location import is_url
+from storage.location import is_url, join_roots
+from storage.naming import model_slug
 from storage.run import Run
 from storage.soundness import check_private_files
-from workers.children import Child
+from storage.terminal import echo
+from workers.children import Child, on_gpu
 from workers.gpus import visible_gpus
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
@@ -33,7 +35,7 @@ class RunStoppedError(Exception):
     """The run cannot go on by itself; what is finished is kept, and the same command resumes."""
 
 
-def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -> Account:
+def run_locally(run: Run, resumption: Resumption, *, cache_dir: Path, show: Callable[[Account], None]) -> Account:
     """Compute a run with everything that it needs on this machine; `show` is called with the account as it grows.
 
     Raises UserError where the model cannot be loaded or another `run` works on the directory, DamagedError where a file is
@@ -47,14 +49,15 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         check_private_files(run)
         for worker in run.refusals():  # of an earlier call; those of this one are written anew
             run.withdraw_refusal(worker)
-        run.withdraw_cancellation()
+        if not resumption.take_back(run):
+            raise KeyboardInterrupt
         server = stack.enter_context(EmbeddedServer())
         environment = {
             **os.environ,
             "HALP_BROKER_URL": server.url,
-            "HALP_DATA_ROOTS": run.location,
+            "HALP_DATA_ROOTS": join_roots([run.location]),
             "HALP_SWEEP_INTERVAL": "1",
-            "HALP_MODEL": run.settings.model,
+            "HALP_MODEL": _model(run, server.directory),
             "HALP_REVISION": run.settings.revision,
             "HALP_DTYPE": run.settings.dtype,
             "HALP_CACHE_DIR": str(cache_dir),
@@ -63,13 +66,23 @@ def run_locally(run: Run, *, cache_dir: Path, show: Callable[[Account], None]) -
         logs = _local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]
-        workers = {f"worker-gpu{gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
+        workers = {on_gpu("worker", gpu): {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
         for name, own in workers.items():
             processes.append(_Logged(name, ["extract", "--name", name], environment | own, logs))
         stack.callback(_end, processes)
         for process in processes:
             process.start_logged()
         return _supervise(run, processes, show)
+
+
+def _model(run: Run, directory: Path) -> str:
+    """Return a name of the run's model by which a worker serves its queues: they are called after the name that was given."""
+    model, slug = run.settings.model, run.settings.model_slug
+    if model_slug(model) == slug or not Path(model).is_dir():
+        return model
+    link = directory / slug  # it was given through a link, as was this one
+    link.symlink_to(model)
+    return str(link)
 
 
 class _Logged(Child):
@@ -155,10 +168,7 @@ def _only_one(run: Run) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             reason = os.strerror(error.errno)
-            print(
-                f"{run.location} has no file locks ({reason}): a second `producer run` on it goes unnoticed",
-                file=sys.stderr,
-            )
+            echo(f"{run.location} has no file locks ({reason}): a second `producer run` on it goes unnoticed", err=True)
         yield
 
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import sys
+import os
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from producer.faults import short
 from producer.images import check_images
 from producer.options import RunOptions
 from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
-from producer.table import file_sha256, read_questions
+from producer.table import Table, read_table
 from storage.errors import UserError
-from storage.location import resolve_location
-from storage.naming import model_slug
-from storage.plan import Question, write_generation
+from storage.location import is_url, resolve_location
+from storage.naming import model_slug, part_name
+from storage.plan import write_generation
 from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
+from storage.terminal import echo, one_line
 from storage.verify import Finding
 from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
 from workers.checkpoint_files import check_files
+
+_ASIDE = 9  # characters that `--repair` puts before the name of a part that it moves aside
 
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
@@ -33,11 +36,13 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
-    questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    table = read_table(options.csv, phases)
+    questions = select(table.questions, limit=options.limit, test=options.test)
     check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, table, len(questions))
+    _refuse_unwritable(options, settings)
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
@@ -53,9 +58,10 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     return run
 
 
-def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
+def refuse_faults(options: RunOptions, table: Table, number: int) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, table, number)
+    _refuse_unwritable(options, settings)
     _refuse_other_content(options.output_dir, settings)
 
 
@@ -64,22 +70,24 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
     _refuse_differences(run, settings)
 
     def unread(finding: Finding) -> None:
-        print(f"{finding}; the part stays as it is", file=sys.stderr)
+        echo(one_line(f"{finding}; the part stays as it is"), err=True)
 
     for name, reason in repair(run, phases("verifying parts", len(run.slices)), unread).items():
         aside = run.store.address(".run/damaged")
-        print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
+        echo(f"{name} will be computed again, its files are in {aside}: {one_line(reason)}", err=True)
 
 
-def _settings(options: RunOptions, *, slices: int) -> RunSettings:
+def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
+    _refuse_not_utf8(options)
     _check_layers(options)
+    slices = -(-number // options.checkpoint_interval)
     model = options.model
     return RunSettings(
         run_id=uuid.uuid4().hex[:16],
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
         bound_samples=True,
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
         model_slug=model_slug(model),
@@ -95,7 +103,7 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         min_pixels=options.min_pixels,
         max_pixels=options.max_pixels,
         dataset=options.csv.name,
-        dataset_sha256=file_sha256(options.csv),
+        dataset_sha256=table.sha256,
         images_dir=resolve_location(options.images_dir),
         image_roots=tuple(map(resolve_location, options.image_roots)),
         order=options.order,
@@ -107,6 +115,24 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
     )
 
 
+def _refuse_not_utf8(options: RunOptions) -> None:
+    """Raise UserError where a setting cannot be written into run.json: Linux takes any bytes for a name."""
+    roots = map(resolve_location, options.image_roots)
+    for option, text in (
+        ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
+        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.prompt),
+        *(("--image-root", root) for root in roots),
+    ):  # fmt: skip
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option} {text}: the name has bytes that are not UTF-8: give it another one") from None
+
+
+def _model(options: RunOptions) -> str:
+    return str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+
+
 def _check_layers(options: RunOptions) -> None:
     if (directory := local_directory(options.model)) is not None:
         check_files(directory)  # else the run would be bound to files that must be replaced
@@ -115,6 +141,26 @@ def _check_layers(options: RunOptions) -> None:
         resolve_layers(options.layers, number)
     if options.min_pixels is not None and options.max_pixels is not None and options.min_pixels > options.max_pixels:
         raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
+
+
+def _refuse_unwritable(options: RunOptions, settings: RunSettings) -> None:
+    """Raise UserError where a part would have a name that cannot be written: its questions would be computed and wait."""
+    name = part_name(settings.model_slug, 0, settings.part_digits)
+    longest = _longest_name(options.output_dir) - _ASIDE
+    if len(name) > longest:
+        raise UserError(
+            f"--model {short(options.model)}: parts would be called {short(name)} and have names of {len(name)} characters, "
+            f"of which {longest} can be written: give the model's directory a shorter name, or name a link to it"
+        )
+
+
+def _longest_name(output_dir: str) -> int:
+    """Return how many bytes a file's name may have where a run will lie: 255 mostly, 143 where names are encrypted."""
+    path = Path(resolve_location(output_dir)) if not is_url(output_dir) else Path("/")
+    try:
+        return os.pathconf(next(place for place in (path, *path.parents) if os.path.isdir(place)), "PC_NAME_MAX")
+    except OSError:
+        return 255
 
 
 def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:

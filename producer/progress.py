@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
+
+from storage.console import Console
+from storage.terminal import one_line
 
 T = TypeVar("T")
 Done = Callable[[int], object]  # is called with how much of a phase is done
@@ -23,10 +25,17 @@ def silent(_name: str, _whole: int) -> Done:
 @contextmanager
 def bars(console: Console) -> Iterator[Phases]:
     """Show a bar for each phase that is begun."""
-    with Progress(console=console, transient=True, disable=console.quiet or not console.is_terminal) as progress:
+    columns = Progress.get_default_columns()[1:]  # the first takes a name for markup
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        console=console,
+        transient=True,
+        disable=console.quiet or not console.is_terminal,
+    ) as progress:
 
         def begin(name: str, whole: int) -> Done:
-            task = progress.add_task(name, total=whole)
+            task = progress.add_task(one_line(name), total=whole)
             return lambda number: progress.update(task, completed=number)
 
         yield begin

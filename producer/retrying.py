@@ -38,11 +38,13 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     staged = sum(_wanted(failed, reasons, ids) for failed in staged_failures(run))
     _refuse_unknown(run, failures, reasons, ids, staged)
     chosen = [failed for failed in failures if _wanted(failed, reasons, ids)]
-    slices = list(cut([failed.question for failed in chosen], run.settings.checkpoint_interval))
+    pieces = list(cut(chosen, run.settings.checkpoint_interval))
+    slices = [[failed.question for failed in piece] for piece in pieces]
     generation = 1 + max(piece.generation for piece in run.slices)
     first = 1 + max(piece.part for piece in run.slices)
     _refuse_overflow(run, first + len(slices) - 1)
-    if not write_generation(run.store, slices, generation=generation, first_part=first):
+    based_on = [_parts_of(run, piece) for piece in pieces]
+    if not write_generation(run.store, slices, generation=generation, first_part=first, based_on=based_on):
         raise UserError(
             f"another retry of {run.location} was planned at the same moment, and this one was not: "
             f"see `producer status {run.location}`"
@@ -50,6 +52,16 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     run.withdraw_summary()  # else no collector looks at the run again
     run.refresh()
     return Retry(len(chosen), tuple(range(first, first + len(slices))), generation, staged)
+
+
+def _parts_of(run: Run, failures: Sequence[Failed]) -> set[int]:
+    """Return the parts that questions have failed in, and those that they had failed in before.
+
+    A retry may be held up between its look at the failures and its plan, and a repair succeed meanwhile at what had failed:
+    by these parts `pack` sees it, and writes no question twice.
+    """
+    last = {failed.part for failed in failures}
+    return last.union(*(run.slice(part).based_on for part in last))
 
 
 def _wanted(failed: Failed, reasons: Sequence[str], ids: Sequence[str]) -> bool:

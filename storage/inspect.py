@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
-from rich.text import Text
 
 from storage.columns import COLUMN
+from storage.console import Text
 from storage.drift import read_certificate
 from storage.errors import UserError
 from storage.layout import open_part

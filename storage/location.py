@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from storage.errors import UserError
@@ -59,5 +62,15 @@ def is_within(location: str, root: str) -> bool:
 
 
 def split_roots(text: str) -> list[str]:
-    """Return the locations of a list that `:` separates; the colon of `://` is part of its URL."""
+    """Return the locations of a list: JSON, or separated by `:`, which no path in it may hold; that of `://` is its URL's."""
+    if text.startswith("["):
+        with suppress(ValueError):
+            found = json.loads(text)
+            if isinstance(found, list) and all(isinstance(place, str) for place in found):
+                return [place for place in found if place]
     return [part for part in re.split(r":(?!//)", text) if part]
+
+
+def join_roots(locations: Iterable[str]) -> str:
+    """Return a list of locations for `split_roots`, whatever characters their names hold."""
+    return json.dumps(list(locations))

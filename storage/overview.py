@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from storage.account import Account, Bookkeeper
 from storage.columns import Column
+from storage.console import Console, Text
 from storage.drift import read_certificate
 from storage.naming import field_order
 from storage.source import OpenPart, Source

@@ -47,7 +47,9 @@ def pack(run: Run, part: int) -> bool:
         sidecar = None
         if not run.store.exists(name):
             staged = run.staged(part)
-            if len(staged) < run.slice(part).size:
+            piece = run.slice(part)
+            # Of two parts that are planned with the same question the earlier one is published first, and the later one looks.
+            if len(staged) < piece.size or (piece.based_on and set(piece.based_on) - run.parts_with_sidecar()):
                 return False
             try:
                 sidecar = _publish(run, part, staged)
@@ -86,7 +88,7 @@ def sidecars(run: Run) -> Iterator[Sidecar]:
 def _publish(run: Run, part: int, staged: dict[int, bool]) -> Sidecar | None:
     """Write a part and publish it; return what describes it, or None where another collector's is there."""
     questions = run.questions(part)
-    failures = _planned_again(run, part, questions)
+    failures = _planned_again(run, part, questions) | _written_before(run, part, questions)
     staged = {sequence: result and sequence not in failures for sequence, result in staged.items()}
     unread = sorted(sequence for sequence, result in staged.items() if not result and sequence not in failures)
     failures |= zip(unread, run.read_failures(part, unread))
@@ -102,16 +104,45 @@ def _planned_again(run: Run, part: int, questions: tuple[Question, ...]) -> dict
     """Return the questions that a later part has, as its failures: sequence to failure.
 
     There are some only where a damaged part is packed again after its failures were retried. A question that succeeds at
-    both would be written twice.
+    both would be written twice. One that the later part leaves to this one is kept here.
     """
     run.refresh()
-    time = datetime.now(UTC).isoformat(timespec="seconds")
     found = {}
     for sequence, question in enumerate(questions):
         if (later := run.retried.get(question.question_id, part)) > part:
-            message = f"retried: see {run.part_name(later)}"
-            found[sequence] = Failure(question.question_id, "retried", message, "", 0, "", time)
+            found[sequence] = _elsewhere(run, question, later)
+    if not found:
+        return found
+    ours = f"retried: see {run.part_name(part)}"
+    for later in {run.retried[failure.question_id] for failure in found.values()} & run.parts_with_sidecar():
+        left = {failure.question_id for failure in read_sidecar(run, later).failures if failure.message == ours}
+        found = {sequence: failure for sequence, failure in found.items() if failure.question_id not in left}
     return found
+
+
+def _written_before(run: Run, part: int, questions: tuple[Question, ...]) -> dict[int, Failure]:
+    """Return the questions that an earlier part has with vectors, as this one's failures: sequence to failure.
+
+    There are some only where a part was repaired while a retry of its failures was planned. `pack` has seen those parts
+    published, and what is published does not change; one that is repaired again leaves to this part what this part has.
+    """
+    found = {}
+    for earlier in run.slice(part).based_on:
+        try:
+            written = set(read_sidecar(run, earlier).question_ids)
+        except FileNotFoundError:
+            raise UserError(
+                f"part {part} of {run.location} waits: part {earlier}, which has failed questions of it, is being repaired"
+            ) from None
+        for sequence, question in enumerate(questions):
+            if question.question_id in written:
+                found[sequence] = _elsewhere(run, question, earlier)
+    return found
+
+
+def _elsewhere(run: Run, question: Question, part: int) -> Failure:
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return Failure(question.question_id, "retried", f"retried: see {run.part_name(part)}", "", 0, "", time)
 
 
 def _samples(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+from typing import Any
 
 from storage.errors import DamagedError
 from storage.store import Store
@@ -45,13 +46,20 @@ class Slice:
     key: str
     sha256: str
     generation: int = 0
+    based_on: tuple[int, ...] = ()  # earlier parts that its questions are planned in too, and have failed in
 
 
 def write_generation(
-    store: Store, slices: Iterable[Sequence[Question]], *, generation: int = 0, first_part: int = 1
+    store: Store,
+    slices: Iterable[Sequence[Question]],
+    *,
+    generation: int = 0,
+    first_part: int = 1,
+    based_on: Sequence[Iterable[int]] = (),
 ) -> bool:
     """Append a generation to the plan; return False where another process has written that generation.
 
+    `based_on`: of each slice the earlier parts that its questions are planned in; `pack` looks into them.
     The caller says which generation: counted here, a plan that appears a moment earlier would be written twice.
     """
     directory = f".run/plan/{generation:03d}-{secrets.token_hex(4)}"
@@ -61,7 +69,9 @@ def write_generation(
         key = f"{directory}/{part:06d}.jsonl"
         store.put_new(key, data)
         written.append(Slice(part, len(questions), key, hashlib.sha256(data).hexdigest(), generation))
-    body = {"generation": generation, "slices": [asdict(s) for s in written]}
+    bases = {piece.part: sorted(parts) for piece, parts in zip(written, based_on)}
+    slices_json = [{name: value for name, value in asdict(s).items() if name != "based_on"} for s in written]
+    body = {"generation": generation, "slices": slices_json, **({"based_on": bases} if bases else {})}
     if store.put_new(f".run/plan/{generation:03d}.json", json.dumps(body, indent=1).encode()):
         return True
     store.delete_directory(directory)
@@ -70,9 +80,13 @@ def write_generation(
 
 def read_slices(store: Store) -> tuple[Slice, ...]:
     """Return the slices of all generations in order; empty where nothing is planned yet."""
-    return tuple(
-        Slice(**s) for name in generations(store) for s in json.loads(store.get(f".run/plan/{name}"))["slices"]
-    )
+    return tuple(piece for name in generations(store) for piece in _slices(json.loads(store.get(f".run/plan/{name}"))))
+
+
+def _slices(body: dict[str, Any]) -> Iterator[Slice]:
+    bases = body.get("based_on", {})  # beside the slices: an earlier version reads those
+    for piece in body["slices"]:
+        yield Slice(**piece, based_on=tuple(bases.get(str(piece["part"]), ())))
 
 
 def read_questions(store: Store, piece: Slice) -> tuple[Question, ...]:

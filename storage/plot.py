@@ -14,6 +14,7 @@ from storage.naming import field_order
 from storage.overview import Overview
 from storage.reading import part_frame
 from storage.source import Source
+from storage.terminal import one_line
 
 _POINTS = 500  # questions in a cloud: as many as a small picture shows; the work grows with their cube
 _LAYERS = 5  # of a token representation
@@ -41,12 +42,17 @@ def plot(source: str | Path, found: Overview, colour_by: str | None, output: Pat
     for panel in panels[len(clouds) + 1 :]:
         panel.set_visible(False)
     if colour_by is not None and clouds:
-        panels[len(clouds)].legend(title=colour_by, fontsize=7, loc="best")
-    figure.suptitle(f"{found.source}: {found.questions:,} questions, {len(frame):,} shown")
+        panels[len(clouds)].legend(title=_plain(colour_by), fontsize=7, loc="best")
+    figure.suptitle(f"{_plain(found.source)}: {found.questions:,} questions, {len(frame):,} shown")
     try:
         figure.savefig(output, dpi=120)
     except ValueError as error:  # a suffix that it does not know
         raise UserError(f"{output}: {error}") from None
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib draws as it is: between two dollars it would read a formula, and fail on most."""
+    return one_line(text).replace("$", r"\$")
 
 
 def principal(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -129,6 +135,6 @@ def _draw_norms(panel: Any, found: Overview) -> None:
 
 def _draw_cloud(panel: Any, field: str, points: npt.NDArray[np.float64], colours: dict[str, Any]) -> None:
     for number, (value, rows) in enumerate(colours.items()):
-        panel.scatter(*points[rows].T, s=4, color=f"C{number}", label=value)
-    panel.set_title(field, fontsize=8)
+        panel.scatter(*points[rows].T, s=4, color=f"C{number}", label=_plain(value))
+    panel.set_title(_plain(field), fontsize=8)
     panel.set(xticks=[], yticks=[])

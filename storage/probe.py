@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from storage.command import child_environment
 from storage.errors import DamagedError, LayoutError, NotReadError
 from storage.part import read_header
+from storage.terminal import echo_json
 
 Verdict = Literal["ours", "damaged", "foreign"]
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -50,7 +52,7 @@ def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Ver
     try:
         done = subprocess.run(  # -P: a module in the working directory, which others may write to, is not imported
             [sys.executable, "-P", "-m", "storage.probe", path],
-            capture_output=True, timeout=_TIMEOUT, check=False, env={**os.environ, "PYTHONPATH": search},
+            capture_output=True, timeout=_TIMEOUT, check=False, env=child_environment({**os.environ, "PYTHONPATH": search}),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "damaged" if _was_hdf5(path) else "foreign"
@@ -81,7 +83,7 @@ def main(path: str) -> None:
         raise SystemExit(_NO_PART) from None
     except (DamagedError, ValueError, TypeError):
         raise SystemExit(_UNREADABLE) from None
-    print(json.dumps(header and [header.run_id, header.part]))
+    echo_json(header and [header.run_id, header.part])
 
 
 if __name__ == "__main__":

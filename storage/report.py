@@ -13,6 +13,7 @@ from markupsafe import Markup
 from storage import charts
 from storage.report_data import ReportData, clipped, gather, spread
 from storage.run import Run
+from storage.terminal import visible
 
 REPORT = "report.html"
 _PCA_LAYERS = 5
@@ -21,8 +22,7 @@ _HIDDEN_SETTINGS = {"format_version", "model_slug", "part_digits"}
 
 def write_report(run: Run) -> str:
     """Write the report of a run as far as it is, in place of an older one. Return its path or URL."""
-    page = render(gather(run))
-    run.store.put(REPORT, page.encode(errors="replace"))  # a lone surrogate, of a path that is not UTF-8, becomes `?`
+    run.store.put(REPORT, visible(render(gather(run))).encode())
     return run.store.address(REPORT)
 
 

@@ -27,6 +27,7 @@ from storage.naming import question_id
 from storage.pack import Sidecar, sidecars
 from storage.run import Run
 from storage.sample import Failure
+from storage.stored import TEXTS, StoredQuestion
 
 T = TypeVar("T")
 _PARTS = 200  # looked into for their times and certificates

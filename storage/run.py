@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +31,14 @@ _SUSPECT, _DEATH = ".suspect", ".death-"
 _DECODE: dict[str, Callable[..., object]] = {_RESULT: decode_sample, _FAILURE: decode_failure}
 _CERTIFICATE = "certificate"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """What cancels a run: the file's bytes, and the time in it on the wall clock of whoever wrote it."""
+
+    note: bytes
+    at: float | None
 
 
 class Run:
@@ -333,16 +343,46 @@ class Run:
         self.store.delete(_SUMMARY)
 
     def cancel(self) -> bool:
-        """Have nobody begin another question of this run; return False where that is so already."""
-        return self.store.put_new(_CANCELLED, b"{}")
+        """Have nobody begin another question of this run; return False where that is so already.
+
+        Each call leaves a note of its own: a command that takes back an earlier one must see that this one is another.
+        """
+        note = json.dumps({"at": time.time(), "id": secrets.token_hex(8)}).encode()
+        if self.store.put_new(_CANCELLED, note):
+            return True
+        self.store.put(_CANCELLED, note)
+        return False
 
     def is_cancelled(self) -> bool:
         """Tell whether the run is cancelled."""
         return self.store.exists(_CANCELLED)
 
-    def withdraw_cancellation(self) -> None:
-        """Let the run go on."""
-        self.store.delete(_CANCELLED)
+    def cancellation(self) -> Cancellation | None:
+        """Return what cancels the run; None where nothing does."""
+        try:
+            note = self.store.get(_CANCELLED)
+        except FileNotFoundError:
+            return None
+        try:
+            at = json.loads(note)["at"]
+        except (ValueError, TypeError, KeyError):  # of an earlier version, which noted no time
+            at = None
+        return Cancellation(note, at if isinstance(at, float) else None)
+
+    def withdraw_cancellation(self, only: Cancellation | None = None) -> None:
+        """Let the run go on; with `only` where that is still what cancels it."""
+        if only is None:
+            self.store.delete(_CANCELLED)
+            return
+        aside = f"{_CANCELLED}.{secrets.token_hex(4)}"
+        self.store.move(_CANCELLED, aside)  # first, and looked at then: whoever cancels in between is not overwritten
+        try:
+            note = self.store.get(aside)
+        except FileNotFoundError:  # taken back already
+            return
+        if note != only.note:
+            self.store.put_new(_CANCELLED, note)
+        self.store.delete(aside)
 
 
 def is_run(location: str | Path) -> bool:

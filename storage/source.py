@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from storage.columns import COLUMN, Column, column_of
+from storage.console import Console
 from storage.errors import ADVICE, DamagedError, UnfinishedWarning, UserError
 from storage.layout import Part, open_part
 from storage.location import is_url, join, resolve_location

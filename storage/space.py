@@ -24,12 +24,19 @@ def describe(error: OSError, location: str) -> str:
     code = error.errno or next(
         (c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None
     )  # HDF5's
-    reason = _REASONS.get(code or 0, str(error))
+    what = _REASONS.get(code or 0, str(error))
     try:
         free = os.statvfs(location)  # an object store is no such place
     except OSError:
-        return f"{location}: {reason}"
-    return f"{location}: {reason} ({free.f_bavail * free.f_frsize >> 20:,} MB free)"
+        return f"{location}: {what}"
+    return f"{location}: {what} ({free.f_bavail * free.f_frsize >> 20:,} MB free)"
+
+
+def reason(error: OSError) -> str:
+    """Return an error of a file system as a sentence, of which it is not known where it came up."""
+    place = error.filename2 or error.filename
+    where = "cannot write" if place is None else os.fsdecode(place) if isinstance(place, (str, bytes)) else str(place)
+    return f"{where}: {_REASONS.get(error.errno or 0, error.strerror or str(error))}"
 
 
 def obstacle(location: str) -> str | None:

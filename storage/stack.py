@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from storage.columns import Column, Vectors
+from storage.console import Console
 from storage.errors import UserError
 
 

@@ -58,6 +58,23 @@ def export(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
     return call
 
 
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
+def test_formulas_are_escaped_where_that_is_asked_for_alone(tmp_path, export, begin):
+    run = make_run(
+        tmp_path / "formulas", [replace(q, question_id=f"{begin}{q.question_id}") for q in make_questions(2)]
+    )
+    for sequence, question in enumerate(run.questions(1)):
+        run.stage_sample(1, sequence, make_sample(question, answer=f"{begin}1+1"))
+    assert pack(run, 1)
+    for options, mark in ((("--output", "plain.csv"), ""), (("--output", "escaped.csv", "--escape-formulas"), "'")):
+        assert export(run.output_dir, "--to", "csv", *options)[0] == 0
+        with (tmp_path / options[1]).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["question_id"] for row in rows] == [f"{mark}{begin}q1", f"{mark}{begin}q2"]
+        assert [row["model_answer"] for row in rows] == [f"{mark}{begin}1+1"] * 2
+        assert [row["image_id"] for row in rows] == ["image_0.jpg"] * 2
+
+
 def test_csv_is_what_labelling_scripts_take(run, export, tmp_path):
     assert export(run.output_dir, "--to", "csv") == (0, "answers.csv\n", "")
     with (tmp_path / "answers.csv").open(newline="", encoding="utf-8") as file:
@@ -212,6 +229,7 @@ def test_texts_that_no_safetensors_header_holds_are_refused(run, export, monkeyp
         (["--to", "xlsx"], "--to xlsx: the formats are npz, parquet, safetensors, csv"),
         (["--to", "npz"], "which vectors? `--to npz` needs --field"),
         (["--to", "csv", "--field", QUERY], "a CSV has no vectors"),
+        (["--to", "parquet", "--escape-formulas"], "--escape-formulas is of --to csv alone"),
         (["--to", "npz", "--layer", "3"], "--layer needs --field"),
         (["--to", "npz", "--field", QUERY, "--layer", "2"], f"has no {QUERY}/layer_2; it has {QUERY}/layer_0"),
         (["--to", "csv", "--output", "no/where.csv"], "no is no directory"),

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import storage
-from producer.table import read_questions
+from producer.table import read_table
 from storage.columns import COLUMN
 from storage.errors import DamagedError, UnfinishedWarning, UserError
 from storage.layout import open_part
@@ -576,7 +576,7 @@ def test_any_table_round_trips_or_is_refused(tmp_path_factory, rows, answers, di
         writer.writerow(["question_id", "image_id", "question", "answer", "note"])
         writer.writerows(rows)
     try:
-        questions = read_questions(directory / "vqa.csv")
+        questions = read_table(directory / "vqa.csv").questions
     except UserError as error:
         assert str(directory / "vqa.csv") in str(error)
         return

@@ -90,6 +90,15 @@ def test_a_picture(run, inspect, tmp_path, source, colour):
     assert (code, err) == (2, f"error: {target} exists: move it elsewhere, or give another name to --plot\n")
 
 
+def test_a_picture_of_names_that_matplotlib_would_take_for_formulas(inspect, tmp_path):
+    formula = r"$\frac{$ \x1b]0;"
+    run = make_run(tmp_path / "costs $^$", make_questions(4, extra={formula: formula}), checkpoint_interval=4)
+    for sequence, question in enumerate(run.questions(1)):
+        run.stage_sample(1, sequence, make_sample(question))
+    assert pack(run, 1)
+    assert inspect(run.output_dir, "--plot", tmp_path / "run.png", "--colour-by", formula)[0] == 0
+
+
 def test_mistakes(run, inspect, tmp_path, monkeypatch):
     target = tmp_path / "x.png"
     for arguments, message in [

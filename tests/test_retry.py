@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +14,7 @@ from builders import make_failure, make_questions, make_run, make_sample, stage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import storage.pack as packing
 from producer import retrying
 from producer.retrying import plan_retry
 from storage.account import Account, Bookkeeper
@@ -297,6 +299,90 @@ def test_a_question_in_two_parts_is_found(run):
     key = run.sidecar_key(1)
     run.store.put(key, run.store.get(key).replace(b'"q2"', b'"q1"'))
     assert f"{run.part_name(4)}, question q1: is written in {run.part_name(1)} too" in problems(run)
+
+
+def repair_first(run: Run) -> Run:
+    """The first part is damaged and moved aside; q1 succeeds now. Return the run as another process has it."""
+    other = Run.open(run.location)
+    other.part_path(1).write_bytes(b"damaged")
+    assert list(repair(other)) == [other.part_name(1)]
+    finish(other, 1)
+    return other
+
+
+def assert_each_once(run: Run) -> None:
+    run.refresh()
+    assert collect_run(run)
+    assert written(run) == [f"q{n}" for n in range(1, 8)]
+    assert counts(Bookkeeper(run).account()) == (7, 0, 0, 0)
+    assert problems(run) == []
+    assert published_failures(run) == []
+
+
+def test_a_retry_that_is_frozen_while_a_repair_succeeds_writes_nothing_twice(run, monkeypatch):
+    """It has read the failures and has not written its plan; the failed question is then written in its first part."""
+    original = retrying.write_generation
+
+    def frozen(*arguments, **options):
+        collect_run(repair_first(run))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(retrying, "write_generation", frozen)
+    assert plan_retry(run).questions == 3
+    assert {piece.part: piece.based_on for piece in run.slices} == {1: (), 2: (), 3: (), 4: (1, 2)}
+    finish(run, 4)
+    assert_each_once(run)
+    with h5py.File(run.part_path(1)) as first, h5py.File(run.part_path(4)) as retried:
+        assert "q1" in first and set(retried) == {"q5", "q6"}
+    # Repaired once more, the first part has again what the retried one has left to it.
+    repair_first(run)
+    assert_each_once(run)
+
+
+def test_a_retry_that_is_planned_while_a_repaired_part_is_packed_waits_for_it(run, monkeypatch):
+    """The collector has looked for retries and found none; plan, results and another collector come before its part."""
+    original, seen = packing.write_part, []
+    failures = published_failures(run)
+
+    def slow(path, settings, facts, part, *more):
+        if part == 1 and not seen:
+            other = Run.open(run.location)
+            monkeypatch.setattr(retrying, "published_failures", lambda _: failures)
+            plan_retry(other)
+            finish(other, 4)
+            seen.append(pack(other, 4))
+        original(path, settings, facts, part, *more)
+
+    monkeypatch.setattr(packing, "write_part", slow)
+    repaired = repair_first(run)
+    assert pack(repaired, 1)
+    assert seen == [False]
+    assert_each_once(run)
+
+
+def test_a_retry_of_a_retry_looks_into_all_parts_of_its_questions(run):
+    plan_retry(run)
+    finish(run, 4, [0, 1, 2])
+    collect_run(run)
+    plan_retry(run)
+    assert run.slice(5).based_on == (1, 2, 4)
+    finish(run, 5)
+    repair_first(run)
+    assert not pack(run, 5)  # the first part could still be written by a process that knows of no retry
+    assert pack(run, 1)
+    assert_each_once(run)
+
+
+def test_a_plan_of_an_earlier_version_is_based_on_nothing(run):
+    plan_retry(run)
+    key = ".run/plan/001.json"
+    body = json.loads(run.store.get(key))
+    assert set(body) == {"generation", "slices", "based_on"} and "based_on" not in body["slices"][0]
+    del body["based_on"]
+    run.store.put(key, json.dumps(body).encode())
+    finish(again := Run.open(run.location), 4)
+    assert again.slice(4).based_on == ()
+    assert_each_once(again)
 
 
 OUTCOMES = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from producer.selection import cut, order_by_image, select
-from producer.table import file_sha256, read_questions
+from producer.table import read_table
 from storage.errors import UserError
 from storage.part import QUESTION_ATTRIBUTES
 from storage.plan import Question
@@ -23,6 +23,10 @@ def table(tmp_path: Path, content: str | bytes, name: str = "vqa.csv") -> Path:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def read_questions(path: Path) -> list[Question]:
+    return read_table(path).questions
 
 
 def refusal(path: Path) -> str:
@@ -423,6 +427,21 @@ def test_test_is_a_known_three():
     assert [q.csv_row for q in select(questions_of("a" * 100), limit=None, test=True)] == [50, 54, 98]
 
 
-def test_file_sha256(tmp_path):
-    data = b"x" * 3_000_000
-    assert file_sha256(table(tmp_path, data)) == hashlib.sha256(data).hexdigest()
+@pytest.mark.parametrize("name", ["vqa.csv", "vqa.csv.gz"])
+def test_the_digest_is_of_the_bytes_that_were_read(tmp_path, name):
+    data = (HEADER + "".join(f"{i},a.jpg,OLD {i}?,x\n" for i in range(20_000))).encode()
+    if name.endswith(".gz"):
+        data = gzip.compress(data) + b"\0" * 100_000  # padding, as tapes have it
+    path = table(tmp_path, data, name)
+    other = table(tmp_path, data[: len(data) // 2], "other")
+    swapped = []
+
+    def swap(done: int) -> None:  # while it is read, somebody puts another file in its place
+        if not swapped:
+            swapped.append(done)
+            other.replace(path)
+
+    found = read_table(path, lambda name, whole: swap)
+    assert swapped and path.read_bytes() != data
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert [q.question for q in found.questions] == [f"OLD {i}?" for i in range(20_000)]

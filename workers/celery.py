@@ -13,6 +13,7 @@ from celery.signals import celeryd_init
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
+from storage.terminal import guard_logs
 from workers.bootsteps import CollectorStep, EngineStep, PresenceStep
 from workers.broker import tls
 from workers.checkpoint import checkpoint_digest
@@ -76,6 +77,7 @@ class _Code(einfo._Code):  # type: ignore[misc]
 
 
 einfo._Frame.Code = _Code
+guard_logs()  # here, where every worker passes, also one of plain `celery -A workers`
 # `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
 TRANSPORT_ALIASES.update(redis="workers.transport:Transport", rediss="workers.transport:Transport")
 app = Celery("workers")

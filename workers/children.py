@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from storage.command import child_environment
 from workers.parent import PARENT_VARIABLE
+
+
+def on_gpu(name: str, gpu: str) -> str:
+    """Return a worker's name on a GPU, which files are called after: CUDA calls a share of one `MIG-GPU-…/1/0`."""
+    return f"{name}-gpu{re.sub(r'[^A-Za-z0-9._-]', '-', gpu)}"
 
 
 class Child:
@@ -20,7 +27,7 @@ class Child:
         self.name = name
         self.deaths = 0  # in a row, as its supervisor counts them
         self._command = [sys.executable, "-P", "-m", "workers.cli", *arguments]
-        self._environment = {**environment, PARENT_VARIABLE: str(os.getpid())}
+        self._environment = {**child_environment(environment), PARENT_VARIABLE: str(os.getpid())}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, output: int | IO[bytes]) -> subprocess.Popen[bytes]:

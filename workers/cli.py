@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -13,10 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from storage.command import child_environment, run_command
+from storage.console import Console
 from storage.errors import UserError
-from storage.location import is_url, resolve_location
+from storage.location import is_url, join_roots, resolve_location
+from storage.terminal import echo, echo_json, one_line
 from workers.checkpoint import local_directory
 from workers.engine import EngineSpec
 from workers.gpus import chosen_gpus
@@ -87,7 +89,7 @@ def extract(
         arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
         raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
 
-    node = f"{name or f'extract-{os.getpid()}'}@{socket.gethostname()}"
+    node = _node(name or f"extract-{os.getpid()}")
     queues = model_queues(settings()).in_order_of(node)
     number = concurrency or 2 * settings().batch_size
     _become_celery(
@@ -120,7 +122,7 @@ def collect(
 
     settings()  # a faulty variable is named here, and not in a traceback of Celery's
 
-    node = f"{name or f'collect-{os.getpid()}'}@{socket.gethostname()}"
+    node = _node(name or f"collect-{os.getpid()}")
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", "1", "--hostname", node, "--queues", COLLECT,
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
@@ -179,10 +181,10 @@ def health(
     found = checks([p for p in here if name in (None, p.name.partition("@")[0])], broker_trouble(), settings())
     healthy = all(check.healthy for check in found)
     if as_json:
-        typer.echo(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in found]}))
+        echo_json({"healthy": healthy, "checks": [asdict(check) for check in found]})
     else:
         for check in found if not quiet else [check for check in found if not check.healthy]:
-            typer.echo(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}")
+            echo(one_line(f"{'ok     ' if check.healthy else 'FAILING'} {check.name}: {check.text}"))
     raise SystemExit(0 if healthy else 1)
 
 
@@ -222,7 +224,7 @@ def selfcheck(
                 EngineSpec("qwen", model, revision, name, str(cache_dir)),
                 cases,
                 max_new_tokens,
-                lambda line: None if quiet else typer.echo(line, err=True),
+                lambda line: None if quiet else echo(line, err=True),
             )
             for name in dtypes
         ]
@@ -230,11 +232,11 @@ def selfcheck(
     from workers.selfcheck_report import summary, verdict_table
 
     if as_json:
-        typer.echo(json.dumps(report(model, verdicts)))
+        echo_json(report(model, verdicts))
     else:
         console = Console()
         for verdict in verdicts if not quiet else [verdict for verdict in verdicts if not verdict.passes]:
-            console.print(summary(verdict), markup=False, highlight=False, soft_wrap=True)
+            console.print(summary(verdict), highlight=False, soft_wrap=True)
             if verdict.checked_layers:
                 console.print(verdict_table(verdict))
     raise SystemExit(0 if all(verdict.passes for verdict in verdicts) else 1)
@@ -250,27 +252,29 @@ def _set_roots(locations: list[str] | None) -> None:
     if missing := [place for place in locations or [] if not is_url(place) and not Path(place).is_dir()]:
         raise UserError(f"no such directory: {', '.join(missing)}")
     if locations:
-        os.environ["HALP_DATA_ROOTS"] = ":".join(map(resolve_location, locations))
+        os.environ["HALP_DATA_ROOTS"] = join_roots(map(resolve_location, locations))
+
+
+def _node(name: str) -> str:
+    """Return the name of a worker in its cluster. Celery would expand `%h` in it, and files are called after it."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name):
+        raise UserError(f"--name {name!r}: use letters, digits and `._-` alone, up to 100")
+    return f"{name}@{socket.gethostname()}"
 
 
 def _become_celery(*arguments: str) -> None:
     # glibc keeps a heap for each few of a worker's threads, and what is freed in one serves no other: over 12,000 questions
     # a worker grew from 129 to 162 MB, and went on. With two heaps it stayed at 136.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    command = [sys.executable, "-m", "celery", "-A", "workers", *arguments]
-    typer.echo(shlex.join(["celery", *command[3:]]), err=True)
-    sys.stderr.flush()
-    os.execv(command[0], command)
+    command = [sys.executable, "-P", "-m", "workers.launch", "-A", "workers", *arguments]
+    echo(shlex.join(["celery", *command[4:]]), err=True)
+    os.execve(command[0], command, child_environment(os.environ))
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2."""
     die_with_named_parent()
-    try:
-        app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    run_command(app)
 
 
 if __name__ == "__main__":

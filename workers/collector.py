@@ -143,8 +143,8 @@ def _finish(run: Run, ended: Callable[[str], None]) -> bool:
         run.store.put(FAILURES_FILE, failures_csv(failures))
     else:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
-    for sentence in books.lost_parts():
-        logger.error("%s: %s: `producer enqueue … --repair` computes it again", run.location, sentence)
+    for lost in books.lost_parts():
+        logger.error("%s: %s: `producer enqueue … --repair` computes it again", run.location, lost)
     run.withdraw_cancellation()  # it came too late
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     if not was_finished:

@@ -26,6 +26,7 @@ from typing import Any
 
 from storage.errors import UserError
 from storage.sample import Sample
+from storage.terminal import guard_logs
 from workers.checkpoint import local_directory
 from workers.engine import Engine, EngineSpec, ModelCard, Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, in_a_line
@@ -206,6 +207,7 @@ def main() -> None:
     """Serve the parent until it closes its end or dies."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
+    guard_logs()  # a checkpoint's own words are in transformers' warnings
     # Batches differ in size, and the allocator's fixed segments would leave holes: a 24 GB card needs them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides

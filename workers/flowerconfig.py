@@ -11,6 +11,8 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from storage.terminal import one_line
+
 tasks_columns = "args,kwargs,state,exception,runtime,received,worker,uuid"
 read_only = True
 
@@ -51,5 +53,5 @@ def _reason(exception: str) -> str:
 
 
 def _short(text: Any) -> str:
-    text = str(text)
+    text = one_line(str(text))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import IO
 
-from workers.children import Child
+from storage.terminal import echo
+from workers.children import Child, on_gpu
 from workers.settings import settings
 
 _POLL = 0.2
@@ -55,7 +55,7 @@ class _Worker:
     """The worker of one GPU, and when it is started next."""
 
     def __init__(self, gpu: str, arguments: Sequence[str], metrics: dict[str, str]) -> None:
-        name = f"extract-{os.getpid()}-gpu{gpu}"
+        name = on_gpu(f"extract-{os.getpid()}", gpu)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, **metrics}
         self.child = Child(f"gpu{gpu}", ["extract", "--name", name, *arguments], environment)
         self.given_up = False
@@ -81,7 +81,8 @@ class _Worker:
         read, write = os.pipe()
         with os.fdopen(write, "wb") as output:
             self.child.start(output)
-        self._reader = threading.Thread(target=_print_lines, args=(self.child.name, os.fdopen(read, "rb")), daemon=True)
+        lines = os.fdopen(read, encoding="utf-8", errors="surrogateescape")  # a bar's carriage returns end lines too
+        self._reader = threading.Thread(target=_print_lines, args=(self.child.name, lines), daemon=True)
         self._reader.start()
         self._begun, self._next_start = now, None
 
@@ -97,12 +98,11 @@ class _Worker:
         self._next_start = now + pause
 
 
-def _print_lines(name: str, lines: IO[bytes]) -> None:
+def _print_lines(name: str, lines: IO[str]) -> None:
     with lines:
         for line in lines:
-            sys.stderr.buffer.write(f"{name} | ".encode() + line.rstrip(b"\n") + b"\n")
-            sys.stderr.buffer.flush()
+            echo(f"{name} | {line.rstrip()}", err=True)
 
 
 def _say(text: str) -> None:
-    print(f"workers | {text}", file=sys.stderr, flush=True)
+    echo(f"workers | {text}", err=True)

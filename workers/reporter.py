@@ -111,7 +111,8 @@ def main() -> None:
     """Write the report of each run that a line of stdin names; answer each with what went wrong."""
     die_with_named_parent()
     os.nice(_NICENESS)
-    from storage.report import write_report
+    from storage.terminal import echo_json
+from storage.report import write_report
     from storage.run import Run
 
     for line in sys.stdin:
@@ -120,7 +121,7 @@ def main() -> None:
             write_report(Run.open(json.loads(line)))
         except Exception as error:  # noqa: BLE001  (whatever it is, other runs have reports too)
             problem = f"{type(error).__name__}: {error}"
-        print(json.dumps(problem), flush=True)
+        echo_json(problem)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
+from storage.console import Text
 from storage.probing.experiment import Experiment
 from storage.probing.score import Estimate
 
