@@ -51,8 +51,10 @@ def listening_workers(run: Run) -> Listeners:
     from workers.broker import trouble
     from workers.celery import app
     from workers.feed import broker_trouble, queues_of, redis_client
+    from workers.foreign import foreign_keys, sentence
     from workers.home import other_home
     from workers.presence import present
+    from workers.queues import COLLECT
 
     disk = [f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.location)] if text]
     try:
@@ -64,11 +66,14 @@ def listening_workers(run: Run) -> Listeners:
         with redis_client() as client:
             everybody = present(client)
             copied = other_home(client, run)
+            queues = queues_of(run)
+            foreign = foreign_keys(client, [COLLECT, queues.retry, *queues.lanes])
     except (OperationalError, RedisError, OSError) as error:
         return Listeners([], [*disk, f"The broker {address} {trouble(error)}; the account is from the files."])
     full = broker_trouble()
     serving = [presence for presence in everybody if presence.serves == queues_of(run).prefix]
-    problems = [*disk, *([f"The broker {full}"] if full else [])]
+    strange = [sentence(name, kind) for name, kind in foreign.items()]
+    problems = [*disk, *([f"The broker {full}"] if full else []), *strange]
     if copied:
         problems.append(
             f"This is a copy of {copied}, which is worked on, and this is not: move one of them out of the data roots"

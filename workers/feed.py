@@ -22,6 +22,7 @@ from storage.plan import Slice
 from storage.run import Run
 from workers.broker import trouble
 from workers.celery import app
+from workers.foreign import is_strange_lock
 from workers.home import claim
 from workers.message import MAX_NAME
 from workers.notes import Fed, Notes
@@ -81,7 +82,7 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
 def _is_stuck(client: Any, name: str) -> bool:
     """Remove a lock that one holder has had for longer than a feeder needs, and tell so.
 
-    It expires by the server's clock, which may have been set back; or a stranger's key has its name.
+    It expires by the server's clock, which may have been set back; or it is a stranger's, of another type or without an end.
     """
     try:
         holder = client.get(name)
@@ -91,13 +92,16 @@ def _is_stuck(client: Any, name: str) -> bool:
         holder = b""
     now = time.monotonic()
     last, since = _held.get(name, (None, now))
-    if last != holder:
+    if is_strange_lock(client, name, _LOCK_SECONDS):
+        logger.error("removing %s: it is no lock of ours, since it does not end after %d s", name, _LOCK_SECONDS)
+    elif last != holder:
         _held[name] = holder, now
-    elif now - since > _LOCK_STUCK:
-        del _held[name]
-        client.delete(name)
-        return True
-    return False
+        return False
+    elif now - since <= _LOCK_STUCK:
+        return False
+    _held.pop(name, None)
+    client.delete(name)
+    return True
 
 
 def forget(run: Run) -> None:
@@ -127,7 +131,9 @@ def queue_lengths(run: Run) -> dict[str, int]:
         pipeline = client.pipeline(transaction=False)
         for name in (queues.retry, *queues.lanes):
             pipeline.llen(name)
-        retried, *lanes = pipeline.execute()
+        # A key of another type holds no question; `producer status` names it.
+        found = pipeline.execute(raise_on_error=False)
+        retried, *lanes = (number if isinstance(number, int) else 0 for number in found)
     return {queues.retry: retried, f"{queues.retry.removesuffix('.retry')}.lanes": sum(lanes)}
 
 

@@ -7,6 +7,7 @@ itself when its process does.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,15 +18,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from kombu.exceptions import OperationalError
+from pydantic import Field, TypeAdapter, ValidationError
 from redis.exceptions import RedisError
 
 from storage.errors import UserError
 
 logger = logging.getLogger(__name__)
 KEY = "halp:worker:"
+_MAX_NOTE = 1 << 20  # bytes; a note of ours has a thousandth of it
+_MAX_PROCESSES = 10_000
+_PAGE = 20  # notes in one round trip
+# What somebody else wrote may be anything: it is shown to people, and counted with.
+Line = Annotated[str, Field(max_length=4096)]
+Number = Annotated[int, Field(ge=0, le=1 << 62)]
+Ticks = Annotated[int, Field(ge=-1, le=1 << 62)]
+Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 _FILE_INTERVAL, _REDIS_INTERVAL, TTL = 5.0, 10.0, 35  # seconds
 
 
@@ -33,33 +43,31 @@ _FILE_INTERVAL, _REDIS_INTERVAL, TTL = 5.0, 10.0, 35  # seconds
 class Presence:
     """What a process says of itself. Times are on its wall clock."""
 
-    name: str
-    pid: int
-    ticks: int  # when the process began, as the kernel counts: another one may get its number
-    started: float
-    seen: float = 0.0
-    serves: str = ""  # the prefix of a model's queues; empty without an engine
+    name: Line
+    pid: Number
+    ticks: Ticks  # when the process began, as the kernel counts: another one may get its number
+    started: Time
+    seen: Time = 0.0
+    serves: Line = ""  # the prefix of a model's queues; empty without an engine
     collects: bool = False
-    model: str = ""
-    dtype: str = ""
-    device: str = ""
-    gpu: str = ""
-    loading_since: float | None = None
-    busy_since: float | None = None
-    answered: float | None = None
-    image_since: float | None = None  # when the oldest image began that is being read or decoded
-    done: int = 0  # questions since it began
-    swept: float | None = None
-    computed: int = (
-        0  # questions that the engine computed, in so many batches, with so many image prefixes of their own
-    )
-    batches: int = 0
-    prefixes: int = 0
-    retrying: dict[str, int] = field(default_factory=dict)  # run id to its questions that wait here for another attempt
-    waits: dict[str, str] = field(default_factory=dict)  # runs that do not go on here: location to the reason
-    gpu_memory_used: int | None = None  # bytes, of the GPU, by whomever
-    gpu_memory_total: int | None = None
-    gpu_busy: float | None = None  # of the last second or so
+    model: Line = ""
+    dtype: Line = ""
+    device: Line = ""
+    gpu: Line = ""
+    loading_since: Time | None = None
+    busy_since: Time | None = None
+    answered: Time | None = None
+    image_since: Time | None = None  # when the oldest image began that is being read or decoded
+    done: Number = 0  # questions since it began
+    swept: Time | None = None
+    computed: Number = 0  # questions that the engine computed, in so many batches, with so many image prefixes
+    batches: Number = 0
+    prefixes: Number = 0
+    retrying: dict[Line, Number] = field(default_factory=dict)  # run id to its questions to be tried again here
+    waits: dict[Line, Line] = field(default_factory=dict)  # runs that do not go on here: location to the reason
+    gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever
+    gpu_memory_total: Number | None = None
+    gpu_busy: Time | None = None  # of the last second or so
 
     @property
     def state(self) -> str:
@@ -67,6 +75,9 @@ class Presence:
         if self.serves and (self.loading_since is not None or not self.device):
             return "loading"
         return "busy" if self.busy_since is not None else "ready"
+
+
+_presence = TypeAdapter(Presence)
 
 
 def of_this_process(name: str) -> Presence:
@@ -148,16 +159,24 @@ def present_here(directory: Path, *, clean: bool = False) -> list[Presence]:
 
 def present(client: Any) -> list[Presence]:
     """Return every process that has lately announced itself in Redis, by name."""
-    keys = list(client.scan_iter(match=KEY + "*", count=500))
-    found = [decode(data) for data in (client.mget(keys) if keys else [])]
-    return sorted((presence for presence in found if presence is not None), key=lambda presence: presence.name)
+    keys = list(itertools.islice(client.scan_iter(match=KEY + "*", count=500), _MAX_PROCESSES))
+    found = []
+    for start in range(0, len(keys), _PAGE):
+        page = keys[start : start + _PAGE]
+        for key, data in zip(page, client.mget(page)):
+            presence = decode(data)
+            if presence is not None and key == (KEY + presence.name).encode():
+                found.append(presence)
+    return sorted(found, key=lambda presence: presence.name)
 
 
 def decode(data: str | bytes | None) -> Presence | None:
     """Return what was noted; None where it is nothing of ours."""
+    if not data or len(data) > _MAX_NOTE:
+        return None
     try:
-        return Presence(**json.loads(data or ""))
-    except (ValueError, TypeError):
+        return _presence.validate_json(data, strict=True)
+    except ValidationError:
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ from kombu.utils.scheduling import round_robin_cycle
 # Of eight workers (6 questions an image, 5,400 questions): 16 lanes in rotation keep 2.5 questions together, 64 in random
 # orders 5.2 to 5.7, 128 keep 5.7, 256 keep 5.8. Each worker waits on all of them in one BRPOP.
 LANES = 128
+OURS = "halp."  # what the name of each queue begins with
 COLLECT = "halp.collect"
 EXTRACT = "workers.extract"  # the task whose messages are in a model's queues
 _VISIT = 256  # messages that a worker takes from a lane before it looks into the next
@@ -60,6 +62,13 @@ class ModelQueues:
     def prefix(self) -> str:
         """What the names of these queues begin with."""
         return f"halp.{self.slug}.{self.dtype}.{self.digest}"
+
+
+def instead_of(queue: str) -> Iterator[str]:
+    """Yield the queues that serve in place of one that is not usable: that for retries, then any lane. None for a hint's."""
+    if queue.startswith(OURS) and queue != COLLECT:
+        prefix = queue.rpartition(".")[0]
+        yield from (f"{prefix}.retry", *(f"{prefix}.{lane:03d}" for lane in range(LANES)))
 
 
 class Rounds(round_robin_cycle):  # type: ignore[misc]

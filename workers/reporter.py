@@ -111,9 +111,9 @@ def main() -> None:
     """Write the report of each run that a line of stdin names; answer each with what went wrong."""
     die_with_named_parent()
     os.nice(_NICENESS)
-    from storage.terminal import echo_json
-from storage.report import write_report
+    from storage.report import write_report
     from storage.run import Run
+    from storage.terminal import echo_json
 
     for line in sys.stdin:
         problem = ""

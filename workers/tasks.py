@@ -26,6 +26,7 @@ from workers.errors import (
     BatchFailedError,
     EngineStartError,
     MessageRefusedError,
+    NotThereYetError,
     PermanentError,
     RunRefusedError,
     RunWaitsError,
@@ -42,9 +43,9 @@ from workers.troubles import troubles
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
-MAX_PASSES = 20  # of a question from a worker that refuses its run to whoever serves the retry queue
 MAX_DISK_RETRIES = 3  # of a question whose run cannot be read or written; then feeding brings it back
 PUT_OFF = "put off"  # how a task ends whose run cannot be read or written now
+MAX_PASSES = 20  # of a question from a worker that refuses its run, or does not see it yet: for five minutes or so
 _LONGEST_PASS = 30.0  # seconds
 _EXPECTED = (MessageRefusedError,)  # Celery logs these in a line, without a traceback
 # What leaves a task in Celery's threads pool without an acknowledgement, and costs the worker a thread for good.
@@ -83,7 +84,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         return "finished before"
     if run.is_cancelled():
         return "cancelled"
-    _check_planned(run, part, sequence)
+    _check_planned(self, run, part, sequence)
     try:
         sample = extractor.extract(opened, part, sequence)
     except PermanentError as error:
@@ -130,17 +131,16 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
         raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
         troubles.note(message.run_dir, f"waits: {error}")
-        if task.request.retries >= MAX_DISK_RETRIES:
-            raise RunWaitsError(str(error)) from error
-        raise _retry(task, error) from error
+        raise _pass_on(task, error) from error
 
 
-def _check_planned(run: Run, part: int, sequence: int) -> None:
+def _check_planned(task: Task, run: Run, part: int, sequence: int) -> None:
+    """Refuse a question that the plan has not. A part of which nothing is seen may have been planned a moment ago."""
     try:
-        planned = sequence < run.slice(part).size
-    except KeyError:
-        planned = False
-    if not planned:
+        size = run.slice(part).size
+    except KeyError as error:
+        raise _pass_on(task, NotThereYetError(f"{run.location} has no part {part}, or not yet")) from error
+    if sequence >= size:
         raise MessageRefusedError(f"{run.location} has no question {sequence} in part {part}")
 
 
@@ -153,8 +153,10 @@ def _keep(run: Run, write: Callable[[], None]) -> None:
         raise Reject(error, requeue=True) from error
 
 
-def _pass_on(task: Task, error: RunRefusedError) -> Exception:
-    """Offer a question of a run that this worker refuses to others: again and again, for some minutes.
+def _pass_on(task: Task, error: Exception) -> Exception:
+    """Put off a question of which this worker can compute nothing, and offer it to others: again and again, for some minutes.
+
+    It counts as no attempt. A question whose last offer fails is dropped; where its run is fed, feeding brings it back.
 
     Where this worker and another wait for questions it is this one that gets it every second time, so the first pauses are
     short: 40 questions went over in 143 s with pauses of 15 to 30 s, in 41 s with these.
@@ -182,7 +184,7 @@ def _harmless(error: BaseException) -> Exception:
 
 def _retry(task: Task, error: Exception) -> Exception:
     """Put the task into the retry queue with exponential back-off and jitter."""
-    countdown = min(MAX_COUNTDOWN, 2**task.request.retries) * random.uniform(0.5, 1.0)
+    countdown = min(MAX_COUNTDOWN, 2 ** min(task.request.retries, 6)) * random.uniform(0.5, 1.0)
     retry: Exception = task.retry(
         exc=error, countdown=countdown, queue=declaration(model_queues(settings()).retry), throw=False
     )
