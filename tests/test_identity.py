@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders import make_failure, make_questions, make_run, make_sample, stage
 
-from storage.errors import DamagedError, MisplacedError
+from storage.errors import DamagedError, MisplacedError, RunGoneError
 from storage.pack import pack, read_sidecar
 from storage.run import Run
 
@@ -83,7 +83,7 @@ def test_nothing_is_staged_where_another_run_lies_now(tmp_path: Path, how: str) 
     else:
         shutil.rmtree(place / ".run")
     assert not run.is_current()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(RunGoneError):
         run.stage_sample(1, 1, make_sample(question))
     after = make_run(place, other_questions(), bound_samples=True, run_id=OTHER)
     assert not run.is_current()
@@ -92,7 +92,7 @@ def test_nothing_is_staged_where_another_run_lies_now(tmp_path: Path, how: str) 
         lambda: run.stage_failure(1, 1, make_failure(question)),
         lambda: run.note_death(1, 1, alone=True),
     ):
-        with pytest.raises(FileNotFoundError, match="another is in its place"):
+        with pytest.raises(RunGoneError, match="another is in its place"):
             write()
     assert after.staged(1) == {}
 
