@@ -87,7 +87,9 @@ def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images
     retried = command("producer", "retry", output, "--reason", "image_missing", **cluster.variables)
     assert retried.returncode == 0, retried.stderr
     # None where the collector was faster.
-    assert re.match(r"1 failed question is planned again in part 3; [01] put into the queue now.\nWatch: ", retried.stdout)
+    assert re.match(
+        r"1 failed question is planned again in part 3; [01] put into the queue now.\nWatch: ", retried.stdout
+    )
     wait_for(lambda: finished(output), 60, "the retry is finished")
     assert_whole(output, rows, images, failed={"q3", "q14"})
     status = cluster.status(output)
