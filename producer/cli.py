@@ -317,7 +317,9 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
     try:
         newly = run.cancel()
     except OSError as error:
-        raise UserError(f"cannot cancel: {describe(error, run.location)}; the run goes on") from None
+        if not run.is_cancelled():
+            raise UserError(f"cannot cancel: {describe(error, run.location)}; the run goes on") from None
+        newly = False
     if as_json:
         echo_json({"newly_cancelled": newly, "outstanding": account.outstanding})
     elif not quiet:

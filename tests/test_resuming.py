@@ -144,6 +144,8 @@ def test_a_place_that_cannot_be_written_is_said_in_one_sentence(run, monkeypatch
     if arguments == ("cancel",):
         assert err.startswith(f"error: cannot cancel: {run.location}: ") and err.count("\n") == 1
         assert not run.is_cancelled()
+        run.store.path(".run/cancelled.json").write_bytes(b"{}")
+        assert call(monkeypatch, *arguments, run.location) == 0  # as it was before
 
 
 @pytest.mark.parametrize("command", ["report", "export"])

@@ -50,7 +50,8 @@ class WorkerSettings(BaseSettings):
         20, ge=0, description="Parts of one run that are computed ahead of the first unpublished one; 0 is no bound."
     )
     data_roots: Annotated[tuple[str, ...], NoDecode] = Field(
-        (".",), description="Directories and URLs, separated by `:`, that runs may lie in; the collector scans them."
+        (".",),
+        description="Directories and URLs that runs may lie in, separated by `:` or as JSON; the collector scans them.",
     )
     sweep_interval: float = Field(5.0, gt=0, description="Seconds between two sweeps of the collector.")
 
