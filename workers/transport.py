@@ -22,7 +22,7 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from workers.broker import trouble
 from workers.envelope import NotOursError, read
-from workers.foreign import UNACKED, UNACKED_INDEX, ForeignKeys, foreign_lists, foreign_notes, is_wrong_type
+from workers.foreign import UNACKED, UNACKED_INDEX, ForeignKeys, foreign_lists, foreign_notes, is_wrong_type, type_of
 from workers.queues import COLLECT, OURS, instead_of
 from workers.unacked import QoS
 
@@ -196,6 +196,17 @@ class Channel(redis.Channel):  # type: ignore[misc]
             super()._delete(queue, *arguments, **options)
         except ResponseError as error:
             self._go_around(error, [queue])
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Keep the bindings of queues that end by themselves; a mailbox works without."""
+        try:
+            super().maybe_refresh_binding_expiry()
+        except ResponseError as error:
+            self._binding_expiry_refreshed_at = self._bindings_swept_at = time.monotonic()
+            kinds = {self.keyprefix_queue % exchange: "set" for exchange, _ in self._fanout_queues.values()}
+            kinds[self.keyprefix_binding_deadlines] = "zset"
+            client = self._create_client()
+            self._go_around(error, [name for name in kinds if type_of(client, name) not in ("none", kinds[name])])
 
     def go_around_notes(self, error: ResponseError) -> None:
         """Name the foreign keys where notes on messages should be. Raises an error of another kind."""
