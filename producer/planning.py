@@ -28,6 +28,9 @@ from storage.verify import Finding
 from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
 from workers.checkpoint_files import check_files
 
+_LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key in S3
+# Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
+_MOST_COLUMNS = 2000
 _ASIDE = 9  # characters that `--repair` puts before the name of a part that it moves aside
 
 
@@ -42,7 +45,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, table, len(questions))
-    _refuse_unwritable(options, settings)
+    _refuse_unwritable(options, settings, len(table.questions[0].extra))
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
@@ -61,7 +64,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 def refuse_faults(options: RunOptions, table: Table, number: int) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
     settings = _settings(options, table, number)
-    _refuse_unwritable(options, settings)
+    _refuse_unwritable(options, settings, len(table.questions[0].extra))
     _refuse_other_content(options.output_dir, settings)
 
 
@@ -143,14 +146,26 @@ def _check_layers(options: RunOptions) -> None:
         raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
 
 
-def _refuse_unwritable(options: RunOptions, settings: RunSettings) -> None:
-    """Raise UserError where a part would have a name that cannot be written: its questions would be computed and wait."""
+def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int) -> None:
+    """Raise UserError where the parts of a new run could not be written: its questions would be computed, and wait for ever."""
+    location = resolve_location(options.output_dir)
+    if is_run(location):
+        return
+    if columns > _MOST_COLUMNS:
+        raise UserError(
+            f"{options.csv}: {columns:,} further columns, of which {_MOST_COLUMNS:,} can be kept: remove what no reader needs"
+        )
     name = part_name(settings.model_slug, 0, settings.part_digits)
     longest = _longest_name(options.output_dir) - _ASIDE
     if len(name) > longest:
         raise UserError(
             f"--model {short(options.model)}: parts would be called {short(name)} and have names of {len(name)} characters, "
             f"of which {longest} can be written: give the model's directory a shorter name, or name a link to it"
+        )
+    room = (_LONGEST_KEY if is_url(location) else _LONGEST_PATH) - len("/.run/damaged/") - _ASIDE - len(name)
+    if len(os.fsencode(location)) > room:
+        raise UserError(
+            f"--output-dir {short(options.output_dir)}: its path is too long for the parts in it: choose a shorter one"
         )
 
 

@@ -35,8 +35,6 @@ _COLUMNS = {
 _MAX_FIELD = 1 << 20
 _BUFFER = 1 << 16
 _MAX_NAME = 512  # characters of a question id or a column's name, which become names in HDF5: 64 KiB there at most
-# Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
-_MOST_COLUMNS = 2000
 _MAX_COLUMNS = 20  # named in a message
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BAD_CHARACTER = re.compile(r"[\0\ud800-\udfff]")  # a surrogate stands for a byte that was not UTF-8: see _open
@@ -204,8 +202,6 @@ def _header_problems(names: Sequence[str], missing: Sequence[str]) -> list[str]:
         for mark, word in ((";", "semicolons"), ("\t", "tabs")):
             if mark in "".join(names):
                 problems.append(f"it looks separated by {word}: save it with commas")
-    if len(names) > _MOST_COLUMNS:
-        problems.append(f"{len(names):,} columns, of which {_MOST_COLUMNS:,} can be kept: remove what no reader needs")
     for name, number in Counter(names).items():
         if number > 1:
             problems.append(f"{number} columns are named {short(name)}: rename or remove all but one")

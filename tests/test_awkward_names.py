@@ -22,7 +22,6 @@ import producer.cli
 import workers.cli
 from producer import planning, server
 from producer.server import EmbeddedServer
-from producer.table import read_table
 from storage.errors import UserError
 from storage.location import join_roots, split_roots
 from storage.naming import part_name
@@ -100,7 +99,7 @@ def test_the_longest_name_can_be_written_and_moved_aside(tmp_path, monkeypatch, 
     for number, expected in ((0, "cannot reach the broker"), (1, "of which 246 can be written")):
         model = longest + "x" * number
         assert expected in call(
-            monkeypatch, capsys, "enqueue", *dataset, "--output-dir", tmp_path / "o", "--model", model
+            monkeypatch, capsys, "enqueue", *dataset, "--output-dir", tmp_path / f"o{number}", "--model", model
         )
     (tmp_path / f"01234567-{part_name(longest, 1, 3)}").touch()
 
@@ -110,7 +109,21 @@ def test_what_a_file_system_takes_is_asked_of_it(tmp_path, monkeypatch):
     assert planning._longest_name(str(tmp_path / "not" / "there")) == 143
     settings = make_settings(model="x" * 120)
     with pytest.raises(UserError, match="134 can be written"):
-        planning._refuse_unwritable(type("Options", (), {"model": "x", "output_dir": str(tmp_path)}), settings)
+        planning._refuse_unwritable(type("Options", (), {"model": "x", "output_dir": str(tmp_path)}), settings, 0)
+
+
+def test_a_path_too_long_for_its_parts_is_refused(monkeypatch):
+    monkeypatch.setattr(planning, "is_run", lambda _: False)
+    settings, fits = make_settings(model="x"), 4095 - len("/.run/damaged/01234567-" + part_name("x", 1, 3))
+    for length, location in ((fits, "/" + "d/" * 3000), (1024 - 4095 + fits, "s3://bucket/" + "d/" * 3000)):
+        for number in (length, length + 2):
+            place = location[: number - 1] + "d"
+            options = type("Options", (), {"model": "x", "output_dir": place})
+            if number == length:
+                planning._refuse_unwritable(options, settings, 0)
+            else:
+                with pytest.raises(UserError, match="too long for the parts in it"):
+                    planning._refuse_unwritable(options, settings, 0)
 
 
 def test_an_output_directory_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, dataset):
@@ -139,16 +152,25 @@ def test_bytes_that_are_no_utf8_are_refused(tmp_path, monkeypatch, capsys, datas
     assert not (tmp_path / "out").exists()
 
 
-def test_more_columns_than_can_be_kept_are_refused(tmp_path):
+def test_more_columns_than_can_be_kept_are_refused(tmp_path, monkeypatch, capsys, dataset):
     path = tmp_path / "wide.csv"
-    for number in (2000, 2001, 66_000):
-        names = ["question_id", "image_id", "question", *(f"c{i}" for i in range(number - 3))]
-        path.write_text(",".join(names) + "\n" + ",".join(["q", "i.png", "What?", *["x"] * (number - 3)]) + "\n")
-        if number == 2000:
-            assert len(read_table(path).questions[0].extra) == 1997
-        else:
-            with pytest.raises(UserError, match=f"{number:,} columns, of which 2,000 can be kept"):
-                read_table(path)
+    arguments = [path, *dataset[1:], "--output-dir", tmp_path / "out", "--model", "m"]
+    for number, expected in (
+        (66_000, "66,000 further columns, of which 2,000"),
+        (2_001, "2,001 further"),
+        (2_000, "broker"),
+    ):
+        names = ["question_id", "image_id", "question", *(f"c{i}" for i in range(number))]
+        path.write_text(",".join(names) + "\n" + ",".join(["q", "a.png", "What?", *["x"] * number]) + "\n")
+        assert expected in call(monkeypatch, capsys, "enqueue", *arguments)
+
+
+def test_a_run_that_was_begun_before_goes_on(tmp_path, monkeypatch, capsys, dataset):
+    arguments = [*dataset, "--output-dir", tmp_path / "out", "--model", "x" * 230]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(planning, "_ASIDE", 0)
+        assert "cannot reach the broker" in call(monkeypatch, capsys, "enqueue", *arguments)
+    assert "cannot reach the broker" in call(monkeypatch, capsys, "enqueue", *arguments)
 
 
 @pytest.mark.parametrize("name", ["x" * 110, "50%", "a?b", "a#b", "a b", "a\nb", "日本", "a:b"])

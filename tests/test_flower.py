@@ -218,6 +218,7 @@ def test_an_open_address_needs_a_password() -> None:
         ),
         ("TransientError('again')", "TransientError('again')"),
         ("Retry(Retry(...), TransientError('a, b'), 1.7315)", "TransientError('a, b'), again in 2 s"),
+        (r"PermanentError('image_missing', 'a\u202egnp.exe')", r"image_missing: a\u202egnp.exe"),
         (None, None),
     ],
 )

@@ -159,3 +159,13 @@ def test_storage_says_it_too(run, unwritable, storage_command, tmp_path, command
         exit_code == 2 and err.startswith("error: cannot write") and "its disk is full" in err and err.count("\n") == 1
     )
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_in_an_object_store_too(s3_url):
+    run = make_run(s3_url, 3)
+    run.cancel()
+    first, second = Resumption(run.cancellation()), Resumption(run.cancellation())
+    assert run.cancel() is False
+    assert not first.take_back(run)
+    assert Resumption(run.cancellation()).take_back(run)
+    assert second.take_back(run)
