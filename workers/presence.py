@@ -62,9 +62,7 @@ class Presence:
     computed: Number = 0  # questions that the engine computed, in so many batches, with so many image prefixes
     batches: Number = 0
     prefixes: Number = 0
-    retrying: dict[Line, Number] = field(
-        default_factory=dict
-    )  # run id to its questions that are to be tried again here
+    retrying: dict[Line, Number] = field(default_factory=dict)  # run id to its questions that wait here
     gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever
     gpu_memory_total: Number | None = None
     gpu_busy: Time | None = None  # of the last second or so
