@@ -89,6 +89,7 @@ def test_keys_of_another_type(cluster: Cluster, images: Path, client: redis.Redi
     foreign = [queues.retry, *queues.lanes[:100], "halp.collect", "unacked", "unacked_index"]
     for name in (*foreign, "_kombu.binding.celery.pidbox", "_kombu.binding.reply.celery.pidbox"):
         client.set(name, "x")
+    client.set(f"halp:feeding:{Run.open(output).run_id}", "x")
     problems = cluster.status(output)["problems"]
     for name in foreign:
         assert any(f"The key {name} in Redis holds a string, which is not ours" in problem for problem in problems)

@@ -23,6 +23,7 @@ from storage.plan import Slice
 from storage.run import Run
 from workers.broker import trouble
 from workers.celery import app
+from workers.foreign import is_strange_lock
 from workers.message import MAX_NAME
 from workers.queues import COLLECT, EXTRACT, ModelQueues, declaration
 from workers.settings import settings
@@ -71,13 +72,22 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
     pieces = pieces[: settings().staging_limit or None]
     with redis_client() as client:
         lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
-        if not lock.acquire():
+        if not lock.acquire() and not _take_from_stranger(client, lock):
             return 0
         try:
             return _Feeder(run, client, lock, pieces, max(published, default=0)).feed(put)
         finally:
             with suppress(LockNotOwnedError):
                 lock.release()
+
+
+def _take_from_stranger(client: Any, lock: Lock) -> bool:
+    """Acquire a lock that somebody holds for longer than we ever do; tell whether that was so."""
+    if not is_strange_lock(client, lock.name, _LOCK_SECONDS):
+        return False
+    logger.error("removing %s: it is no lock of ours, since it does not end after %d s", lock.name, _LOCK_SECONDS)
+    client.delete(lock.name)
+    return bool(lock.acquire())
 
 
 def forget(run: Run) -> None:
