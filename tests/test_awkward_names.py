@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,12 +58,11 @@ def dataset(tmp_path: Path) -> list[object]:
     return [write_csv(tmp_path / "vqa.csv", rows), "--images-dir", tmp_path / "images"]
 
 
-def test_a_run_among_awkward_names(tmp_path, dataset):
+def test_a_run_among_awkward_names(tmp_path, dataset, small_model):
     """The directory, that of temporary files, and the model, which is named by a link with another name than its own."""
     temporary, output = tmp_path / ("50%20?x#y:" + "z" * 90), tmp_path / "a[/b] run 12:30:00 ?#%\n日本"
     temporary.mkdir()
-    (tmp_path / "model: 1").mkdir()
-    (tmp_path / "model: 1" / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    shutil.copytree(small_model, tmp_path / "model: 1")
     link = tmp_path / "Its-Name"
     link.symlink_to(tmp_path / "model: 1")
     arguments = [*dataset, "--output-dir", output, "--model", link]
