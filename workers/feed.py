@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from kombu.exceptions import OperationalError
-from redis.exceptions import LockNotOwnedError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import LockNotOwnedError, RedisError
 from redis.lock import Lock
 
 from storage.errors import DamagedError
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 _CHUNK = 500  # messages in one round trip to Redis
 # A feeder holds it for as long again with each chunk; one that is killed delays the others by no more.
 _LOCK_SECONDS = 15
-_LOCK_STUCK = 900.0  # seconds; to feed a million questions without a bound takes two minutes
 _GRACE = (
     15.0,
     60.0,
@@ -42,7 +41,6 @@ _GRACE = (
 _HINT_INTERVAL = 1.0
 _MAX_REPR = 1024  # characters of a message's arguments that Flower shows
 
-_held: dict[str, tuple[bytes, float]] = {}  # locks that others hold: by whom, and since when by our clock
 _hinted: dict[tuple[str, int], float] = {}
 _hint_lock = threading.Lock()
 
@@ -66,7 +64,7 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
     pieces = pieces[: settings().staging_limit or None]
     with redis_client() as client:
         lock = client.lock(f"halp:feeding:{run.run_id}", timeout=_LOCK_SECONDS, blocking=False)
-        if not lock.acquire() and not (_is_stuck(client, lock.name) and lock.acquire()):
+        if not lock.acquire() and not _take_from_stranger(client, lock):
             return 0
         try:
             moved = claim(client, run)
@@ -79,29 +77,16 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
                 lock.release()
 
 
-def _is_stuck(client: Any, name: str) -> bool:
-    """Remove a lock that one holder has had for longer than a feeder needs, and tell so.
+def _take_from_stranger(client: Any, lock: Lock) -> bool:
+    """Acquire a lock that lasts longer than ours ever do, and tell whether that was so.
 
-    It expires by the server's clock, which may have been set back; or it is a stranger's, of another type or without an end.
+    A stranger's has no end. One of ours may seem so after the server's clock was set back; then its holder stops.
     """
-    try:
-        holder = client.get(name)
-    except NoPermissionError:
-        raise
-    except ResponseError:  # a stranger's key of another type
-        holder = b""
-    now = time.monotonic()
-    last, since = _held.get(name, (None, now))
-    if is_strange_lock(client, name, _LOCK_SECONDS):
-        logger.error("removing %s: it is no lock of ours, since it does not end after %d s", name, _LOCK_SECONDS)
-    elif last != holder:
-        _held[name] = holder, now
+    if not is_strange_lock(client, lock.name, _LOCK_SECONDS):
         return False
-    elif now - since <= _LOCK_STUCK:
-        return False
-    _held.pop(name, None)
-    client.delete(name)
-    return True
+    logger.error("removing %s: it is no lock of ours, since it does not end after %d s", lock.name, _LOCK_SECONDS)
+    client.delete(lock.name)
+    return bool(lock.acquire())
 
 
 def forget(run: Run) -> None:
