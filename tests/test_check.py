@@ -163,11 +163,15 @@ def test_a_sample_through_the_real_engine(tmp_path: Path, photographs: Path, sma
 def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(small_model, broken)
-    (broken / "model.safetensors").write_bytes(b"not a model")
+    (broken / "chat_template.json").unlink()
     table = table_of(tmp_path, ("q", sorted(photographs.iterdir())[0].name, "What?", ""))
     result = command("producer", "check", table, "--images-dir", photographs, "--model", broken, "--sample", 1)
     assert result.returncode == 2
-    assert f"error: --sample 1: cannot load {broken}" in result.stderr
+    assert f"error: --sample 1: cannot load {broken}: it has no chat template" in result.stderr
+    (broken / "model.safetensors").write_bytes(b"not a model")
+    result = command("producer", "check", table, "--images-dir", photographs, "--model", broken)
+    assert result.returncode == 2
+    assert f"error: --model {broken}: model.safetensors is damaged" in result.stderr
 
 
 def options(images: Path, **changes: Any) -> RunOptions:
