@@ -228,8 +228,9 @@ def test_an_acl_user_and_a_wrong_password(
     assert "extract-" in pages["/"]
     assert 'type="task-succeeded"' in pages["/metrics"].replace("'", '"')
     assert_whole(output, rows, images, failed={"q2"})
-    for words in (("retry", output), ("cancel", output)):
-        assert command("producer", *words, **cluster.variables).returncode == 0
+    assert command("producer", "retry", output, **cluster.variables).returncode == 0
+    cancelled = command("producer", "cancel", output, **cluster.variables)
+    assert cancelled.returncode == 0 or "is finished" in cancelled.stderr  # on a busy machine the retry is over by then
     assert cluster.enqueue(table, images, output).returncode == 0
     wait_for(lambda: finished(output), 60, "the retry is finished")
     for process in cluster.processes:
