@@ -171,6 +171,8 @@ def _pass_on(task: Task, error: Exception) -> Exception:
             countdown=min(_LONGEST_PASS, settings().visibility_timeout / 2, 1.5**passed) * random.uniform(0.5, 1.0),
             queue=declaration(model_queues(settings()).retry), headers={"halp_passed": passed + 1},
         )  # fmt: skip
+    else:
+        logger.warning("no longer offering %s: %s", task.request.id, error)
     ignored: Exception = Ignore(str(error))  # acknowledged, and said in one line: the reason stands above it
     return ignored
 
