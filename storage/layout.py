@@ -20,6 +20,7 @@ import numpy as np
 from h5py import h5, h5a, h5d, h5g, h5l, h5o, h5p, h5s, h5t
 
 from storage.errors import LayoutError
+from storage.heaps import endless_heap
 from storage.naming import question_id
 from storage.object_file import File, open_raw
 from storage.stored import StoredQuestion
@@ -36,9 +37,11 @@ _VECTOR_RATIO, _VECTOR_LEAST = 32, 64 << 20
 class Part:
     """A part while it is open."""
 
-    def __init__(self, path: File, size: int, file: h5py.File) -> None:
+    def __init__(self, path: File, size: int, file: h5py.File, raw: io.RawIOBase) -> None:
         self.path = path
         self.size = size
+        self._raw = raw
+        self._heaps_seen = False
         self._root = file.id
         self.texts_left = _TEXT_LEAST + _TEXT_RATIO * size  # bytes of texts and attributes that may still be read
 
@@ -96,6 +99,19 @@ class Part:
     def refusal(self, what: str, reason: str) -> LayoutError:
         """Return the error for something in this file that the layout does not have."""
         return LayoutError(self.path, what, reason)
+
+    def look_at_heaps(self) -> None:
+        """Raise LayoutError where HDF5 would not come out of a heap of strings. Before the questions' own strings are read.
+
+        In an object store they would have to be fetched for it, and are not.
+        """
+        if self._heaps_seen:
+            return
+        with named(self.path):
+            at = endless_heap(self._raw) if isinstance(self._raw, io.FileIO) else None
+        if at is not None:
+            raise self.refusal(f"the heap of strings at byte {at:,}", "has no end")
+        self._heaps_seen = True
 
     # For what is stored of a question, by handles of h5py's low-level interface
 
@@ -189,7 +205,7 @@ def open_part(file: File) -> Iterator[Part]:
             size = raw.seek(0, os.SEEK_END)
             opened = _open(raw)
         try:
-            yield Part(file, size, opened)
+            yield Part(file, size, opened, raw)
         finally:
             opened.close()  # one in an object store before the program ends: HDF5 would close it after Python has, and crash
 

@@ -61,12 +61,14 @@ class StoredQuestion:
 
     def texts(self) -> dict[str, str]:
         """Return those of the four texts that there are."""
+        self._part.look_at_heaps()
         with named(self._part.path):
             return {name: text for name in TEXTS if (text := self._text(name)) is not None}
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes: texts, numbers, arrays of numbers."""
         part = self._part
+        part.look_at_heaps()
         with named(part.path):
             names = part.names_of(self._node, self._key)
             part.take(sum(map(len, names)), self._key)
