@@ -6,15 +6,17 @@ import sys
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from producer.images import check_images
+from producer.images import check_images, with_found_images
 from producer.options import RunOptions
 from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
 from producer.table import file_sha256, read_questions
+from producer.wording import takes_columns
 from storage.errors import UserError
 from storage.location import resolve_location
 from storage.naming import model_slug
@@ -25,6 +27,8 @@ from storage.run import Run, is_run, part_names
 from storage.settings import RunSettings
 from workers.checkpoint import checkpoint_digest, local_num_layers, resolve_layers
 
+_MAX_SHOWN = 200  # characters of a setting in a message: a chat template has more
+
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     """Check everything, then create the run, or open it where it was begun. Raises UserError before anything is written.
@@ -32,10 +36,11 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
     questions = select(read_questions(options.csv, phases), limit=options.limit, test=options.test)
+    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
     check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, questions)
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
@@ -53,7 +58,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 
 def refuse_faults(options: RunOptions, questions: Sequence[Question]) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
-    settings = _settings(options, slices=-(-len(questions) // options.checkpoint_interval))
+    settings = _settings(options, questions)
     _refuse_other_content(options.output_dir, settings)
 
 
@@ -65,8 +70,9 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
         print(f"{name} will be computed again, its files are in {aside}: {reason}", file=sys.stderr)
 
 
-def _settings(options: RunOptions, *, slices: int) -> RunSettings:
+def _settings(options: RunOptions, questions: Sequence[Question]) -> RunSettings:
     _check_layers(options)
+    slices = -(-len(questions) // options.checkpoint_interval)
     model = options.model
     return RunSettings(
         run_id=uuid.uuid4().hex[:16],
@@ -80,6 +86,10 @@ def _settings(options: RunOptions, *, slices: int) -> RunSettings:
         layers=options.layers,
         vision_encoder=options.vision_encoder,
         prompt=options.prompt,
+        prompt_columns=takes_columns(options, questions),
+        system_prompt=options.system_prompt,
+        chat_template=options.chat_template,
+        special_tokens=options.special_tokens,
         repetition_penalty=options.repetition_penalty,
         exact=options.exact,
         halp_compat=options.halp_compat,
@@ -156,7 +166,14 @@ def _option(name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return "the default" if value is None else str(value)
+    if value is None:
+        return "the default"
+    text = str(value)
+    return (
+        text
+        if len(text) <= _MAX_SHOWN
+        else f"{text[:_MAX_SHOWN]!r}… (SHA-256 {sha256(text.encode()).hexdigest()[:12]})"
+    )
 
 
 def _names(names: list[str]) -> str:

@@ -30,6 +30,7 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Root attributes that say what a vector is. Files that differ in one of them do not belong into one array.
 KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
+_BEFORE: dict[str, Any] = {"special_tokens": "text"}  # what a part of ours was that does not say so yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,8 @@ def _named_damage(path: File) -> Iterator[None]:
 
 
 def _kind(file: h5py.File) -> dict[str, Any]:
-    return {name: _plain(file.attrs[name]) for name in KIND if name in file.attrs}
+    found = {name: _plain(file.attrs[name]) for name in KIND if name in file.attrs}
+    return (_BEFORE if "run_id" in file.attrs else {}) | found
 
 
 def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:

@@ -186,8 +186,12 @@ def test_foreign_template_is_refused(processor, template):
 def test_tokenizer_that_joins_the_question_with_the_template_is_refused(processor):
     """Then the parts' ids, put together, would not be the prompt's."""
 
-    def one_token(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [hash(text)]}
+    class OneToken:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [hash(text)]}
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return processor.tokenizer.get_added_vocab()
 
     with pytest.raises(EngineStartError, match="merges the question"):
-        split_prompt(foreign(processor, CHAT_TEMPLATE, one_token))
+        split_prompt(foreign(processor, CHAT_TEMPLATE, OneToken()))

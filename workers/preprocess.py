@@ -24,11 +24,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url
+from storage.settings import SpecialTokens
 from storage.store import read_bounded
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.image_cache import ImageCache
-from workers.prompt import QuestionTokenizer
+from workers.prompt import PromptParts, QuestionTokenizer
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 100_000_000
@@ -74,6 +75,7 @@ class Preprocessor:
     def __init__(self, card: ModelCard) -> None:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
+        self._prompt = card.prompt()
         self._factor = card.patch_size * card.merge_size
         self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
@@ -108,11 +110,23 @@ class Preprocessor:
         with self.hold(*arguments, **options) as image:
             return image
 
-    def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
-        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
-        suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
+    def request(
+        self,
+        image: PreparedImage,
+        question: str,
+        recipe: Recipe,
+        prompt: PromptParts | None = None,
+        special_tokens: SpecialTokens = "text",
+    ) -> Request:
+        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long.
+
+        `prompt` None is that of the checkpoint's own template; another one's head is the recipe's too.
+        """
+        prompt = prompt or self._prompt
+        asked = self._tokenize(prompt.around(question), special_tokens)
+        suffix = (*prompt.after_image_ids, *asked, *prompt.tail_ids)
         tokens = image.pixels.shape[0] * image.pixels.shape[1] // self._factor**2
-        total = len(self._card.head_ids) + tokens + len(suffix)
+        total = len(prompt.head_ids) + tokens + len(suffix)
         limit = min(_CONTEXT, self._card.max_position_embeddings)
         if total > limit:
             raise PermanentError(
@@ -149,10 +163,29 @@ def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, i
 
     Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
     """
+    return image_header(path, exif_rotation=exif_rotation)[0]
+
+
+def image_header(path: str | Path, *, exif_rotation: bool = False) -> tuple[tuple[int, int], bool]:
+    """Return what `image_size` does, and whether the EXIF data say that the image is to be shown turned or mirrored."""
     with _opened(path) as file, _decoding(path), Image.open(file, formats=_FORMATS) as image:
         _check_size(path, *image.size)
-        turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else (image.width, image.height)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if exif_rotation else _orientation(image)
+        size = (image.height, image.width) if exif_rotation and orientation >= 5 else (image.width, image.height)
+        return size, orientation in range(2, 9)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that a header says; 1, the usual one, where its data are damaged.
+
+    A run that does not turn images never reads them, so that they are no problem.
+    """
+    try:
+        # The base class's: a PNG's own would decode the whole image to find data that stand after it.
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  (Pillow raises whatever its parsers meet)
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
