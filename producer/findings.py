@@ -92,7 +92,9 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
         message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway\n{nearby}"
         findings.append(Finding("refused", "many_missing", missing, message))
     if seen.turned and not options.exif_rotation:
-        message = "images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
+        message = (
+            "of the images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
+        )
         findings.append(_finding("look", "exif_turned", seen.turned, message))
     return findings
 

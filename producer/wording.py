@@ -76,9 +76,9 @@ class Texts:
         said = []
         if holding:
             how = "parsed, as the processor does" if self.parsed else "taken as text"
-            said.append(f"{len(holding):,} questions hold special tokens, {how}")
+            said.append(f"special tokens in {len(holding):,} questions, {how}")
         if self.image_words:
-            said.append(f"{len(self.image_words):,} hold {_IMAGE_WORD}, which is text")
+            said.append(f"{_IMAGE_WORD} in {len(self.image_words):,} questions, which is text")
         return "; ".join(said) or "no special tokens in the questions"
 
     def findings(self) -> list[Finding]:
@@ -86,18 +86,20 @@ class Texts:
         found = []
         usual = {t: ids for t, ids in self.special.items() if t not in PLACEHOLDERS}
         if usual and not self.parsed:
-            message = "questions hold special tokens of the model ({}), which are taken as text: --special-tokens parse takes "
+            message = (
+                "of the questions hold special tokens of the model ({}), taken as text: --special-tokens parse takes "
+            )
             found.append(_about("special_tokens", usual, message + "them as the model's processor does"))
         if placeholders := {t: ids for t, ids in self.special.items() if t in PLACEHOLDERS}:
-            message = (
-                "questions hold placeholders of images or videos ({}), which are always taken as text: remove them"
-            )
+            message = "of the questions hold placeholders of images or videos ({}), which are always taken as text: remove them"
             found.append(_about("placeholders", placeholders, message))
         if self.image_words:
-            message = "questions hold {}, which is ordinary text to this model, and the image stands before the question anyway"
-            found.append(_about("image_words", {_IMAGE_WORD: self.image_words}, message + ": remove it"))
+            message = "of the questions hold {}, which is ordinary text to this model: the image stands before the text anyway"
+            found.append(_about("image_words", {_IMAGE_WORD: self.image_words}, message))
         if self.empty:
-            message = "questions have an empty cell in a column of the prompt ({}), for which nothing is inserted"
+            message = (
+                "of the questions have an empty cell in a column of the prompt ({}), for which nothing is inserted"
+            )
             found.append(_about("empty_cells", self.empty, message))
         return found
 

@@ -188,12 +188,12 @@ def test_check_says_what_the_texts_hold(options: Any, tmp_path: Path) -> None:
         checked = check(options(**changes), decode=False, sample=0, cache_dir=tmp_path)
         return checked.texts.words(), {finding.kind: finding.number for finding in checked.findings}
 
-    assert found() == ("1 hold <image>, which is text", {"image_words": 1})
+    assert found() == ("<image> in 1 questions, which is text", {"image_words": 1})
     words, findings = found(prompt="{question} A: {A} B: {B}")
-    assert words == "1 questions hold special tokens, taken as text; 1 hold <image>, which is text"
+    assert words == "special tokens in 1 questions, taken as text; <image> in 1 questions, which is text"
     assert findings == {"special_tokens": 1, "image_words": 1, "empty_cells": 1}
     words, findings = found(prompt="<|video_pad|>{question}{A}", special_tokens="parse")
-    assert words.startswith("2 questions hold special tokens, parsed, as the processor does")
+    assert words.startswith("special tokens in 2 questions, parsed, as the processor does")
     assert findings == {"image_words": 1, "placeholders": 2}
 
 
