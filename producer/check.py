@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from producer.findings import Finding, image_findings, long_prompts, table_findings
-from producer.images import check_images
+from producer.images import check_images, with_found_images
 from producer.options import RunOptions
 from producer.planning import refuse_faults
 from producer.progress import Phases, silent
 from producer.selection import order_by_image, select
 from producer.survey import Gallery, Survey, spread, survey
 from producer.table import read_table
+from producer.wording import Texts, look_at_texts, takes_columns
 from storage.location import is_url, resolve_location
 from storage.plan import Question
-from storage.settings import QUESTION
+from storage.wording import asked
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, Recipe
 from workers.preprocess import limits_of
+from workers.prompt import PromptStyle
 from workers.settings import DEFAULT_MODEL, settings
 from workers.shapes import Shape, shape_of
 from workers.trial import Trial, TrialCase, run_trial
@@ -61,6 +63,8 @@ class Checked:
     parts: int
     extra_columns: tuple[str, ...]
     without_answer: int
+    texts: Texts
+    turned: tuple[str, ...]  # images that are stored turned, by their EXIF data
     per_image: Counter[int]  # questions of an image to how many images have so many
     sizes: tuple[tuple[int, int], ...]  # of the good images
     tokens: tuple[int, ...]  # of the same images
@@ -98,18 +102,22 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, ph
     """
     table = read_table(options.csv, phases)
     questions = select(table.questions, limit=options.limit, test=options.test)
+    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
     check_images(questions, options.images_dir, options.image_roots, allow_missing=True, phases=phases)
-    refuse_faults(options, table, len(questions))
+    refuse_faults(options, table, questions)
     shape = shape_of(options.model)
     gallery = _gallery(options, shape or _default_shape())
-    asked = Counter(question.image_id for question in questions)
-    seen = survey(gallery, list(asked), decode=decode, done=phases("opening images", len(asked)))
+    asked_of = Counter(question.image_id for question in questions)
+    seen = survey(gallery, list(asked_of), decode=decode, done=phases("opening images", len(asked_of)))
     tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
-    disk = _disk(options, shape, len(questions), len(asked)) if shape else None
+    disk = _disk(options, shape, len(questions), len(asked_of)) if shape else None
+    columns = takes_columns(options, questions)
+    texts = look_at_texts(options, questions, columns=columns)
     findings = [
         *table_findings(questions),
-        *image_findings(options, seen, asked),
+        *image_findings(options, seen, asked_of),
         *long_prompts(questions, tokens, options.prompt),
+        *texts.findings(),
     ]
     if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
         findings.append(
@@ -123,20 +131,22 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, ph
     return Checked(
         options=options,
         questions=len(questions),
-        images=len(asked),
+        images=len(asked_of),
         parts=-(-len(questions) // options.checkpoint_interval),
         extra_columns=tuple(questions[0].extra),
         without_answer=sum(not question.ground_truth_answer for question in questions),
-        per_image=Counter(asked.values()),
+        texts=texts,
+        turned=seen.turned,
+        per_image=Counter(asked_of.values()),
         sizes=tuple(seen.sizes.values()),
         tokens=tuple(tokens.values()),
-        vision_tokens=sum(tokens.get(image_id, 0) * number for image_id, number in asked.items()),
+        vision_tokens=sum(tokens.get(image_id, 0) * number for image_id, number in asked_of.items()),
         file_bytes=seen.file_bytes,
         shape=shape,
-        what_ifs=_what_ifs(gallery, seen, asked),
+        what_ifs=_what_ifs(gallery, seen, asked_of),
         disk=disk,
         decode_seconds=seen.decode_seconds,
-        trial=_trial(options, gallery, questions, seen, sample, cache_dir) if sample and seen.sizes else None,
+        trial=_trial(options, gallery, questions, seen, sample, cache_dir, columns) if sample and seen.sizes else None,
         findings=tuple(sorted(findings, key=lambda finding: ("refused", "fails", "look").index(finding.level))),
     )
 
@@ -203,6 +213,7 @@ def _trial(
     seen: Survey,
     sample: int,
     cache_dir: Path,
+    columns: bool,
 ) -> Trial:
     """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions."""
     by_image: dict[str, list[Question]] = {}
@@ -221,10 +232,12 @@ def _trial(
         halp_compat=options.halp_compat,
     )
     spec = EngineSpec(settings().engine, options.model, options.revision, options.dtype, str(cache_dir))
-    cases = [TrialCase(q.image_id, options.prompt.replace(QUESTION, q.question)) for q in chosen]
+    cases = [TrialCase(q.image_id, asked(options.prompt, q, columns=columns)) for q in chosen]
     places = (gallery.images_dir, gallery.roots)
     limits = (options.min_pixels, options.max_pixels)
-    return run_trial(spec, cases, places, recipe, options.layers, limits, options.exif_rotation)
+    style = PromptStyle(options.system_prompt, options.chat_template)
+    turned, special = options.exif_rotation, options.special_tokens
+    return run_trial(spec, cases, places, recipe, options.layers, limits, turned, style, special)
 
 
 def in_bytes(number: float) -> str:

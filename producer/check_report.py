@@ -29,6 +29,9 @@ def check_json(checked: Checked) -> dict[str, Any]:
         "parts": checked.parts,
         "extra_columns": list(checked.extra_columns),
         "without_answer": checked.without_answer,
+        "special_tokens": {token: len(ids) for token, ids in checked.texts.special.items()},
+        "image_words": len(checked.texts.image_words),
+        "exif_turned": len(checked.turned),
         "questions_per_image": {str(k): n for k, n in sorted(checked.per_image.items())},
         "image_file_bytes": checked.file_bytes,
         "megapixels": {**_quantiles(megapixels), "histogram": _histogram(megapixels, _MEGAPIXELS)},
@@ -75,6 +78,8 @@ def _overview(checked: Checked) -> Table:
         ("questions", f"{checked.questions:,} in {checked.parts:,} parts; {checked.without_answer:,} have no answer"),
         ("images", f"{checked.images:,}, {in_bytes(checked.file_bytes)}; {per_image:.2f} questions an image"),
         ("questions per image", ", ".join(f"{n:,} images x {k}" for k, n in checked.per_image.most_common(6))),
+        ("texts", checked.texts.words()),
+        ("turned images", _turned(checked)),
         ("further columns", ", ".join(checked.extra_columns) or "none"),
         ("disk", _disk(checked)),
         ("decoding", _decoding(checked)),
@@ -84,6 +89,13 @@ def _overview(checked: Checked) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
+
+
+def _turned(checked: Checked) -> str:
+    if not checked.turned:
+        return "none by their EXIF data"
+    how = "turned upright" if checked.options.exif_rotation else "taken as stored"
+    return f"{len(checked.turned):,} by their EXIF data, which are {how}"
 
 
 def _disk(checked: Checked) -> str:

@@ -10,8 +10,10 @@ from typing import Literal
 
 from producer.faults import short
 from producer.images import MAX_MISSING
+from producer.nearby import describe_missing
 from producer.options import RunOptions
 from producer.survey import Survey
+from storage.location import resolve_location
 from storage.plan import Question
 from storage.settings import QUESTION
 from workers.preprocess import MAX_PROMPT
@@ -87,8 +89,14 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
         findings.append(_finding("fails", reason, images, message))
     missing = len(by_reason.get("image_missing", ()))
     if missing > MAX_MISSING * len(asked) and not options.allow_missing:
-        message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway"
+        nearby = describe_missing(by_reason["image_missing"], resolve_location(options.images_dir))
+        message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway\n{nearby}"
         findings.append(Finding("refused", "many_missing", missing, message))
+    if seen.turned and not options.exif_rotation:
+        message = (
+            "of the images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
+        )
+        findings.append(_finding("look", "exif_turned", seen.turned, message))
     return findings
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from producer.faults import Faults, short
+from producer.nearby import describe_missing, describe_outside, is_web
 from producer.progress import Phases, counted, silent
 from storage.errors import UserError
 from storage.images import OutsideRootError, resolve_image
@@ -15,6 +18,7 @@ from storage.plan import Question
 from storage.store import missing_objects
 
 MAX_MISSING = 0.2  # share of the distinct images: more is a wrong directory rather than lost files
+OTHER_COLUMN = "image_name"  # beside `image_id` in one table: COCO's number is in the one, the file in the other
 
 
 def check_images(
@@ -44,7 +48,7 @@ def check_images(
         try:
             places[image_id] = resolve_image(image_id, images_dir, roots)
         except OutsideRootError as e:
-            outside[image_id] = str(e)
+            outside[image_id] = f"{short(image_id)} is a URL: images are not fetched" if is_web(image_id) else str(e)
     if outside:
         raise UserError(_outside_message(questions, outside, images_dir))
     gone = _missing(counted(places.values(), phases("looking for images", len(places))), roots)
@@ -52,9 +56,49 @@ def check_images(
     if len(missing) > MAX_MISSING * len(images) and not allow_missing:
         raise UserError(
             f"{len(missing):,} of {len(images):,} images are missing in {images_dir}, such as "
-            f"{', '.join(map(short, missing[:3]))}: is --images-dir right? --allow-missing runs anyway"
+            f"{', '.join(map(short, missing[:3]))}: is --images-dir right? --allow-missing runs anyway\n"
+            f"{describe_missing(missing, images_dir)}"
         )
     return len(missing)
+
+
+def with_found_images(
+    questions: Sequence[Question],
+    images_dir: str | Path,
+    image_roots: Sequence[str | Path] = (),
+    *,
+    phases: Phases = silent,
+) -> Sequence[Question]:
+    """Return the questions by the column whose images are there, where a table has both `image_id` and `image_name`.
+
+    That is `image_name` if more of its images are found than of `image_id`'s; the other column is carried along.
+    """
+    if not questions or OTHER_COLUMN not in questions[0].extra:
+        return questions
+    roots = [resolve_location(images_dir), *map(resolve_location, image_roots)]
+    names = {question.image_id: question.extra[OTHER_COLUMN] for question in questions}
+    found = _found(names, roots, phases)
+    if found == len(names) or _found(names.values(), roots, phases) <= found:
+        return questions
+    return [
+        replace(q, image_id=q.extra[OTHER_COLUMN], extra=_carried(q.extra, OTHER_COLUMN, "image_id", q.image_id))
+        for q in questions
+    ]
+
+
+def _carried(extra: dict[str, str], name: str, other: str, value: str) -> dict[str, str]:
+    """Return the further columns with one in another's place."""
+    return {other if key == name else key: value if key == name else text for key, text in extra.items()}
+
+
+def _found(image_ids: Iterable[str], roots: Sequence[str], phases: Phases) -> int:
+    """Return how many of the distinct images are there."""
+    places = set()
+    distinct = dict.fromkeys(image_ids)
+    for image_id in counted(distinct, phases("comparing the image columns", len(distinct))):
+        with suppress(OutsideRootError):
+            places.add(resolve_image(image_id, roots[0], roots))
+    return len(places) - len(_missing(places, roots))
 
 
 def _missing(places: Iterable[str], roots: Sequence[str]) -> set[str]:
@@ -79,4 +123,6 @@ def _outside_message(questions: Sequence[Question], outside: dict[str, str], ima
             where = f"data row {question.csv_row}, question {short(question.question_id)}"
             faults.add(f"{where}: image {outside[question.image_id]}")
     rows = "1 row names" if faults.number == 1 else f"{faults.number:,} rows name"
-    return f"{rows} an image outside {images_dir}: --image-root DIR admits a further root\n{faults}"
+    cure = "download the images" if all(map(is_web, outside)) else "--image-root DIR admits a further root"
+    nearby = describe_outside(list(outside), images_dir)
+    return f"{rows} an image outside {images_dir}: {cure}\n{faults}{nearby}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -12,8 +14,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from storage.errors import UserError
-from storage.settings import QUESTION, Dtype, Order
+from storage.settings import QUESTION, Dtype, Order, SpecialTokens
+from workers.prompt import PLACEHOLDERS
 from workers.settings import DEFAULT_MODEL
+
+_COLUMN = re.compile(r"\{[^{}]+\}")
+_MAX_TEMPLATE = 1 << 18  # bytes; Qwen2.5-VL's has 1,017
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,9 @@ class RunOptions:
     test: bool
     allow_missing: bool
     repair: bool = False
+    system_prompt: str | None = None
+    chat_template: str | None = None  # its text
+    special_tokens: SpecialTokens = "text"
 
 
 def _run_options(
@@ -69,7 +78,32 @@ def _run_options(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
-    prompt: Annotated[str, typer.Option(help="What the model is asked; {question} is the row's question.")] = QUESTION,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What the model is asked, as in '{question} A: {A} B: {B}': {name} is the row's text in a column, {{ a brace."
+        ),
+    ] = QUESTION,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="The system message, as in 'Answer in one word.' [default: the template's]", show_default=False
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A Jinja template, or a chat_template.json, in place of the checkpoint's; read now, and kept with the run.",
+            show_default=False,
+        ),
+    ] = None,
+    special_tokens: Annotated[
+        SpecialTokens,
+        typer.Option(
+            help="Of the model's special tokens in the prompt: take them as text, or parse them as the processor does."
+        ),
+    ] = "text",
     repetition_penalty: Annotated[
         float | None,
         typer.Option(min=0.01, help="Of generated and prompt tokens. [default: the checkpoint's]", show_default=False),
@@ -143,6 +177,9 @@ def _run_options(
         test=test,
         allow_missing=allow_missing,
         repair=repair,
+        system_prompt=_checked_system_prompt(system_prompt),
+        chat_template=None if chat_template is None else _read_template(chat_template),
+        special_tokens=special_tokens,
     )
 
 
@@ -164,9 +201,33 @@ def with_run_options(command: Callable[..., None], *, leave_out: tuple[str, ...]
 
 
 def _checked_prompt(prompt: str) -> str:
-    if QUESTION not in prompt:
+    if not _COLUMN.search(prompt):
         raise UserError(f"--prompt {prompt!r} has no {QUESTION}: say where the question stands")
     return prompt
+
+
+def _checked_system_prompt(text: str | None) -> str | None:
+    if text is not None and (held := [token for token in PLACEHOLDERS if token in text]):
+        raise UserError(
+            f"--system-prompt holds {' and '.join(held)}, which would be an image without pixels: remove it"
+        )
+    return text
+
+
+def _read_template(path: Path) -> str:
+    """Return the text of a chat template's file. Raises UserError."""
+    try:
+        data = path.read_bytes() if path.stat().st_size <= _MAX_TEMPLATE else b""
+        text = data.decode("utf-8-sig")
+        if path.suffix == ".json":
+            text = json.loads(text)["chat_template"]
+    except OSError as error:
+        raise UserError(f"--chat-template {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--chat-template {path}: neither a template in UTF-8 nor a JSON with chat_template") from error
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"--chat-template {path}: it has no text, or more than {_MAX_TEMPLATE:,} bytes")
+    return text
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | Literal["all"] | None:

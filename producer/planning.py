@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from producer.faults import short
-from producer.images import check_images
+from producer.images import check_images, with_found_images
 from producer.options import RunOptions
 from producer.progress import Phases, counted, silent
 from producer.selection import cut, order_by_image, select
 from producer.table import Table, read_table
+from producer.wording import takes_columns
 from storage.errors import UserError
 from storage.location import is_url, resolve_location
 from storage.naming import model_slug, part_name
-from storage.plan import write_generation
+from storage.plan import Question, write_generation
 from storage.probe import Verdict, whose
 from storage.repair import repair
 from storage.run import Run, is_run, part_names
@@ -33,6 +36,8 @@ _LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key i
 _MOST_COLUMNS = 2000
 _ASIDE = 9  # characters that `--repair` puts before the name of a part that it moves aside
 
+_MAX_SHOWN = 200  # characters of a setting in a message: a chat template has more
+
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     """Check everything, then create the run, or open it where it was begun. Raises UserError before anything is written.
@@ -41,10 +46,11 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     """
     table = read_table(options.csv, phases)
     questions = select(table.questions, limit=options.limit, test=options.test)
+    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
     check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
-    settings = _settings(options, table, len(questions))
+    settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
     if options.repair:
         _repair(options.output_dir, settings, phases)
@@ -61,9 +67,9 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     return run
 
 
-def refuse_faults(options: RunOptions, table: Table, number: int) -> None:
+def refuse_faults(options: RunOptions, table: Table, questions: Sequence[Question]) -> None:
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
-    settings = _settings(options, table, number)
+    settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
     _refuse_other_content(options.output_dir, settings)
 
@@ -80,10 +86,10 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
         echo(f"{name} will be computed again, its files are in {aside}: {one_line(reason)}", err=True)
 
 
-def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
+def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) -> RunSettings:
     _refuse_not_utf8(options)
     _check_layers(options)
-    slices = -(-number // options.checkpoint_interval)
+    slices = -(-len(questions) // options.checkpoint_interval)
     model = options.model
     return RunSettings(
         run_id=uuid.uuid4().hex[:16],
@@ -98,6 +104,10 @@ def _settings(options: RunOptions, table: Table, number: int) -> RunSettings:
         layers=options.layers,
         vision_encoder=options.vision_encoder,
         prompt=options.prompt,
+        prompt_columns=takes_columns(options, questions),
+        system_prompt=options.system_prompt,
+        chat_template=options.chat_template,
+        special_tokens=options.special_tokens,
         repetition_penalty=options.repetition_penalty,
         exact=options.exact,
         halp_compat=options.halp_compat,
@@ -231,7 +241,14 @@ def _option(name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return "the default" if value is None else str(value)
+    if value is None:
+        return "the default"
+    text = str(value)
+    return (
+        text
+        if len(text) <= _MAX_SHOWN
+        else f"{text[:_MAX_SHOWN]!r}… (SHA-256 {sha256(text.encode()).hexdigest()[:12]})"
+    )
 
 
 def _names(names: list[str]) -> str:

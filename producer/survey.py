@@ -14,7 +14,7 @@ from storage.decoders import decoders
 from storage.images import OutsideRootError, resolve_image
 from storage.location import is_url
 from workers.errors import PermanentError, TransientError
-from workers.preprocess import image_size, load_image, smart_resize, vision_tokens
+from workers.preprocess import image_header, load_image, smart_resize, vision_tokens
 
 T = TypeVar("T")
 _TIMED = 32  # images that are decoded for the time it takes
@@ -38,6 +38,7 @@ class Survey:
     problems: tuple[ImageProblem, ...]
     file_bytes: int  # of the files on this machine
     decode_seconds: float | None  # of one core for one image: read, decoded and resized; None where none could be
+    turned: tuple[str, ...]  # good images that are stored turned, by their EXIF data
 
     def pixels(self) -> list[int]:
         """Return the good images' numbers of pixels."""
@@ -79,13 +80,15 @@ class Gallery:
 def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
     """Look at each image; `done` is told after each how many were."""
     sizes: dict[str, tuple[int, int]] = {}
-    problems = []
+    problems, all_turned = [], []
 
-    def look(image_id: str) -> tuple[tuple[int, int], int] | ImageProblem:
+    def look(image_id: str) -> tuple[tuple[int, int], int, bool] | ImageProblem:
         try:
             place = gallery.place(image_id)
-            size = gallery.decode(image_id) if decode else image_size(place, exif_rotation=gallery.exif_rotation)
-            return size, 0 if is_url(place) else os.path.getsize(place)
+            size, turned = image_header(place, exif_rotation=gallery.exif_rotation)
+            if decode:
+                size = gallery.decode(image_id)
+            return size, 0 if is_url(place) else os.path.getsize(place), turned
         except OutsideRootError as error:
             return ImageProblem(image_id, "image_outside_root", str(error))
         except PermanentError as error:
@@ -100,12 +103,13 @@ def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Do
                 if isinstance(found, ImageProblem):
                     problems.append(found)
                 else:
-                    sizes[image_id], number = found
+                    sizes[image_id], number, is_turned = found
                     file_bytes += number
+                    all_turned += [image_id] * is_turned
         except KeyboardInterrupt:
             decoders.end(0)  # or the pool would wait for the slowest image
             raise
-    return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)))
+    return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)), tuple(all_turned))
 
 
 def _decode_seconds(gallery: Gallery, image_ids: Sequence[str]) -> float | None:

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,6 +126,19 @@ class ObjectStore:
                 if not wanted:
                     break
             return wanted
+
+        return self._ask("", ask)
+
+    def some(self, limit: int) -> Sequence[str]:
+        """Return at most so many of the keys, in the order in which they are listed."""
+
+        def ask(client: Any, at: str) -> Sequence[str]:
+            found: deque[str] = deque()
+            for page in client.list(at or None, chunk_size=1000):
+                found += (self._key(entry["path"]) for entry in page)
+                if len(found) >= limit:
+                    break
+            return tuple(islice(found, limit))
 
         return self._ask("", ask)
 

@@ -160,6 +160,6 @@ def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int)
     if model is not None:  # absent only where no worker ever opened the run
         attributes |= {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in model.model_dump(exclude={"model_type"}).items()
+            for name, value in model.model_dump(exclude={"model_type"}, exclude_none=True).items()
         }
     return attributes

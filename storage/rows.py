@@ -20,7 +20,8 @@ from storage.objects import clean
 
 ROWS = "rows"  # the root attribute
 Columns = dict[str, list[Any]]  # a value for each question in key order; None where a question has none
-_CARRIED_TWICE = "_csv"  # suffix of a CSV column that is called as one of our texts
+_CARRIED_TWICE = "_csv"  # suffix of a CSV column that is called as one of our texts, or as these columns
+_OURS = frozenset({"part", "vector"})
 
 
 def encode_rows(rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> npt.NDArray[np.uint8]:
@@ -44,8 +45,17 @@ def read_rows(part: Part) -> Columns:
         raise DamagedError(f"{part.path}: the attribute `{ROWS}` does not fit its questions; {ADVICE}")
     columns: Columns = {"question_id": ids, **texts}
     for attribute, values in attributes.items():
-        columns[attribute if attribute not in texts else attribute + _CARRIED_TWICE] = values
+        columns[_carried_as(attribute, texts, attributes)] = values
     return columns | {"question_id": ids}
+
+
+def _carried_as(name: str, texts: Columns, attributes: Columns) -> str:
+    """Return what an attribute is called in a frame: with `_csv` where the name is one of ours, as often as makes it free."""
+    if name in texts or name in _OURS:
+        name += _CARRIED_TWICE
+        while name in attributes:
+            name += _CARRIED_TWICE
+    return name
 
 
 def rows_problem(part: Part) -> str | None:

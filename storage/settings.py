@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -10,14 +11,16 @@ FORMAT_VERSION = 1
 
 Dtype = Literal["bfloat16", "float32"]
 Order = Literal["image", "csv"]
+SpecialTokens = Literal["text", "parse"]
 QUESTION = "{question}"  # where the question stands in a prompt
 
 # Where the token vectors are taken. The published scripts' vision position is a token in the middle of the prompt.
 LAST_POSITIONS = "last_image_token,last_prompt_token"
 HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
-# What a second `enqueue` of the same run may differ in: who made it and when, not what it computes.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "bound_samples"}
+# What a second `enqueue` of the same run may differ in: who made it and when, not what it computes. How a prompt is read
+# follows from the prompt.
+_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "bound_samples", "prompt_columns"}
 
 
 class RunSettings(BaseModel):
@@ -39,6 +42,10 @@ class RunSettings(BaseModel):
     layers: tuple[int, ...] | Literal["all"] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
     vision_encoder: bool = True
     prompt: str = QUESTION
+    prompt_columns: bool = False  # {name} is a column and {{ a brace; a run from before that knows {question} alone
+    system_prompt: str | None = None  # None: what the chat template says where there is none
+    chat_template: str | None = None  # its text; None: the checkpoint's
+    special_tokens: SpecialTokens = "text"  # in what is asked: ordinary text, or tokens as the processor makes them
     max_new_tokens: int
     repetition_penalty: float | None = None  # None: the checkpoint's own
     exact: bool = False
@@ -56,6 +63,10 @@ class RunSettings(BaseModel):
     test: bool
     checkpoint_interval: int
     part_digits: int
+
+    def chat_template_sha256(self) -> str | None:
+        """Return the digest of the run's own chat template, if it has one."""
+        return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
         """Return the settings in which two runs compute something else: name to (ours, the other's)."""
@@ -80,6 +91,9 @@ class ModelFacts(BaseModel):
     max_pixels: int
     repetition_penalty: float
     prompt: str = QUESTION
+    system_prompt: str | None = None
+    chat_template_sha256: str | None = None  # of the run's own template; None: the checkpoint's
+    special_tokens: SpecialTokens = "text"
     exact: bool = False
     vision_encoder: bool = True
     exif_rotation: bool = False

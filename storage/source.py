@@ -30,6 +30,7 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 # Root attributes that say what a vector is. Files that differ in one of them do not belong into one array.
 KIND = ("model_name", "dtype", "max_new_tokens", *ModelFacts.model_fields)
+_BEFORE: dict[str, Any] = {"special_tokens": "text"}  # what a part of ours was that does not say so yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ def _size(path: File) -> int:
 
 
 def _kind(file: Part) -> dict[str, Any]:
-    return {name: _plain(value) for name in KIND if (value := file.attribute(name)) is not None}
+    found = {name: _plain(value) for name in KIND if (value := file.attribute(name)) is not None}
+    return (_BEFORE if file.attribute("run_id") is not None else {}) | found
 
 
 def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:

@@ -118,6 +118,13 @@ def missing_objects(root: str, urls: Collection[str]) -> set[str]:
     return {keys[key] for key in ObjectStore(root).missing(keys)}
 
 
+def some_objects(root: str, limit: int) -> Sequence[str]:
+    """Return at most so many keys of the objects below the URL `root`."""
+    from storage.object_store import ObjectStore
+
+    return ObjectStore(root).some(limit)
+
+
 class DirectoryStore:
     """A store in a local or shared directory. Unfinished files lie in `scratch`, on the same file system, until named."""
 

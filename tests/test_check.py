@@ -117,6 +117,49 @@ def test_every_fault_is_found(tmp_path: Path, images: Path) -> None:
     assert command("producer", "check", table, "--images-dir", images, "--quiet").stdout == ""
 
 
+def test_images_that_are_stored_turned_are_counted(tmp_path: Path, images: Path) -> None:
+    """By EXIF in JPEG and PNG and by XMP; damaged EXIF data, which a run does not read, are no problem."""
+    picture, exif = Image.new("RGB", (140, 84), "red"), Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        picture.save(images / f"o{orientation}.jpg", exif=exif)
+    picture.save(images / "exif.png", exif=exif)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    picture.save(images / "xmp.jpg", xmp=xmp)
+    picture.save(images / "damaged.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    picture.save(images / "odd.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0")
+    names = sorted(path.name for path in images.iterdir() if path.name not in SIZES)
+    table = table_of(tmp_path, *((name, name, "What?", "") for name in names))
+    for more in ((), ("--decode",)):
+        code, body = checked(table, images, *more)
+        assert (code, found(body), body["exif_turned"]) == (1, {"exif_turned": ("look", 9)}, 9)
+        assert "are taken as stored: --exif-rotation turns them" in body["findings"][0]["message"]
+    good = table_of(tmp_path, *((name, name, "What?", "") for name in names if name not in {"damaged.jpg", "odd.jpg"}))
+    code, body = checked(good, images, "--exif-rotation")
+    assert (code, body["findings"], body["exif_turned"]) == (0, [], 9)
+
+
+def test_many_missing_images_are_shown_with_what_is_there(tmp_path: Path, images: Path) -> None:
+    table = table_of(tmp_path, ("q1", "SMALL.PNG", "What?", ""), ("q2", "gone", "What?", ""))
+    code, body = checked(table, images)
+    assert code == 2
+    [finding] = [f for f in body["findings"] if f["kind"] == "many_missing"]
+    assert "holds 3 files (2 .jpg, 1 .png)" in finding["message"]
+    assert "for 'SMALL.PNG' there is 'small.png': other letter case" in finding["message"]
+
+
+def test_special_tokens_in_questions_are_shown(tmp_path: Path, images: Path) -> None:
+    """Of a hub model, whose tokenizer is not at hand, those that Qwen2.5-VL has."""
+    table = table_of(
+        tmp_path, ("q1", "small.png", "Find <|box_start|>it", ""), ("q2", "small.png", "<image>\nWhat?", "")
+    )
+    code, body = checked(table, images)
+    assert (code, found(body)) == (1, {"special_tokens": ("look", 1), "image_words": ("look", 1)})
+    assert (body["special_tokens"], body["image_words"]) == ({"<|box_start|>": 1}, 1)
+    parsed = command("producer", "check", table, "--images-dir", images, "--special-tokens", "parse").stdout
+    assert "special tokens in 1 questions, parsed, as the processor does" in parsed
+
+
 def test_what_a_run_refuses_is_refused(tmp_path: Path, images: Path) -> None:
     table = table_of(tmp_path, ("q1", "small.png", "What?", ""), ("q2", "gone.png", "What?", ""))
     code, body = checked(table, images)

@@ -128,8 +128,8 @@ def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
 def one_dimensional(monkeypatch: pytest.MonkeyPatch) -> None:
     original = QwenEngine._prefix_positions
 
-    def positions(self: QwenEngine, grid: tuple[int, int, int]) -> torch.Tensor:
-        length = original(self, grid).shape[1]
+    def positions(self: QwenEngine, grid: tuple[int, int, int], recipe: Recipe) -> torch.Tensor:
+        length = original(self, grid, recipe).shape[1]
         return torch.arange(length).expand(3, -1)
 
     monkeypatch.setattr(QwenEngine, "_prefix_positions", positions)
@@ -138,7 +138,7 @@ def one_dimensional(monkeypatch: pytest.MonkeyPatch) -> None:
 def height_and_width_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     original = QwenEngine._prefix_positions
     swap = torch.tensor([0, 2, 1])
-    monkeypatch.setattr(QwenEngine, "_prefix_positions", lambda self, grid: original(self, grid)[swap])
+    monkeypatch.setattr(QwenEngine, "_prefix_positions", lambda self, grid, recipe: original(self, grid, recipe)[swap])
 
 
 def suffix_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

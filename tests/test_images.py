@@ -123,7 +123,8 @@ def test_a_fifth_may_be_missing_and_no_more(images):
     questions = ask(*ALL[:7], *ALL[:7], "x.jpg", "y.jpg", "é.jpg", "z.jpg")
     assert refusal(questions, images) == (
         f"4 of 11 images are missing in {images}, such as 'x.jpg', 'y.jpg', 'é.jpg': "
-        "is --images-dir right? --allow-missing runs anyway"
+        f"is --images-dir right? --allow-missing runs anyway\n"
+        f"{images} holds 10 files (10 .jpg), such as '0.jpg', '1.jpg', '2.jpg'"
     )
     assert check_images(questions, images, allow_missing=True) == 4
 

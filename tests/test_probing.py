@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from builders import make_facts, make_questions, make_run, make_sample
 from processes import command
+from rich.console import Console
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 
@@ -21,8 +23,12 @@ from storage.pack import pack
 from storage.probing import experiment, score
 from storage.probing.answers import is_right, normalise
 from storage.probing.experiment import ProbeSettings, run_experiment
+from storage.probing.figure import draw
+from storage.probing.finding import Margin, find, too_few
+from storage.probing.judge import Scored
 from storage.probing.labels import read_labels
-from storage.probing.score import Bootstrap, auroc, best_threshold
+from storage.probing.report import closing_lines, experiment_json, field_words, finding_words, report_tables
+from storage.probing.score import Bootstrap, Estimate, auroc, best_threshold
 from storage.probing.split import grouped_split, published_order, published_split
 
 pytestmark = pytest.mark.slow
@@ -356,6 +362,83 @@ def test_probe_as_a_user_runs_it(planted: Path) -> None:
     assert json.loads(again.stdout)["probes"] == body["probes"]
     quiet = command("storage", "probe", planted, "--no-mlp", "--quiet")
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value, value - 0.02, value + 0.02)
+
+
+def scored(name: str, probe: str, validation: float | None, test: float, **above: float) -> Scored:
+    margins = {other.replace("_", " "): estimate(margin) for other, margin in above.items()}
+    return Scored(name, probe, validation, 0.5, estimate(test), estimate(test), estimate(test), margins)
+
+
+def test_the_finding_claims_the_lesser_margin() -> None:
+    """The baseline that is best on the validation side may be far from the best on the test side."""
+    baselines = [scored("question words", "baseline", 0.81, 0.56), scored("first-token entropy", "baseline", 0.8, 0.82)]
+    probes = [
+        scored(QUERY, "mlp", 0.9, 0.87, **{"question_words": 0.31, "first-token_entropy": 0.05}),
+        scored(QUERY, "linear", 0.8, 0.95, **{"question_words": 0.39, "first-token_entropy": 0.13}),
+    ]
+    found = find(probes, baselines, validated=True)
+    assert (found.probe, found.chosen_on) == ("mlp", "validation")
+    assert found.over_validation_best == Margin("question words", estimate(0.31))
+    assert found.over_test_best == found.margin == Margin("first-token entropy", estimate(0.05))
+    assert finding_words(found) == (
+        "query token 3, mlp, the best on the validation side, has AUROC 0.870, 0.050 (+0.030 to +0.070) above "
+        "first-token entropy, the best baseline on the test side."
+    )
+    of_test = [replace(p, validation_auroc=None) for p in probes]
+    alone = find(of_test, [replace(b, validation_auroc=None) for b in baselines], validated=False)
+    assert (alone.probe, alone.chosen_on, alone.over_validation_best) == ("linear", "test", None)
+
+
+@pytest.mark.parametrize(
+    ("margin", "words"),
+    [(0.01, "0.010 (-0.010 to +0.030) above, which may be nothing, a,"), (-0.1, "0.100 (-0.120 to -0.080) below a,")],
+)
+def test_a_finding_that_is_none_says_so(margin: float, words: str) -> None:
+    found = find([scored(QUERY, "mlp", 0.9, 0.9, a=margin)], [scored("a", "baseline", 0.9, 0.9)], validated=True)
+    assert words in finding_words(found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "images", "warned"), [(200, 50, []), (199, 50, ["199 wrong"]), (20, 49, ["20 wrong", "49 images"])]
+)
+def test_few_answers_or_images_are_warned_of(wrong: int, images: int, warned: list[str]) -> None:
+    texts = too_few(wrong, images)
+    assert len(texts) == len(warned)
+    assert all(word in text for word, text in zip(warned, texts))
+
+
+def test_both_margins_are_shown(tmp_path: Path) -> None:
+    """In the table within 80 columns, the JSON and the figure, where two baselines are best on two sides."""
+    directory = write_run(tmp_path / "run", 240, at_random(0.3), signal=0.2)
+    result = run_experiment(directory, ProbeSettings(draws=20, probes=("linear",)))
+    other = next(b.name for b in result.baselines if b.name != result.best_baseline_on_test)
+    worst = replace(result, best_baseline=other)
+    console = Console(width=80, file=io.StringIO())
+    for table in report_tables(worst):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "(val.)" in shown
+    lines = [line for line in shown.splitlines() if " linear " in line]
+    assert [line[3:].split("  ")[0] for line in lines] == [field_words(p.name) for p in worst.probes]
+    best = next(p for p in worst.probes if p.name == QUERY)
+    row = next(line for line in lines if "query token 3" in line)
+    assert f"{best.above[other].value:.3f}".replace("0.", ".") in row.split()
+    text = "\n".join(closing_lines(worst))
+    assert f"minus that of {other}, the best on the validation side; it claims too much" in text
+    assert "finding: query token 3, linear, the best on the validation side" in text
+    body = experiment_json(result)
+    assert body["finding"]["margin"] == body["finding"]["over_test_best"]
+    assert body["warnings"] == list(result.warnings)
+    assert [f"{result.sides['test'].images} images" in text for text in result.warnings] == [False, True]
+    draw(worst, tmp_path / "f.svg")
+    figure = (tmp_path / "f.svg").read_text()
+    assert f"{other} (best on validation)" in figure
+    assert f"{worst.best_baseline_on_test} (best on test)" in figure
+    assert f"over {worst.best_baseline_on_test}" in figure
 
 
 def test_a_missing_package_is_named(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def rendered(processor, question: str) -> str:
 
 def whole(processor, parts: PromptParts, tokenize: QuestionTokenizer, question: str) -> list[int]:
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return [*parts.head_ids, image, *parts.after_image_ids, *tokenize(question), *parts.tail_ids]
+    return [*parts.head_ids, image, *parts.after_image_ids, *tokenize(parts.around(question)), *parts.tail_ids]
 
 
 # Ordinary questions
@@ -219,7 +219,7 @@ TEXT = "{{ content['text'] }}"
 
 
 def test_released_template_needs_nothing_more(parts):
-    assert (parts.around, parts.trims) == (("", ""), False)
+    assert (parts.lead, parts.trail, parts.stripped) == ("", "", False)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +237,9 @@ def test_other_templates_are_followed(processor, inserted, trims, around, questi
     """Text that touches the question is tokenised with it: a line break before a blank is one token with it."""
     other = foreign(processor, CHAT_TEMPLATE.replace(TEXT, inserted))
     parts = split_prompt(other)
-    assert parts.trims is trims
-    assert parts.around in (around, ("", ""))
-    tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str(), parts.around, trims=parts.trims)
+    assert parts.stripped is trims
+    assert (parts.lead, parts.trail) in (around, ("", ""))
+    tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str())
     assert whole(processor, parts, tokenize, question) == processor.tokenizer(rendered(other, question))["input_ids"]
 
 

@@ -12,6 +12,7 @@ from processes import command, write_csv
 from typer.testing import CliRunner
 
 from workers import cli, selfcheck
+from workers.engine import Recipe
 from workers.qwen import QwenEngine
 from workers.selfcheck_questions import bundled
 from workers.selfcheck_report import Comparison, Verdict
@@ -60,8 +61,8 @@ def test_the_table_has_a_line_for_each_family(small_model: Path) -> None:
 def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     original = QwenEngine._prefix_positions
 
-    def one_dimensional(self: QwenEngine, grid: tuple[int, int, int]) -> torch.Tensor:
-        return torch.arange(original(self, grid).shape[1]).expand(3, -1)
+    def one_dimensional(self: QwenEngine, grid: tuple[int, int, int], recipe: Recipe) -> torch.Tensor:
+        return torch.arange(original(self, grid, recipe).shape[1]).expand(3, -1)
 
     monkeypatch.setattr(QwenEngine, "_prefix_positions", one_dimensional)
     monkeypatch.setattr("workers.qwen.engine.refuse_difference", lambda *_: None)  # it would be found at load

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.sample import Sample
+from workers.prompt import PromptParts, PromptStyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,27 @@ class ModelCard:
     head_ids: tuple[int, ...]  # the prompt up to the image tokens
     after_image_ids: tuple[int, ...]  # between the image tokens and the question
     tail_ids: tuple[int, ...]  # after the question, up to the answer
+    lead: str  # what of the prompt is tokenised with the question: see PromptParts
+    trail: str
+    stripped: bool
     patch_size: int
     merge_size: int
     min_pixels: int
     max_pixels: int
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
-    around_question: tuple[str, str] = ("", "")  # text of the template that is tokenised with the question
-    trims_questions: bool = False  # whether the template strips them
+
+    def prompt(self) -> PromptParts:
+        """Return the prompt of the checkpoint's own template."""
+        return PromptParts(
+            self.head_ids,
+            self.after_image_ids,
+            self.tail_ids,
+            self.template_sha256,
+            self.lead,
+            self.trail,
+            self.stripped,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,7 @@ class Recipe:
     exact: bool = False  # batch 1, nothing shared
     halp_compat: bool = False  # the published positions and features
     math_kernel: bool = False  # another attention kernel than the usual one, for the noise floor of `exact`
+    head_ids: tuple[int, ...] | None = None  # the prompt up to the image tokens; None: the checkpoint's template's
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,10 @@ class Engine(Protocol):
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order; facts hold what the model alone knows."""
+        ...
+
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
         ...
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -29,9 +30,10 @@ from storage.sample import Sample
 from storage.terminal import guard_logs
 from workers.checkpoint import local_directory
 from workers.engine import Engine, EngineSpec, ModelCard, Request
-from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, in_a_line
+from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, RunRefusedError, in_a_line
 from workers.memory_errors import is_out_of_memory
 from workers.parent import die_with_parent
+from workers.prompt import PromptParts, PromptStyle
 
 logger = logging.getLogger(__name__)
 _CHILD = "from workers.engine_process import main; main()"
@@ -48,7 +50,7 @@ class _BatchError:
 
 
 class EngineProcess:
-    """The parent's end. Not thread-safe: the batcher's thread alone calls it after `start`."""
+    """The parent's end. One question at a time: after `start` the batcher's thread asks, and seldom one that opens a run."""
 
     def __init__(self, spec: EngineSpec, step_timeout: float, load_timeout: float = 3600.0) -> None:
         self._spec = spec
@@ -59,6 +61,7 @@ class EngineProcess:
         self.answered: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._turn = threading.Lock()
 
     def start(self) -> ModelCard:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
@@ -106,16 +109,35 @@ class EngineProcess:
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Run one batch. Raises BatchFailedError; EngineDiedError, after which `start` makes a new process."""
+        answer = self._ask(list(requests))
+        self.answered = time.time()
+        if isinstance(answer, _BatchError):
+            raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
+        return list(answer)
+
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Have a run's prompt rendered and cut. Raises RunRefusedError where its template cannot be used; EngineDiedError."""
+        answer = self._ask(style)
+        if isinstance(answer, _BatchError):
+            raise RunRefusedError(f"the run's chat template or system prompt cannot be used: {answer.summary}")
+        assert isinstance(answer, PromptParts)
+        return answer
+
+    def _ask(self, question: Any) -> Any:
+        with self._turn:
+            return self._answer(question)
+
+    def _answer(self, question: Any) -> Any:
         if self._connection is None:
             self.start()
         connection = self._connection
         assert connection is not None
         self.busy_since = time.time()
         try:
-            connection.send(list(requests))
+            connection.send(question)
             if not connection.poll(self._timeout):
                 raise TimeoutError
-            answer: Any = connection.recv()
+            return connection.recv()
         except (TimeoutError, BlockingIOError) as error:
             self.stop()
             raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped") from error
@@ -123,10 +145,6 @@ class EngineProcess:
             raise EngineDiedError(f"the engine's process ended with {self._ended()}") from error
         finally:
             self.busy_since = None
-        self.answered = time.time()
-        if isinstance(answer, _BatchError):
-            raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
-        return list(answer)
 
     def stop(self) -> int | None:
         """End the process at once; return its exit code."""
@@ -174,11 +192,11 @@ def _serve(connection: Connection) -> None:
     connection.send(engine.card)
     while True:
         try:
-            requests = connection.recv()
+            question = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            answer: Any = engine.extract(requests)
+            answer: Any = engine.prompt(question) if isinstance(question, PromptStyle) else engine.extract(question)
         except Exception as error:  # the batch boundary: the parent finds the one to blame
             if _is_sticky(error):
                 raise

@@ -13,15 +13,24 @@ from storage.errors import UserError
 from storage.location import is_within, resolve_location
 from storage.run import Run
 from storage.sample import Sample
-from storage.settings import HALP_POSITIONS, LAST_POSITIONS, QUESTION, ModelFacts, RunSettings
+from storage.settings import HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
+from storage.wording import asked
 from workers.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
 from workers.certificate import Certifier
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, ModelCard, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import EngineDiedError, MessageRefusedError, PermanentError, RunRefusedError, TransientError
+from workers.errors import (
+    EngineDiedError,
+    EngineStartError,
+    MessageRefusedError,
+    PermanentError,
+    RunRefusedError,
+    TransientError,
+)
 from workers.metrics import measured
 from workers.preprocess import Preprocessor, limits_of
+from workers.prompt import PromptParts, PromptStyle
 from workers.settings import WorkerSettings
 
 # Far above the time that a question can take; reached only if the batcher's thread is gone.
@@ -35,6 +44,7 @@ class OpenRun:
 
     run: Run
     facts: ModelFacts
+    prompt: PromptParts
 
 
 class _DeathsInFiles:
@@ -76,6 +86,7 @@ class Extractor:
         self._certifier = Certifier(self._compute)
         self._roots = config.data_roots
         self._runs: dict[tuple[str, str], OpenRun] = {}
+        self._prompts: dict[PromptStyle, PromptParts | RunRefusedError] = {}
         self._lock = threading.Lock()
 
     def open_run(self, run_dir: str, run_id: str) -> OpenRun:
@@ -107,8 +118,9 @@ class Extractor:
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,
         ) as image:
-            text = settings.prompt.replace(QUESTION, question.question)
-            request = self.preprocess.request(image, text, _recipe(settings, facts))
+            text = asked(settings.prompt, question, columns=settings.prompt_columns)
+            recipe = _recipe(settings, facts, opened.prompt)
+            request = self.preprocess.request(image, text, recipe, opened.prompt, settings.special_tokens)
             sample = self._compute(settings.run_id, request, deaths)
             _refuse_unfinite(sample)
             if not settings.exact and not settings.halp_compat:
@@ -130,14 +142,33 @@ class Extractor:
 
     def _agree(self, run: Run) -> OpenRun:
         try:
-            opened = OpenRun(run, self._facts(run))
+            prompt = self._prompt(prompt_style(run.settings))
+            opened = OpenRun(run, self._facts(run, prompt), prompt)
         except RunRefusedError as error:
             run.note_refusal(self._worker, str(error))
             raise
         run.withdraw_refusal(self._worker)
         return opened
 
-    def _facts(self, run: Run) -> ModelFacts:
+    def _prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a run's style; what was refused once is not tried again, as it may cost the engine's time."""
+        if style == PromptStyle():
+            return self.card.prompt()
+        if style not in self._prompts:
+            try:
+                self._prompts[style] = self.engine.prompt(style)
+            except RunRefusedError as error:
+                self._prompts[style] = error
+            except EngineDiedError as error:  # a template that does not end
+                self._prompts[style] = RunRefusedError(f"the run's chat template cannot be rendered: {error}")
+            except EngineStartError as error:
+                raise TransientError(str(error)) from error
+        found = self._prompts[style]
+        if isinstance(found, RunRefusedError):
+            raise found
+        return found
+
+    def _facts(self, run: Run, prompt: PromptParts) -> ModelFacts:
         settings, card = run.settings, self.card
         try:
             layers = resolve_layers(settings.layers, card.num_hidden_layers)
@@ -148,12 +179,15 @@ class Extractor:
             model_type=card.model_type,
             revision=card.revision,
             config_sha256=card.config_sha256,
-            template_sha256=card.template_sha256,
+            template_sha256=prompt.sha256,
             num_hidden_layers=card.num_hidden_layers,
             hidden_size=card.hidden_size,
             vision_hidden_size=card.vision_hidden_size,
             layers=layers,
             prompt=settings.prompt,
+            system_prompt=settings.system_prompt,
+            chat_template_sha256=settings.chat_template_sha256(),
+            special_tokens=settings.special_tokens,
             exact=settings.exact,
             vision_encoder=settings.vision_encoder,
             exif_rotation=settings.exif_rotation,
@@ -177,7 +211,12 @@ class Extractor:
         return facts
 
 
-def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:
+def prompt_style(settings: RunSettings) -> PromptStyle:
+    """Return what a run has rendered otherwise than the checkpoint would."""
+    return PromptStyle(settings.system_prompt, settings.chat_template)
+
+
+def _recipe(settings: RunSettings, facts: ModelFacts, prompt: PromptParts) -> Recipe:
     return Recipe(
         layers=facts.layers,
         max_new_tokens=settings.max_new_tokens,
@@ -185,6 +224,7 @@ def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:
         vision_encoder=settings.vision_encoder,
         exact=settings.exact,
         halp_compat=settings.halp_compat,
+        head_ids=None if prompt_style(settings) == PromptStyle() else prompt.head_ids,
     )
 
 

@@ -17,6 +17,7 @@ import signal
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from storage.sample import Sample
 from workers.engine import EngineSpec, ModelCard, Request
+from workers.errors import EngineStartError
+from workers.prompt import PromptParts, PromptStyle
 
 _WIDTH, _LAYERS, _FACTOR = 8, 4, 28
 _KEPT_IMAGES = 32
@@ -54,6 +57,9 @@ class FakeEngine:
             head_ids=(0,),
             after_image_ids=(1,),
             tail_ids=(2,),
+            lead="",
+            trail="",
+            stripped=False,
             patch_size=_FACTOR // 2,
             merge_size=2,
             min_pixels=_FACTOR * _FACTOR,
@@ -73,6 +79,18 @@ class FakeEngine:
     def compute(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request at once, whatever is marked."""
         return [self._sample(request, len(requests)) for request in requests]
+
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Return a prompt whose head is the style's letters; a template may be marked `[error]` or `[hang]`."""
+        if style == PromptStyle():
+            return self.card.prompt()
+        text = repr((style.system, style.template))
+        if "[error]" in text:
+            raise EngineStartError("the template is marked [error]")
+        if "[hang]" in text:
+            signal.pause()
+        head = _byte_tokenizer().encode(text).ids
+        return replace(self.card.prompt(), head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
 
     def forget(self) -> None:
         """Forget which images were seen."""
@@ -94,7 +112,8 @@ class FakeEngine:
 
     def _sample(self, request: Request, batch_size: int) -> Sample:
         image = request.pixels.tobytes()
-        question = image + repr(request.suffix_ids).encode()
+        head = request.recipe.head_ids
+        question = image + repr(request.suffix_ids if head is None else (head, request.suffix_ids)).encode()
         vectors = {
             "vision_only_representation": self._vector(image, "vision_only"),
             "vision_encoder_representation": self._vector(image, "vision_encoder"),

@@ -24,10 +24,11 @@ from storage.decoding import ImageRefusedError
 from storage.errors import ObjectStoreError
 from storage.images import OutsideRootError, resolve_image
 from storage.opening import NotRegularError
+from storage.settings import SpecialTokens
 from workers.engine import ModelCard, Recipe, Request
 from workers.errors import PermanentError, TransientError
 from workers.image_cache import ImageCache
-from workers.prompt import QuestionTokenizer
+from workers.prompt import PromptParts, QuestionTokenizer
 
 _TRANSPARENT_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
@@ -61,7 +62,8 @@ class Preprocessor:
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
-        self._tokenize = QuestionTokenizer(card.tokenizer_json, card.around_question, trims=card.trims_questions)
+        self._tokenize = QuestionTokenizer(card.tokenizer_json)
+        self._prompt = card.prompt()
         self._factor = card.patch_size * card.merge_size
         self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
@@ -104,11 +106,23 @@ class Preprocessor:
         """Return when the oldest image began that is being read or decoded now, on the wall clock."""
         return self._images.loading_since()
 
-    def request(self, image: PreparedImage, question: str, recipe: Recipe) -> Request:
-        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long."""
-        suffix = (*self._card.after_image_ids, *self._tokenize(question), *self._card.tail_ids)
+    def request(
+        self,
+        image: PreparedImage,
+        question: str,
+        recipe: Recipe,
+        prompt: PromptParts | None = None,
+        special_tokens: SpecialTokens = "text",
+    ) -> Request:
+        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long.
+
+        `prompt` None is that of the checkpoint's own template; another one's head is the recipe's too.
+        """
+        prompt = prompt or self._prompt
+        asked = self._tokenize(prompt.around(question), special_tokens)
+        suffix = (*prompt.after_image_ids, *asked, *prompt.tail_ids)
         tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
-        total = len(self._card.head_ids) + tokens + len(suffix)
+        total = len(prompt.head_ids) + tokens + len(suffix)
         limit = min(MAX_PROMPT, self._card.max_position_embeddings)
         if total > limit:
             raise PermanentError(
@@ -159,9 +173,14 @@ def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, i
 
     Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
     """
+    return image_header(path, exif_rotation=exif_rotation)[0]
+
+
+def image_header(path: str | Path, *, exif_rotation: bool = False) -> tuple[tuple[int, int], bool]:
+    """Return what `image_size` does, and whether the EXIF data say that the image is to be shown turned or mirrored."""
     with _refusing(path):
-        width, height = on_header(str(path), _size, exif_rotation).facts
-    return width, height
+        width, height, orientation = on_header(str(path), _size, exif_rotation).facts
+    return (width, height), orientation in range(2, 9)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -241,9 +260,23 @@ def _refusing(path: str | Path) -> Iterator[None]:
 
 
 def _size(image: Image.Image, exif_rotation: bool) -> tuple[list[int], None]:
-    """Return an open image's width and height."""
-    turned = exif_rotation and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return ([image.height, image.width] if turned else [image.width, image.height]), None
+    """Return an open image's width, height and EXIF orientation."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if exif_rotation else _orientation(image)
+    turned = exif_rotation and orientation >= 5
+    return [*((image.height, image.width) if turned else (image.width, image.height)), orientation], None
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that a header says; 1, the usual one, where its data are damaged.
+
+    A run that does not turn images never reads them, so that they are no problem.
+    """
+    try:
+        # The base class's: a PNG's own would decode the whole image to find data that stand after it.
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  (Pillow raises whatever its parsers meet)
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _resized(

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from storage.settings import SpecialTokens
 from workers.checkpoint import resolve_layers
 from workers.engine import EngineSpec, Recipe, Request
 from workers.engine_process import EngineProcess
-from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError, TransientError
+from workers.errors import (
+    BatchFailedError,
+    EngineDiedError,
+    EngineStartError,
+    PermanentError,
+    RunRefusedError,
+    TransientError,
+)
 from workers.gpus import gpu_use, visible_gpus
-from workers.preprocess import Preprocessor, limits_of
+from workers.preprocess import PreparedImage, Preprocessor, limits_of
+from workers.prompt import PromptStyle
 from workers.settings import settings
 
 
@@ -38,7 +47,13 @@ class Trial:
     memory_bytes: int | None  # on a GPU what is in use on it, on the CPU the engine's peak; None where unknown
 
 
-TRIAL_ERRORS = (EngineStartError, BatchFailedError, EngineDiedError, PermanentError)  # what keeps a trial from its end
+TRIAL_ERRORS = (
+    EngineStartError,
+    RunRefusedError,
+    BatchFailedError,
+    EngineDiedError,
+    PermanentError,
+)  # what keeps a trial from its end
 
 
 def run_trial(
@@ -48,12 +63,16 @@ def run_trial(
     recipe: Recipe,
     layers: tuple[int, ...] | Literal["all"] | None,
     limits: tuple[int | None, int | None],
-    turned: bool = False,
+    turned: bool,
+    style: PromptStyle,
+    special_tokens: SpecialTokens,
 ) -> Trial:
     """Load the engine and compute the cases in batches as a worker forms them.
 
     `places` are the images directory and the further roots; `layers`, `limits` of pixels and `turned` (by EXIF data) as in a
-    run's settings. Cases that cannot be prepared are left out. Raises UserError; EngineStartError; BatchFailedError,
+    run's settings. Cases that cannot be prepared are left out.
+
+    Raises UserError; EngineStartError; RunRefusedError where the style cannot be rendered; BatchFailedError,
     EngineDiedError where a batch fails; PermanentError where no case can be prepared.
     """
     engine = EngineProcess(spec, settings().engine_timeout)
@@ -61,9 +80,15 @@ def run_trial(
     card = engine.start()
     loaded = time.monotonic() - begun
     try:
-        recipe = replace(recipe, layers=resolve_layers(layers, card.num_hidden_layers))
+        prompt = card.prompt() if style == PromptStyle() else engine.prompt(style)
+        recipe = replace(recipe, layers=resolve_layers(layers, card.num_hidden_layers), head_ids=prompt.head_ids)
         prepare = Preprocessor(card)
-        requests = [r for c in cases if (r := _request(prepare, c, places, limits_of(limits, card), recipe, turned))]
+
+        def request(image: PreparedImage, text: str) -> Request:
+            return prepare.request(image, text, recipe, prompt, special_tokens)
+
+        within = limits_of(limits, card)
+        requests = [r for c in cases if (r := _request(prepare, c, places, within, recipe, turned, request))]
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
         times = []
@@ -92,11 +117,12 @@ def _request(
     limits: tuple[int, int],
     recipe: Recipe,
     turned: bool,
+    request: Callable[[PreparedImage, str], Request],
 ) -> Request | None:
     try:
         options = {"halp_compat": recipe.halp_compat, "exif_rotation": turned}
         image = prepare.image(case.image_id, *places, limits, **options)
-        return prepare.request(image, case.text, recipe)
+        return request(image, case.text)
     except (PermanentError, TransientError):
         return None
 

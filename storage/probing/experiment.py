@@ -16,6 +16,7 @@ import pandas as pd
 from storage.errors import UserError
 from storage.probing.answers import is_right
 from storage.probing.baselines import baseline_scores
+from storage.probing.finding import Finding, best_on_test, find, too_few
 from storage.probing.judge import Breakdown, Judge, Scored, quality
 from storage.probing.labels import Labels, read_labels
 from storage.probing.probes import ProbeName, fit
@@ -62,6 +63,9 @@ class Experiment:
     sides: dict[str, Side]
     baselines: tuple[Scored, ...]
     best_baseline: str  # by the validation side, or by the test side where there is no other
+    best_baseline_on_test: str
+    finding: Finding
+    warnings: tuple[str, ...]
     probes: tuple[Scored, ...]
     breakdown: tuple[Breakdown, ...]  # of the best field of each probe
     environment: dict[str, str]
@@ -104,13 +108,17 @@ def run_experiment(
     probes = _choose(probes, split)
     best = [max((p for p in probes if p.probe == name), key=quality) for name in settings.probes]
     judged = tuple(judge.score(name, "baseline", found, {}) for name, found in baselines.items())
+    sides = _sides(questions, split)
     return Experiment(
         directory=str(directory),
         settings=settings,
         labels=labels,
-        sides=_sides(questions, split),
+        sides=sides,
         baselines=judged,
         best_baseline=max(judged, key=quality).name,
+        best_baseline_on_test=best_on_test(judged).name,
+        finding=find(probes, judged, validated="validation" in sides),
+        warnings=tuple(too_few(sum(labels.wrong.values()), sides["test"].images)),
         probes=tuple(probes),
         breakdown=tuple(
             piece for p in best if values is not None for piece in judge.break_down(p, scores[p.name, p.probe], values)

@@ -9,7 +9,9 @@ from typing import Any
 from storage.errors import UserError
 from storage.location import join, resolve_location
 from storage.probing.experiment import Experiment
+from storage.probing.finding import Finding
 from storage.probing.judge import Scored
+from storage.probing.report import field_words
 from storage.source import is_home
 from storage.store import open_store
 
@@ -48,15 +50,17 @@ def draw(experiment: Experiment, path: Path) -> None:
     names = experiment.settings.probes
     # Text as text: small, searchable, and the same file for the same numbers.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "probe", "font.family": "sans-serif", "font.size": 9}):
-        figure = Figure(figsize=(4.2 * len(names), 3.6), layout="constrained")
+        figure = Figure(figsize=(4.2 * len(names) + 1, 3.9), layout="constrained")
         panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, names):
             _panel(panel, [p for p in experiment.probes if p.probe == name])
-            _baselines(panel, experiment.baselines)
+            _baselines(panel, experiment)
             panel.set(title={"linear": "linear probe", "mlp": "published MLP"}[name], xlabel="decoder layer")
         panels[0].set_ylabel("AUROC, with 95% interval")
         handles, labels = panels[0].get_legend_handles_labels()
-        order = sorted(range(len(labels)), key=lambda i: labels[i] in {b.name for b in experiment.baselines})
+        named = {_label(b.name, experiment) for b in experiment.baselines}
+        order = sorted(range(len(labels)), key=lambda i: labels[i] in named)
+        figure.suptitle(_headline(experiment.finding), fontsize=9)
         figure.legend(
             [handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False
         )
@@ -97,6 +101,26 @@ def _errorbar(panel: Any, places: list[int], scored: list[Scored]) -> None:
             panel.plot(place + shift, value, "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
 
 
-def _baselines(panel: Any, baselines: tuple[Scored, ...]) -> None:
-    for scored, line in zip(baselines, _LINES):
-        panel.axhline(scored.auroc.value, color="#777777", linewidth=0.9, linestyle=line, label=scored.name, zorder=1)
+def _baselines(panel: Any, experiment: Experiment) -> None:
+    for scored, line in zip(experiment.baselines, _LINES):
+        best = scored.name == experiment.best_baseline_on_test
+        colour, width = ("#222222", 1.4) if best else ("#777777", 0.9)
+        label = _label(scored.name, experiment)
+        panel.axhline(scored.auroc.value, color=colour, linewidth=width, linestyle=line, label=label, zorder=1)
+
+
+def _label(baseline: str, experiment: Experiment) -> str:
+    """Return a baseline's name with the sides that it is the best on, which the margins are measured from."""
+    sides = [
+        side
+        for side, name in (("test", experiment.best_baseline_on_test), ("validation", experiment.best_baseline))
+        if name == baseline and side in experiment.sides
+    ]
+    return f"{baseline} (best on {' and '.join(sides)})" if sides else baseline
+
+
+def _headline(finding: Finding) -> str:
+    above = finding.margin.above
+    margin = f"{above.value:+.3f} ({above.low:+.3f} to {above.high:+.3f})"
+    probe = f"{field_words(finding.field)}, {finding.probe}: AUROC {finding.auroc.value:.3f}"
+    return f"{probe}\n{margin} over {finding.margin.baseline}"

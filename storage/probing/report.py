@@ -12,6 +12,7 @@ from rich.table import Table
 
 from storage.console import Text
 from storage.probing.experiment import Experiment
+from storage.probing.finding import Finding
 from storage.probing.score import Estimate
 
 
@@ -38,10 +39,15 @@ def report_tables(experiment: Experiment) -> Iterator[Table]:
     for scored in experiment.baselines:
         baselines.add_row(scored.name, show(scored.auroc), show(scored.auprc), _short(scored.f1.value, 3))
     yield baselines
-    probes = _table("probes", ("  field", "probe", "AUROC", "above", "AUPRC", "F1"))
+    differ = experiment.best_baseline != experiment.best_baseline_on_test
+    more = ("(val.)", "AUPRC") if differ else ("AUPRC", "F1")  # 80 columns hold no more
+    probes = _table("probes", ("  field", "probe", "AUROC", "above", *more))
     for scored in experiment.probes:
-        above = scored.above[experiment.best_baseline]
-        cells = (scored.probe, show(scored.auroc), show(above, 3), show(scored.auprc), _short(scored.f1.value, 3))
+        above = scored.above[experiment.best_baseline_on_test]
+        over_validation, f1 = scored.above[experiment.best_baseline].value, scored.f1.value
+        auprc = show(scored.auprc)
+        last = (_short(over_validation, 3), auprc) if differ else (auprc, _short(f1, 3))
+        cells = (scored.probe, show(scored.auroc), show(above, 2 if differ else 3), *last)
         field = f"{'*' if scored.chosen else ' '} {field_words(scored.name)}"
         probes.add_row(field, *cells, style="bold" if scored.chosen else None)
     yield probes
@@ -58,11 +64,30 @@ def closing_lines(experiment: Experiment) -> Iterator[str]:
     """Yield what one must know to read the tables."""
     test = experiment.sides["test"]
     yield f"All on the {test.questions:,} test questions, with 95% intervals over their {test.images:,} images."
-    yield f"above: AUROC minus that of {experiment.best_baseline}, the best baseline, paired."
+    yield f"above: AUROC minus that of {experiment.best_baseline_on_test}, the best baseline on the test side, paired."
+    if experiment.best_baseline != experiment.best_baseline_on_test:
+        yield (
+            f"(val.): minus that of {experiment.best_baseline}, the best on the validation side; "
+            "it claims too much, as another is better on the test side. F1 is in probe.json."
+        )
     if "validation" in experiment.sides:
         yield "*: the layer with the best AUROC on the validation side, of its representation and probe."
     else:
         yield "No layer is chosen: without a validation side, the best on the test side is best by luck too."
+    yield f"finding: {finding_words(experiment.finding)}"
+    yield from (f"warning: {text}" for text in experiment.warnings)
+
+
+def finding_words(finding: Finding) -> str:
+    """Return the finding as a sentence, with the lesser margin."""
+    above = finding.margin.above
+    size = f"{abs(above.value):.3f} ({above.low:+.3f} to {above.high:+.3f})"
+    perhaps = "" if above.low > 0 else ", which may be nothing,"
+    said = f"{size} below" if above.value < 0 else f"{size} above{perhaps}"
+    return (
+        f"{field_words(finding.field)}, {finding.probe}, the best on the {finding.chosen_on} side, has AUROC "
+        f"{finding.auroc.value:.3f}, {said} {finding.margin.baseline}, the best baseline on the test side."
+    )
 
 
 def field_words(field: str) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storage.sample import Sample
 from workers.engine import EngineSpec, Recipe, Request
-from workers.prompt import split_prompt
+from workers.prompt import PromptParts, PromptStyle, split_prompt
 from workers.qwen.cache import Batch, Prefix, PrefixCache
 from workers.qwen.decode import Answer, decode
 from workers.qwen.generation import Generation
@@ -49,7 +49,7 @@ class QwenEngine:
         """Load and prove a checkpoint. Raises EngineStartError, UserError: why it cannot be served."""
         self._model, processor, config_file = load_checkpoint(spec)
         self._device = self._model.get_input_embeddings().weight.device
-        self._tokenizer = processor.tokenizer
+        self._processor, self._tokenizer = processor, processor.tokenizer
         self._decoder = self._model.model.language_model
         self._generation = Generation(self._model)
         refuse_no_end(self._generation.ends, self._tokenizer)
@@ -81,6 +81,10 @@ class QwenEngine:
                 return [self._extract_whole(request) for request in requests]
         return self._extract_shared(requests, recipe)
 
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
+        return split_prompt(self._processor, style)
+
     def forget(self) -> None:
         """Free what is kept between batches."""
         self._prefixes.clear()
@@ -97,14 +101,14 @@ class QwenEngine:
         suffixes = [request.suffix_ids for request in requests]
         with self._taking(recipe) as taken:
             last = self._prefill_suffixes(batch, suffixes, recipe)
-        prompts = [self._prompt_ids(prefixes[r.image_key].num_tokens, r.suffix_ids) for r in requests]
+        prompts = [self._prompt_ids(prefixes[r.image_key].num_tokens, r) for r in requests]
         answers = self._answer(batch, last, prompts, recipe)
         samples = []
         for i, request in enumerate(requests):
             prefix = prefixes[request.image_key]
             vectors = prefix.vectors | _fields("query_token_representation", {n: v[i] for n, v in taken.items()})
             facts = {
-                **self._positions(prefix.num_tokens, prefix.grid, len(prompts[i])),
+                **self._positions(prefix.num_tokens, prefix.grid, prompts[i], request),
                 "batch_size": len(requests),
                 # How well images are shared: the share of questions that did not have to compute their image's prefix.
                 "image_prefix": "computed" if request.image_key in computed else "shared",
@@ -140,14 +144,14 @@ class QwenEngine:
             yield chunk
 
     def _prefix_key(self, image_key: str, recipe: Recipe) -> Hashable:
-        return image_key, recipe.layers, recipe.max_new_tokens == 0
+        return image_key, recipe.layers, recipe.max_new_tokens == 0, recipe.head_ids
 
     def _prefill_images(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[Prefix]:
         """Run the vision tower and [head | image] of some images."""
         images = self._vision(pixels)
-        head = self._embed(self.card.head_ids)  # (H, D)
+        head = self._embed(self._head(recipe))  # (H, D)
         rows = [torch.cat([head, image.tokens.to(self._device)]) for image in images]
-        positions = [self._prefix_positions(image.grid) for image in images]
+        positions = [self._prefix_positions(image.grid, recipe) for image in images]
         batch = Batch.empty([int(p.max()) + 1 for p in positions], self._device)
         with self._taking(recipe) as taken:
             padded = _pad_left([p.T for p in positions]).permute(2, 0, 1)  # (3, B, L)
@@ -179,13 +183,13 @@ class QwenEngine:
     def _extract_whole(self, request: Request) -> Sample:
         recipe = request.recipe
         [image] = self._vision([request.pixels])
-        prompt = self._prompt_ids(len(image.tokens), request.suffix_ids)
-        head, suffix = self._embed(self.card.head_ids), self._embed(request.suffix_ids)
+        prompt = self._prompt_ids(len(image.tokens), request)
+        head, suffix = self._embed(self._head(recipe)), self._embed(request.suffix_ids)
         embedded = torch.cat([head, image.tokens.to(self._device), suffix])[None]  # (1, L, D)
-        prefix = self._prefix_positions(image.grid)
+        prefix = self._prefix_positions(image.grid, recipe)
         after = int(prefix.max()) + 1 + torch.arange(len(suffix), device=self._device)
         positions = torch.cat([prefix, after.expand(3, -1)], dim=1)[:, None]  # (3, 1, L)
-        facts = self._positions(len(image.tokens), image.grid, len(prompt))
+        facts = self._positions(len(image.tokens), image.grid, prompt, request)
         if recipe.halp_compat:
             # The published scripts' position: patches before merging, capped at the middle of the prompt.
             facts["vision_token_position"] = min(image.grid[0] * image.grid[1] * image.grid[2], len(prompt) // 2)
@@ -270,25 +274,30 @@ class QwenEngine:
         merged = {"vision_only_representation": image.merged_mean}
         return merged | ({"vision_encoder_representation": image.encoder_mean} if recipe.vision_encoder else {})
 
-    def _positions(self, num_tokens: int, grid: tuple[int, int, int], prompt: int) -> dict[str, Any]:
+    def _head(self, recipe: Recipe) -> tuple[int, ...]:
+        return self.card.head_ids if recipe.head_ids is None else recipe.head_ids
+
+    def _positions(
+        self, num_tokens: int, grid: tuple[int, int, int], prompt: Sequence[int], request: Request
+    ) -> dict[str, Any]:
         return {
-            "seq_len": prompt,
-            "vision_token_position": len(self.card.head_ids) + num_tokens - 1,
-            "query_token_position": prompt - 1,
+            "seq_len": len(prompt),
+            "vision_token_position": len(self._head(request.recipe)) + num_tokens - 1,
+            "query_token_position": len(prompt) - 1,
             "image_grid_thw": list(grid),
             "num_vision_tokens": num_tokens,
         }
 
-    def _prefix_positions(self, grid: tuple[int, int, int]) -> Tensor:
+    def _prefix_positions(self, grid: tuple[int, int, int], recipe: Recipe) -> Tensor:
         """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""
-        head = len(self.card.head_ids)
+        head = len(self._head(recipe))
         height, width = grid[1] // self.card.merge_size, grid[2] // self.card.merge_size
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         image = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + head
         return torch.cat([torch.arange(head).expand(3, -1), image], dim=1).to(self._device)
 
-    def _prompt_ids(self, image_tokens: int, suffix: tuple[int, ...]) -> tuple[int, ...]:
-        return (*self.card.head_ids, *([self._image_token] * image_tokens), *suffix)
+    def _prompt_ids(self, image_tokens: int, request: Request) -> tuple[int, ...]:
+        return (*self._head(request.recipe), *([self._image_token] * image_tokens), *request.suffix_ids)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         embedded: Tensor = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device))

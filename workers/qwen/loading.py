@@ -109,14 +109,15 @@ def model_card(
         head_ids=prompt.head_ids,
         after_image_ids=prompt.after_image_ids,
         tail_ids=prompt.tail_ids,
+        lead=prompt.lead,
+        trail=prompt.trail,
+        stripped=prompt.stripped,
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         min_pixels=minimum,
         max_pixels=maximum,
         max_batch_tokens=max_batch_tokens,
         environment=environment(model.get_input_embeddings().weight.device, config._attn_implementation),
-        around_question=prompt.around,
-        trims_questions=prompt.trims,
     )
 
 

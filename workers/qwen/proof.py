@@ -87,7 +87,7 @@ def refuse_difference(
     """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
     factor = card.patch_size * card.merge_size
     pixels, recipe = small_image(factor), Recipe(resolve_layers(None, card.num_hidden_layers), 0)
-    tokenize = QuestionTokenizer(card.tokenizer_json, card.around_question, trims=card.trims_questions)
+    tokenize = QuestionTokenizer(card.tokenizer_json)
     requests = []
     for question, one in zip(_QUESTIONS, plain, strict=True):
         suffix = (*card.after_image_ids, *tokenize(question), *card.tail_ids)
