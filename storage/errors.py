@@ -26,10 +26,6 @@ class MisplacedError(DamagedError):
     """A staged file belongs to another question than its name says, or to another run."""
 
 
-class RunGoneError(Exception):
-    """A run that is open is no longer where it was: its directory was removed, moved, or holds another run."""
-
-
 class UnfinishedWarning(UserWarning):
     """A run is read of which parts are not published yet."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
 import time
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from storage import plan
-from storage.errors import DamagedError, MisplacedError, RunGoneError, UserError
+from storage.errors import DamagedError, MisplacedError, UserError
 from storage.location import join, resolve_location
 from storage.naming import part_label, part_name
 from storage.plan import Question, Slice
@@ -188,9 +189,7 @@ class Run:
         # A second computation may end later than the part: then a collector removes the directory under our hands,
         # or is gone already and nobody would remove the file.
         if not self.is_current():
-            raise RunGoneError(
-                f"run {self.run_id} is no longer in {self.location}: it was removed, or another is in its place"
-            )
+            raise FileNotFoundError(errno.ENOENT, "the run is there no more, or another is in its place", self.location)
         try:
             self.store.put_new(key, data)
         except OSError:

@@ -17,7 +17,7 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from storage.errors import DamagedError, RunGoneError
+from storage.errors import DamagedError
 from storage.run import Run
 from storage.sample import Failure
 from workers.bootsteps import current_collector, current_extractor
@@ -63,8 +63,6 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
         return _extract(self, message)
     except RunWaitsError:
         return PUT_OFF
-    except RunGoneError as error:  # the next attempt finds what lies there now
-        raise _pass_on(self, error) from error
     except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
         return PUT_OFF
@@ -94,7 +92,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except (OSError, DamagedError, RunGoneError):  # of the run directory: what concerns an image is a TransientError
+    except (OSError, DamagedError):  # of the run directory: what concerns an image is a TransientError
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
@@ -132,7 +130,7 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
-        troubles.note(message.run_dir, f"waits: {error}", pause=False)
+        troubles.note(message.run_dir, f"waits: {error}")
         raise _pass_on(task, error) from error
 
 
