@@ -95,7 +95,6 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         run_id=uuid.uuid4().hex[:16],
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
-        bound_samples=True,
         model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),

@@ -22,10 +22,6 @@ class DamagedError(Exception):
     """A stored file does not hold what was written to it."""
 
 
-class MisplacedError(DamagedError):
-    """A staged file belongs to another question than its name says, or to another run."""
-
-
 class UnfinishedWarning(UserWarning):
     """A run is read of which parts are not published yet."""
 

@@ -109,10 +109,6 @@ class ObjectStore:
             return False
         return True
 
-    def version(self, key: str) -> str | None:
-        """Return "": asking would cost a request a question, and what is staged is compared when it is packed."""
-        return ""
-
     def missing(self, keys: Collection[str]) -> set[str]:
         """Return those of some keys that no object has: asked for one by one where they are few, else listed."""
         if len(keys) <= _FEW:

@@ -31,12 +31,6 @@ class Question:
     extra: dict[str, str]  # the CSV's other columns
 
 
-def identity(run_id: str, question: Question) -> str:
-    """Return what binds a staged file to its question: the run, and a digest of what is asked of which image."""
-    asked = json.dumps([question.question_id, question.image_id, question.question])
-    return f"{run_id} {hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-
-
 @dataclass(frozen=True, slots=True)
 class Slice:
     """A fixed run of questions that becomes one part."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from storage import plan
-from storage.errors import DamagedError, MisplacedError, UserError
+from storage.errors import DamagedError, UserError
 from storage.location import join, resolve_location
 from storage.naming import part_label, part_name
 from storage.plan import Question, Slice
@@ -28,7 +27,6 @@ _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
 _CANCELLED = ".run/cancelled.json"
 _RESULT, _FAILURE = ".safetensors", ".json"
 _SUSPECT, _DEATH = ".suspect", ".death-"
-_DECODE: dict[str, Callable[..., object]] = {_RESULT: decode_sample, _FAILURE: decode_failure}
 _CERTIFICATE = "certificate"
 T = TypeVar("T")
 
@@ -48,7 +46,6 @@ class Run:
         self.location = location
         self.settings = settings
         self.store = open_store(location)
-        self._version = self.store.version(_RUN)
         self._generations: list[str] = []
         self._slices: tuple[Slice, ...] = ()
         self._retried: dict[str, int] | None = None
@@ -81,18 +78,6 @@ class Run:
     def run_id(self) -> str:
         """The run's unique id."""
         return self.settings.run_id
-
-    def is_current(self) -> bool:
-        """Tell whether the location still holds this run, and no other that was begun there after it was removed."""
-        version = self.store.version(_RUN)
-        if version is None or version != self._version:
-            try:
-                if Run.open(self.location).run_id != self.run_id:
-                    return False
-            except UserError:
-                return False
-            self._version = version
-        return True
 
     @property
     def output_dir(self) -> Path:
@@ -176,20 +161,15 @@ class Run:
 
     def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
         """Stage a question's result. The first one stays."""
-        self._stage(
-            part, self._staged_key(part, sequence, _RESULT), encode_sample(sample, self._identity(part, sequence))
-        )
+        self._stage(part, self._staged_key(part, sequence, _RESULT), encode_sample(sample))
 
     def stage_failure(self, part: int, sequence: int, failure: Failure) -> None:
         """Stage a question's permanent failure. A staged result beats it."""
-        data = encode_failure(failure, self._identity(part, sequence))
-        self._stage(part, self._staged_key(part, sequence, _FAILURE), data)
+        self._stage(part, self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
 
     def _stage(self, part: int, key: str, data: bytes) -> None:
         # A second computation may end later than the part: then a collector removes the directory under our hands,
         # or is gone already and nobody would remove the file.
-        if not self.is_current():
-            raise FileNotFoundError(errno.ENOENT, "the run is there no more, or another is in its place", self.location)
         try:
             self.store.put_new(key, data)
         except OSError:
@@ -237,7 +217,7 @@ class Run:
 
     def read_samples(self, part: int, sequences: Iterable[int]) -> Iterator[Sample]:
         """Yield staged results in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
-        return self._read_staged(part, sequences, _RESULT, decode_sample)
+        return self._read_staged([self._staged_key(part, s, _RESULT) for s in sequences], decode_sample)
 
     def read_failure(self, part: int, sequence: int) -> Failure:
         """Return one staged failure, as `read_failures` does."""
@@ -245,35 +225,15 @@ class Run:
 
     def read_failures(self, part: int, sequences: Iterable[int]) -> Iterator[Failure]:
         """Yield staged failures in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
-        return self._read_staged(part, sequences, _FAILURE, decode_failure)
+        return self._read_staged([self._staged_key(part, s, _FAILURE) for s in sequences], decode_failure)
 
-    def _read_staged(self, part: int, sequences: Iterable[int], suffix: str, decode: Callable[..., T]) -> Iterator[T]:
-        sequences = list(sequences)
-        keys = [self._staged_key(part, sequence, suffix) for sequence in sequences]
-        for sequence, key, data in zip(sequences, keys, self.store.get_many(keys)):
+    def _read_staged(self, keys: Sequence[str], decode: Callable[[bytes], T]) -> Iterator[T]:
+        for key, data in zip(keys, self.store.get_many(keys)):
             try:
-                yield decode(data, self._identity(part, sequence), bound=self.settings.bound_samples)
-            except MisplacedError as error:  # seldom one alone: a worker of a run that lay here before goes on staging
-                self._delete_misplaced(part)
-                raise MisplacedError(f"{self.store.address(key)}: {error}; removed, to be computed again") from error
+                yield decode(data)
             except DamagedError as error:
                 self.store.delete(key)
                 raise DamagedError(f"{self.store.address(key)}: {error}; removed, to be computed again") from error
-
-    def _delete_misplaced(self, part: int) -> None:
-        """Remove what is staged in a slice and is not of its questions."""
-        for sequence in self.staged(part):
-            for suffix, decode in _DECODE.items():
-                key = self._staged_key(part, sequence, suffix)
-                try:
-                    decode(self.store.get(key), self._identity(part, sequence), bound=self.settings.bound_samples)
-                except FileNotFoundError:
-                    continue
-                except DamagedError:
-                    self.store.delete(key)
-
-    def _identity(self, part: int, sequence: int) -> str:
-        return plan.identity(self.run_id, self.questions(part)[sequence])
 
     def delete_staging(self, part: int) -> None:
         """Remove a published slice's staged files."""

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from storage.errors import DamagedError, MisplacedError
+from storage.errors import DamagedError
 
 # safetensors.numpy saves bfloat16 but does not load it.
 _DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}
@@ -46,23 +46,16 @@ class Failure:
     time: str
 
 
-def encode_sample(sample: Sample, identity: str) -> bytes:
-    """Return a sample as safetensors in the computed dtype, bound to its question, with a checksum over all of it."""
-    metadata = _metadata(sample, identity)
+def encode_sample(sample: Sample) -> bytes:
+    """Return a sample as safetensors in the computed dtype, with a checksum over all of it."""
+    metadata = {"answer": sample.answer, "facts": json.dumps(sample.facts)}
     metadata["crc32"] = _checksum(sample.vectors, metadata)
     data: bytes = save({name: np.ascontiguousarray(v) for name, v in sample.vectors.items()}, metadata)
     return data
 
 
-def _metadata(sample: Sample, identity: str) -> dict[str, str]:
-    return {"answer": sample.answer, "facts": json.dumps(sample.facts), "question": identity}
-
-
-def decode_sample(data: bytes, identity: str, *, bound: bool = True) -> Sample:
-    """Return the sample of `encode_sample`'s bytes. Raises DamagedError where they were changed or are another question's.
-
-    `bound`: false for a run that began before samples were bound to their questions; then one that says nothing is taken.
-    """
+def decode_sample(data: bytes) -> Sample:
+    """Return the sample of `encode_sample`'s bytes. Raises DamagedError where they were changed."""
     try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         vectors = {
@@ -72,37 +65,26 @@ def decode_sample(data: bytes, identity: str, *, bound: bool = True) -> Sample:
         crc = metadata.pop("crc32")
         if crc != _checksum(vectors, metadata):
             raise DamagedError("checksum mismatch")
-        _check_identity(metadata.get("question"), identity, bound=bound)
         return Sample(vectors, metadata["answer"], json.loads(metadata["facts"]))
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(f"not a staged sample: {error}") from error
 
 
-def encode_failure(failure: Failure, identity: str) -> bytes:
-    """Return a failure as JSON, bound to its question, with a checksum.
-
-    A lone surrogate, of a path that is not UTF-8, becomes a question mark.
-    """
-    body = json.dumps(asdict(failure) | {"question": identity}, ensure_ascii=False).encode(errors="replace")
+def encode_failure(failure: Failure) -> bytes:
+    """Return a failure as JSON with a checksum. A lone surrogate, of a path that is not UTF-8, becomes a question mark."""
+    body = json.dumps(asdict(failure), ensure_ascii=False).encode(errors="replace")
     return b'{"crc32": %d, "failure": %b}' % (zlib.crc32(body), body)
 
 
-def decode_failure(data: bytes, identity: str, *, bound: bool = True) -> Failure:
-    """Return the failure of `encode_failure`'s bytes, as `decode_sample` does a sample."""
+def decode_failure(data: bytes) -> Failure:
+    """Return the failure of `encode_failure`'s bytes. Raises DamagedError where they were changed."""
     match = re.fullmatch(rb'\{"crc32": (\d{1,10}), "failure": (.*)\}', data, re.DOTALL)
     try:
         if match is None or zlib.crc32(match[2]) != int(match[1]):
             raise ValueError("checksum mismatch")
-        body = json.loads(match[2])
-        _check_identity(body.pop("question", None), identity, bound=bound)
-        return Failure(**body)
-    except (ValueError, TypeError, AttributeError) as error:
+        return Failure(**json.loads(match[2]))
+    except (ValueError, TypeError) as error:
         raise DamagedError(f"not a staged failure: {error}") from error
-
-
-def _check_identity(found: str | None, identity: str, *, bound: bool) -> None:
-    if found != identity and (bound or found is not None):
-        raise MisplacedError("it is the result of another question or run")
 
 
 def _checksum(vectors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
@@ -110,5 +92,4 @@ def _checksum(vectors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     for name in sorted(vectors):
         crc = zlib.crc32(f"{name} {vectors[name].dtype.name} {vectors[name].shape}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(vectors[name]).view(np.uint8).data, crc)
-    texts = [metadata[name] for name in ("answer", "facts", "question") if name in metadata]
-    return str(zlib.crc32(json.dumps(texts).encode(), crc))
+    return str(zlib.crc32(json.dumps([metadata["answer"], metadata["facts"]]).encode(), crc))

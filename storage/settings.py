@@ -20,7 +20,7 @@ HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes. How a prompt is read
 # follows from the prompt.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "bound_samples", "prompt_columns"}
+_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "prompt_columns"}
 
 
 class RunSettings(BaseModel):
@@ -32,7 +32,6 @@ class RunSettings(BaseModel):
     run_id: str
     created_at: str
     software_version: str
-    bound_samples: bool = False  # each staged file names its run and question; not so in runs of before 2026-11-25
 
     model: str
     revision: str

@@ -46,9 +46,6 @@ class Store(Protocol):
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""
 
-    def version(self, key: str) -> str | None:
-        """Return what changes when another file takes a key; None where there is none; in an object store always ""."""
-
     def list(self, prefix: str) -> list[str]:
         """Return the sorted names directly below a prefix, "" being the root; empty where there is no such prefix."""
 
@@ -161,14 +158,6 @@ class DirectoryStore:
     def exists(self, key: str) -> bool:
         """Tell whether an object exists."""
         return self.path(key).exists()
-
-    def version(self, key: str) -> str | None:
-        """Return what changes when another object takes a key; None where there is none."""
-        try:
-            found = self.path(key).stat()
-        except OSError:
-            return None
-        return f"{found.st_dev} {found.st_ino} {found.st_mtime_ns}"
 
     def list(self, prefix: str) -> list[str]:
         """Return the sorted names directly below a prefix; empty where there is no such prefix."""

@@ -52,7 +52,7 @@ def test_disagreeing_answers_show(tmp_path: Path) -> None:
     run = make_run(tmp_path, 2)
     meter = DriftMeter()
     sample, other = (make_sample(question) for question in run.questions(1))
-    meter.take(decode_sample(encode_sample(with_certificate(sample, replace(sample, answer="no"), sample), "id"), "id"))
+    meter.take(decode_sample(encode_sample(with_certificate(sample, replace(sample, answer="no"), sample))))
     meter.take(other)
     certificate = meter.certificate()
     assert certificate is not None

@@ -322,14 +322,14 @@ def test_repair_of_no_run_is_refused(tmp_path):
 
 
 def test_every_flipped_bit_of_a_staged_failure_is_noticed():
-    data = encode_failure(make_failure(make_questions(1)[0], traceback="é"), "id")
+    data = encode_failure(make_failure(make_questions(1)[0], traceback="é"))
     assert json.loads(data)["failure"]["question_id"] == "q1"
     unnoticed = []
     for position in range(len(data) * 8):
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         try:
-            decode_failure(bytes(flipped), "id")
+            decode_failure(bytes(flipped))
         except DamagedError:
             continue
         unnoticed.append(position)

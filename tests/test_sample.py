@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -14,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from storage import sample as samples
 from storage.errors import DamagedError
-from storage.sample import Failure, Sample
-
-IDENTITY = "0123456789abcdef 0"
-encode_sample, decode_sample = (partial(f, identity=IDENTITY) for f in (samples.encode_sample, samples.decode_sample))
-encode_failure, decode_failure = (
-    partial(f, identity=IDENTITY) for f in (samples.encode_failure, samples.decode_failure)
-)
+from storage.sample import Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
 
 QUESTION = make_questions(1)[0]
 SMALL = make_sample(QUESTION, model=make_facts(hidden_size=4, vision_hidden_size=3, layers=(0, 3)), answer="é\\u00e9")

@@ -35,7 +35,6 @@ from workers.settings import WorkerSettings
 
 # Far above the time that a question can take; reached only if the batcher's thread is gone.
 _RESULT_TIMEOUT = 3600.0
-_OPEN_RUNS = 64  # that a worker keeps open
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +91,9 @@ class Extractor:
     def open_run(self, run_dir: str, run_id: str) -> OpenRun:
         """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there."""
         with self._lock:
-            opened = self._runs.pop((run_dir, run_id), None)
-            if opened is None or not opened.run.is_current():  # a directory may be removed, and another run begun in it
-                opened = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
-            self._runs[run_dir, run_id] = opened  # the last place: it was used last
-            if len(self._runs) > _OPEN_RUNS:
-                del self._runs[next(iter(self._runs))]
-            return opened
+            if (run_dir, run_id) not in self._runs:
+                self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
+            return self._runs[run_dir, run_id]
 
     def extract(self, opened: OpenRun, part: int, sequence: int) -> Sample:
         """Compute one question. With one of each part come its exact results: the part keeps how far they are.
