@@ -42,7 +42,7 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     generation = 1 + max(piece.generation for piece in run.slices)
     first = 1 + max(piece.part for piece in run.slices)
     _refuse_overflow(run, first + len(slices) - 1)
-    if not write_generation(run.store, slices, generation=generation, first_part=first):
+    if not write_generation(run.store, slices, generation=generation, first_part=first, run_id=run.run_id):
         raise UserError(
             f"another retry of {run.location} was planned at the same moment, and this one was not: "
             f"see `producer status {run.location}`"

@@ -50,7 +50,7 @@ def export(
     if not output.absolute().parent.is_dir():
         raise UserError(f"{output.absolute().parent} is no directory of this machine")
     write = _writer(source, to, name, progress)
-    store = DirectoryStore(output.absolute().parent, ".")
+    store = DirectoryStore(output.absolute().parent.resolve(), ".")
     with store.partial() as temporary:
         write(temporary)
         sync(temporary)

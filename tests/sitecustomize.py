@@ -56,6 +56,8 @@ def kill_at(point: str, times: int, log: str) -> None:
 
     def sabotaged(*arguments: Any, **options: Any) -> Any:
         path = os.fspath(arguments[-1])
+        if (handle := options.get("dst_dir_fd", options.get("dir_fd"))) is not None:
+            path = f"{os.readlink(f'/proc/self/fd/{handle}')}/{path}"
         if moment == "before":
             come(path)
         result = call(*arguments, **options)

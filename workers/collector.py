@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from storage.account import Bookkeeper
-from storage.errors import DamagedError, UserError
+from storage.errors import DamagedError, ReplacedError, UserError
 from storage.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.location import is_within
 from storage.pack import pack
@@ -62,6 +62,10 @@ class Collector:
             try:
                 if collect_run(run):
                     del self._runs[location]
+            except ReplacedError as error:  # the next scan finds what is there by now
+                logger.warning("%s", error)
+                del self._runs[location]
+                self._next_scan = float("-inf")
             except OSError as error:  # the next sweep tries again
                 self._complain(location, f"waits: cannot write {describe(error, location)}")
             except (OperationalError, RedisError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
+from storage.errors import DamagedError, ReplacedError
 from storage.run import Run
 from storage.sample import Failure
 from workers.bootsteps import current_extractor
@@ -54,6 +55,12 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
     message = QuestionMessage.decode(arguments)
     try:
         return _extract(self, message)
+    except (
+        ReplacedError
+    ) as error:  # the run was removed or moved meanwhile: the next attempt sees what is there by then
+        raise _retry(self, error) from error
+    except DamagedError as error:  # the plan, or a link where the results go: it is fed again when it is mended
+        raise MessageRefusedError(str(error)) from error
     except (OSError, *_ESCAPING) as error:  # a full disk, no memory: not the question's fault, however long it lasts
         raise _retry(self, _harmless(error)) from error
 
@@ -75,7 +82,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except OSError:  # of marks in the run directory: what concerns an image is a TransientError
+    except (OSError, ReplacedError, DamagedError):  # of the run directory: what concerns an image is a TransientError
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
@@ -96,6 +103,8 @@ def collect(*_: Any, **arguments: Any) -> str:
     try:
         run = open_run_in_roots(message.run_dir, message.run_id, settings().data_roots)
         return "finished" if collect_run(run) else "not finished yet"
+    except ReplacedError as error:
+        raise MessageRefusedError(str(error)) from error
     except _ESCAPING as error:
         raise _harmless(error) from error
 
@@ -114,7 +123,7 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
 
 def _check_planned(run: Run, part: int, sequence: int) -> None:
     try:
-        planned = sequence < run.slice(part).size
+        planned = sequence < len(run.questions(part))
     except KeyError:
         planned = False
     if not planned:
