@@ -61,7 +61,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
         if not run.slices:
             slices = cut(questions, options.checkpoint_interval)
             number = -(-len(questions) // options.checkpoint_interval)
-            write_generation(run.store, counted(slices, phases("writing the plan", number), step=1))
+            write_generation(run.store, counted(slices, phases("writing the plan", number), step=1), run_id=run.run_id)
     except OSError as error:
         raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
     return run
@@ -95,6 +95,7 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         run_id=uuid.uuid4().hex[:16],
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
+        staged_identity=True,
         model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),

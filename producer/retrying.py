@@ -44,7 +44,8 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     first = 1 + max(piece.part for piece in run.slices)
     _refuse_overflow(run, first + len(slices) - 1)
     based_on = [_parts_of(run, piece) for piece in pieces]
-    if not write_generation(run.store, slices, generation=generation, first_part=first, based_on=based_on):
+    numbers = {"generation": generation, "first_part": first}
+    if not write_generation(run.store, slices, **numbers, based_on=based_on, run_id=run.run_id):
         raise UserError(
             f"another retry of {run.location} was planned at the same moment, and this one was not: "
             f"see `producer status {run.location}`"

@@ -22,6 +22,10 @@ class DamagedError(Exception):
     """A stored file does not hold what was written to it."""
 
 
+class ReplacedError(UserError):
+    """Where an open run lay is another one by now, or none: nothing of the open one may be written there."""
+
+
 class UnfinishedWarning(UserWarning):
     """A run is read of which parts are not published yet."""
 

@@ -61,7 +61,7 @@ def export(
     if escape_formulas and to != "csv":
         raise UserError("--escape-formulas is of --to csv alone: no other format is taken for formulas")
     write = _writer(source, to, name, progress, escape_formulas)
-    store = DirectoryStore(output.absolute().parent, ".")
+    store = DirectoryStore(output.absolute().parent.resolve(), ".")
     with store.partial() as temporary:
         write(temporary)
         sync(temporary)

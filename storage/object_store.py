@@ -25,12 +25,14 @@ from typing import Any, TypeVar
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from storage.errors import ObjectStoreError
+from storage.directory_store import MAX_OBJECT
+from storage.errors import DamagedError, ObjectStoreError, ReplacedError
 from storage.location import VARIABLES, join, split_url
 
 T = TypeVar("T")
 _RETRY_SECONDS = 20  # a request is tried again for so long; then the caller's own retries begin
 _SMALL, _LARGE = 30, 600  # seconds for one request: of a staged result, of a part
+_HOLD_SECONDS = 5.0  # between two looks at the object that is held
 _SHORT_RANGE = 1 << 20  # bytes
 _CONCURRENCY = 16
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -46,14 +48,18 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         self._url = url
         self._bucket, self._prefix = split_url(url)
+        self._held: tuple[str, bytes] | None = None
+        self._compared = 0.0  # when it was last
 
     def address(self, key: str) -> str:
         """Return an object's URL, for messages."""
         return join(self._url, key)
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes. Raises FileNotFoundError, ObjectStoreError."""
-        return self._ask(key, lambda client, at: bytes(client.get(at).bytes()))
+    def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+        """Return an object's bytes. Raises FileNotFoundError, ObjectStoreError; DamagedError, unread, above `limit`."""
+        if (data := self.get_bounded(key, limit)) is None:
+            raise DamagedError(f"{self.address(key)} is larger than the {limit:,} bytes that an object of its kind has")
+        return data
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError, ObjectStoreError."""
@@ -83,13 +89,13 @@ class ObjectStore:
 
         return self._ask(key, ask)
 
-    def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+    def get_many(self, keys: Iterable[str], limit: int = MAX_OBJECT) -> Iterator[bytes]:
         """Yield the bytes of many objects in order, some fetched ahead. Raises FileNotFoundError, ObjectStoreError."""
         waiting: deque[Future[bytes]] = deque()
         pool = ThreadPoolExecutor(_CONCURRENCY)
         try:
             for key in keys:
-                waiting.append(pool.submit(self.get, key))
+                waiting.append(pool.submit(self.get, key, limit))
                 if len(waiting) > _CONCURRENCY:
                     yield waiting.popleft().result()
             while waiting:
@@ -151,12 +157,38 @@ class ObjectStore:
         """Return the objects directly below the root, each with its length in bytes."""
         return {_name(entry["path"]): entry["size"] for entry in self._listing("")["objects"]}
 
+    def hold(self, key: str, data: bytes) -> None:
+        """From now on change nothing unless the object `key` has this content: every change raises ReplacedError else.
+
+        Asked for again with each part, and otherwise every few seconds only: what is staged says whose it is.
+        """
+        self._held = key, data
+        self._compared = time.monotonic()
+
+    def check(self) -> None:
+        """Raise ReplacedError where the object that is held has another content, or is gone."""
+        self._compare(_HOLD_SECONDS)
+
+    def _compare(self, age: float) -> None:
+        if self._held is None or time.monotonic() - self._compared < age:
+            return
+        key, data = self._held
+        try:
+            found = self.get_bounded(key, len(data))
+        except FileNotFoundError:
+            raise ReplacedError(f"{self.address(key)} is gone: the run was removed or moved") from None
+        if found != data:
+            raise ReplacedError(f"{self.address(key)} is not what it was: another run was begun there")
+        self._compared = time.monotonic()
+
     def put_new(self, key: str, data: bytes) -> bool:
         """Create an object; return False, changing nothing, where it exists already."""
+        self.check()
         return self._create(key, data, _SMALL)
 
     def put(self, key: str, data: bytes) -> None:
         """Create or replace an object."""
+        self.check()
         self._ask(key, lambda client, at: client.put(at, data, use_multipart=False))
 
     @contextmanager
@@ -167,6 +199,7 @@ class ObjectStore:
 
     def publish(self, temporary: Path, key: str) -> bool:
         """Make a finished file of `partial` the object `key`; return False where the object exists already."""
+        self._compare(0.0)
         return self._create(key, temporary, _LARGE)
 
     def delete_partials(self, older_than: float) -> None:
@@ -189,16 +222,19 @@ class ObjectStore:
 
     def move(self, key: str, target: str) -> None:
         """Give an object another key, if it is there. Stopped halfway it has both."""
+        self.check()
         with suppress(FileNotFoundError):
             self._ask(key, lambda client, at: client.rename(at, self._at(target)), _LARGE)
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
+        self.check()
         with suppress(FileNotFoundError):  # S3 does not say; others do
             self._ask(key, lambda client, at: client.delete(at))
 
     def delete_directory(self, prefix: str) -> None:
         """Remove the objects directly below a prefix, a thousand with each request."""
+        self.check()
         paths = [entry["path"] for entry in self._listing(prefix)["objects"]]
         if paths:
             with suppress(FileNotFoundError):

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from storage.errors import DamagedError, UserError
 from storage.naming import group_key
 from storage.part import read_header, write_part
@@ -21,6 +23,7 @@ from storage.plan import Question
 from storage.probe import whose
 from storage.run import Run
 from storage.sample import Failure, Sample
+from storage.settings import faults
 from storage.store import sync
 
 
@@ -35,6 +38,9 @@ class Sidecar:
     sha256: str
     question_ids: tuple[str, ...]
     failures: tuple[Failure, ...]
+
+
+_SIDECAR = TypeAdapter(Sidecar)
 
 
 def pack(run: Run, part: int) -> bool:
@@ -67,12 +73,14 @@ def read_sidecar(run: Run, part: int) -> Sidecar:
     """Return a published part's sidecar. Raises FileNotFoundError, DamagedError."""
     key = run.sidecar_key(part)
     try:
-        body = json.loads(run.store.get(key))
-        failures = tuple(Failure(**f) for f in body.pop("failures"))
-        return Sidecar(**{**body, "question_ids": tuple(body["question_ids"]), "failures": failures})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        sidecar = _SIDECAR.validate_json(run.store.get(key))
+        if (sidecar.part, sidecar.run_id, sidecar.file) != (part, run.run_id, run.part_name(part)):
+            raise ValueError("it describes another part, or a part of another run")
+        return sidecar
+    except (ValueError, DamagedError) as error:
+        what = faults(error) if isinstance(error, ValidationError) else error
         raise DamagedError(
-            f"{run.store.address(key)} is damaged ({error}): the same `producer enqueue … --repair` computes its part again"
+            f"{run.store.address(key)} is damaged ({what}): the same `producer enqueue … --repair` computes its part again"
         ) from error
 
 

@@ -5,30 +5,28 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
 from storage import plan
 from storage.errors import DamagedError, UserError
 from storage.location import join, resolve_location
-from storage.naming import part_label, part_name
+from storage.naming import labelled_part, part_label, part_name
 from storage.plan import Question, Slice
-from storage.sample import Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
-from storage.settings import ModelFacts, RunSettings
-from storage.store import SCRATCH, DirectoryStore, open_store
+from storage.settings import MAX_SETTINGS, ModelFacts, RunSettings
+from storage.staging import StagingArea
+from storage.store import DirectoryStore, open_store
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
 _CANCELLED = ".run/cancelled.json"
-_RESULT, _FAILURE = ".safetensors", ".json"
-_SUSPECT, _DEATH = ".suspect", ".death-"
-_CERTIFICATE = "certificate"
-T = TypeVar("T")
+# What in `.run` may be left where run.json is not, and would be taken for the next run's.
+_REMAINS = ("plan", "parts", "model.json", "summary.json", "cancelled.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +37,27 @@ class Cancellation:
     at: float | None
 
 
-class Run:
-    """Access to a run. Holds no state that the files do not: any number of processes may have one open."""
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """What of summary.json is read again."""
+
+    generations: int = 1
+    parts_planned: int = 0
+
+
+_TEXT, _SUMMARY_TYPE = TypeAdapter(str), TypeAdapter(_Summary)
+
+
+class Run(StagingArea):
+    """Access to a run. Holds no state that the files do not: any number of processes may have one open.
+
+    It is known by what its run.json says. Where that is another one by now, whatever is written through this object raises
+    ReplacedError; so does `refresh`.
+    """
 
     def __init__(self, location: str, settings: RunSettings) -> None:
+        super().__init__(open_store(location), settings)
         self.location = location
-        self.settings = settings
-        self.store = open_store(location)
         self._generations: list[str] = []
         self._slices: tuple[Slice, ...] = ()
         self._retried: dict[str, int] | None = None
@@ -57,21 +69,36 @@ class Run:
         location = resolve_location(location)
         store = open_store(location)
         try:
-            data = store.get(_RUN)
+            data = store.get(_RUN, MAX_SETTINGS)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{location} holds no run: there is no {_RUN} in it") from None
-        try:
-            return cls(location, RunSettings.model_validate_json(data))
-        except ValidationError as error:
-            raise UserError(
-                f"{store.address(_RUN)} was written by another version of this software: {error}"
-            ) from error
+        except DamagedError as error:
+            raise UserError(str(error)) from None
+        run = cls(location, RunSettings.decode(data, store.address(_RUN)))
+        run.store.hold(_RUN, data)
+        return run
 
     @classmethod
     def create(cls, location: str | Path, settings: RunSettings) -> Run:
-        """Create a run, or open the one that is there. The caller compares the settings."""
+        """Create a run, or open the one that is there. The caller compares the settings. Raises UserError."""
         location = resolve_location(location)
-        open_store(location).put_new(_RUN, settings.model_dump_json(indent=1).encode())
+        data = settings.model_dump_json(indent=1).encode()
+        if len(data) > MAX_SETTINGS:
+            raise UserError(
+                f"the settings have {len(data):,} bytes, more than {MAX_SETTINGS:,}: use a shorter --prompt"
+            )
+        store = open_store(location)
+        there = store.list(".run")
+        remains = [n for n in _REMAINS if n in there and (n.endswith(".json") or store.list(f".run/{n}"))]
+        if remains and not store.exists(_RUN):
+            raise UserError(
+                f"{location} holds what is left of a run whose {_RUN} is gone ({', '.join(remains)}): remove "
+                f"{store.address('.run')}, or choose another --output-dir"
+            )
+        left = [".run/refusals", *(f".run/staging/{name}" for name in store.list(".run/staging"))]
+        if store.put_new(_RUN, data):
+            for directory in left:  # by workers of a run that was removed from here
+                store.delete_directory(directory)
         return cls.open(location)
 
     @property
@@ -96,11 +123,12 @@ class Run:
         return self._slices
 
     def refresh(self) -> bool:
-        """Look whether the plan has grown by a generation, as a retry makes one; tell whether it has."""
+        """Look whether the plan has grown by a generation, as a retry makes one; tell whether it has. Raises ReplacedError."""
+        self.store.check()
         names = plan.generations(self.store)
         if names == self._generations:
             return False
-        self._slices, self._retried = plan.read_slices(self.store), None
+        self._slices, self._retried = plan.read_slices(self.store, self.run_id), None
         self._generations = names
         return True
 
@@ -126,7 +154,11 @@ class Run:
         return self._questions(part)
 
     def _read_questions(self, part: int) -> tuple[Question, ...]:
-        return plan.read_questions(self.store, self.slice(part))
+        try:
+            return plan.read_questions(self.store, self.slice(part))
+        except FileNotFoundError:
+            self.store.check()  # raises ReplacedError where the whole run is gone
+            raise
 
     # The model
 
@@ -138,124 +170,35 @@ class Run:
         return recorded
 
     def model_facts(self) -> ModelFacts | None:
-        """Return what the first worker loaded; None before there was one."""
+        """Return what the first worker loaded; None before there was one. Raises DamagedError."""
         try:
-            return ModelFacts.model_validate_json(self.store.get(_MODEL))
+            return ModelFacts.decode(self.store.get(_MODEL, MAX_SETTINGS), self.store.address(_MODEL))
         except FileNotFoundError:
             return None
 
     def note_refusal(self, worker: str, message: str) -> None:
         """Record that a worker cannot compute this run, for `producer status` to show."""
-        self.store.put(f".run/refusals/{worker}.json", json.dumps(message).encode())
+        self.store.put(_refusal(worker), json.dumps(message).encode())
 
     def withdraw_refusal(self, worker: str) -> None:
         """Remove a worker's refusal: it has another model now."""
-        self.store.delete(f".run/refusals/{worker}.json")
+        self.store.delete(_refusal(worker))
 
     def refusals(self) -> dict[str, str]:
         """Return the workers that cannot compute this run, with their reasons."""
-        names = self.store.list(".run/refusals")
-        return {n.removesuffix(".json"): json.loads(self.store.get(f".run/refusals/{n}")) for n in names}
-
-    # The staging area: one file per finished question
-
-    def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
-        """Stage a question's result. The first one stays."""
-        self._stage(part, self._staged_key(part, sequence, _RESULT), encode_sample(sample))
-
-    def stage_failure(self, part: int, sequence: int, failure: Failure) -> None:
-        """Stage a question's permanent failure. A staged result beats it."""
-        self._stage(part, self._staged_key(part, sequence, _FAILURE), encode_failure(failure))
-
-    def _stage(self, part: int, key: str, data: bytes) -> None:
-        # A second computation may end later than the part: then a collector removes the directory under our hands,
-        # or is gone already and nobody would remove the file.
-        try:
-            self.store.put_new(key, data)
-        except OSError:
-            if not self.store.exists(self.sidecar_key(part)):
-                raise
-        if self.store.exists(self.sidecar_key(part)):
-            self.delete_staging(part)
-
-    def staged(self, part: int) -> dict[int, bool]:
-        """Return the finished questions of an unpublished slice: sequence to whether it has a result."""
-        found: dict[int, bool] = {}
-        for name in self.store.list(self._staging_directory(part)):
-            stem, _, suffix = name.partition(".")
-            if stem.isdecimal() and f".{suffix}" in {_RESULT, _FAILURE}:
-                found[int(stem)] = found.get(int(stem), False) or f".{suffix}" == _RESULT
+        found = {}
+        for name in self.store.list(".run/refusals"):
+            key = f".run/refusals/{name}"
+            with suppress(FileNotFoundError):  # withdrawn at this moment
+                try:
+                    found[name.removesuffix(".json")] = _TEXT.validate_json(self.store.get(key, MAX_SETTINGS))
+                except ValueError:
+                    raise DamagedError(f"{self.store.address(key)} is damaged: remove it") from None
         return found
-
-    def has_finished(self, part: int, sequence: int) -> bool:
-        """Tell whether a question is in a published part, or has a staged result or failure."""
-        staged = (self._staged_key(part, sequence, suffix) for suffix in (_RESULT, _FAILURE))
-        return any(map(self.store.exists, staged)) or self.store.exists(self.sidecar_key(part))
-
-    # Crashes: marks beside the staged files, which no worker keeps in its memory and no queue can lose
-
-    def note_death(self, part: int, sequence: int, *, alone: bool, **facts: str) -> int:
-        """Record that the engine died under a question; only where it was alone in it that counts. Return how often it was."""
-        self._stage(part, self._staged_key(part, sequence, _SUSPECT), b"{}")
-        if alone:
-            key = self._staged_key(part, sequence, f"{_DEATH}{secrets.token_hex(4)}")
-            self._stage(part, key, json.dumps(facts).encode())
-        return len(self._deaths(part, sequence))
-
-    def deaths_alone(self, part: int, sequence: int) -> int | None:
-        """Return how often the engine died with a question alone in it; None for one that was never there at a death."""
-        if not self.store.exists(self._staged_key(part, sequence, _SUSPECT)):
-            return None
-        return len(self._deaths(part, sequence))
-
-    def _deaths(self, part: int, sequence: int) -> list[str]:
-        return [n for n in self.store.list(self._staging_directory(part)) if n.startswith(f"{sequence:06d}{_DEATH}")]
-
-    def claim_certificate(self, part: int) -> bool:
-        """Tell whether a slice's drift certificate is the caller's to compute: the first one's, and nobody's after it."""
-        return self.store.put_new(f"{self._staging_directory(part)}/{_CERTIFICATE}-{self.run_id}", b"{}")
-
-    def read_samples(self, part: int, sequences: Iterable[int]) -> Iterator[Sample]:
-        """Yield staged results in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
-        return self._read_staged([self._staged_key(part, s, _RESULT) for s in sequences], decode_sample)
-
-    def read_failure(self, part: int, sequence: int) -> Failure:
-        """Return one staged failure, as `read_failures` does."""
-        return next(self.read_failures(part, [sequence]))
-
-    def read_failures(self, part: int, sequences: Iterable[int]) -> Iterator[Failure]:
-        """Yield staged failures in the order asked for. A damaged one is removed, to be computed again: DamagedError."""
-        return self._read_staged([self._staged_key(part, s, _FAILURE) for s in sequences], decode_failure)
-
-    def _read_staged(self, keys: Sequence[str], decode: Callable[[bytes], T]) -> Iterator[T]:
-        for key, data in zip(keys, self.store.get_many(keys)):
-            try:
-                yield decode(data)
-            except DamagedError as error:
-                self.store.delete(key)
-                raise DamagedError(f"{self.store.address(key)}: {error}; removed, to be computed again") from error
-
-    def delete_staging(self, part: int) -> None:
-        """Remove a published slice's staged files."""
-        self.store.delete_directory(self._staging_directory(part))
-
-    def staging_directories(self) -> list[str]:
-        """Return the labels of the slices that have a staging directory."""
-        return self.store.list(".run/staging")
 
     def label(self, part: int) -> str:
         """Return a part's zero-padded number."""
         return part_label(part, self.settings.part_digits)
-
-    def _staging_directory(self, part: int) -> str:
-        return f".run/staging/{self.label(part)}"
-
-    def _staged_key(self, part: int, sequence: int, suffix: str) -> str:
-        return f"{self._staging_directory(part)}/{sequence:06d}{suffix}"
-
-    def has_leftovers(self) -> bool:
-        """Tell whether a staged or unfinished file is there: of a run that is finished, what a killed process left."""
-        return bool(self.staging_directories() or self.store.list(SCRATCH))
 
     # The parts
 
@@ -277,21 +220,22 @@ class Run:
 
     def parts_with_sidecar(self) -> set[int]:
         """Return the numbers of the parts that are published and described."""
-        return {int(name.removesuffix(".json")) for name in self.store.list(".run/parts")}
+        labels = (name.removesuffix(".json") for name in self.store.list(".run/parts") if name.endswith(".json"))
+        return {part for label in labels if (part := labelled_part(label)) is not None and label == self.label(part)}
 
     # The end
 
     def is_finished(self) -> bool:
         """Tell whether every part is published and described and the summary is written, of the whole plan as it is now."""
         try:
-            summary = json.loads(self.store.get(_SUMMARY))
-        except (FileNotFoundError, ValueError):  # a damaged one is written anew
+            summary = _SUMMARY_TYPE.validate_json(self.store.get(_SUMMARY, MAX_SETTINGS))
+        except (FileNotFoundError, ValueError, DamagedError):  # a damaged one is written anew
             return False
         # A collector that began before a retry may write its summary after it.
-        if summary.get("generations", 1) != max(1, len(plan.generations(self.store))):
+        if summary.generations != max(1, len(plan.generations(self.store))):
             return False
         # A sidecar may be lost later: then a collector describes its part again, or has it computed where that is lost too.
-        return bool(len(self.parts_with_sidecar()) >= summary.get("parts_planned", 0))
+        return len(self.parts_with_sidecar()) >= summary.parts_planned
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as finished, as far as this object knows the plan."""
@@ -343,6 +287,10 @@ class Run:
         if note != only.note:
             self.store.put_new(_CANCELLED, note)
         self.store.delete(aside)
+
+
+def _refusal(worker: str) -> str:
+    return f".run/refusals/{worker.replace('/', '_')}.json"
 
 
 def is_run(location: str | Path) -> bool:

@@ -10,10 +10,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from storage.errors import DamagedError
+from storage.identity import Identity
+from storage.settings import faults
 
 # safetensors.numpy saves bfloat16 but does not load it.
 _DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}
@@ -46,16 +49,23 @@ class Failure:
     time: str
 
 
-def encode_sample(sample: Sample) -> bytes:
-    """Return a sample as safetensors in the computed dtype, with a checksum over all of it."""
+_FAILURE = TypeAdapter(Failure)
+MAX_STAGED = 1 << 28  # bytes of a staged file: a sample of 72B with all its layers and its certificate has 16 MB
+_FIELD = re.compile(r"(exact/|exact_other_kernel/)?[A-Za-z_]{1,64}(/layer_\d{1,5})?")
+
+
+def encode_sample(sample: Sample, identity: Identity | None = None) -> bytes:
+    """Return a sample as safetensors in the computed dtype, with a checksum over all of it, and with whose it is."""
     metadata = {"answer": sample.answer, "facts": json.dumps(sample.facts)}
     metadata["crc32"] = _checksum(sample.vectors, metadata)
+    if identity is not None:  # past the checksum: it is compared as it is
+        metadata |= {"identity": identity.text, "question_id": json.dumps(identity.question_id)}
     data: bytes = save({name: np.ascontiguousarray(v) for name, v in sample.vectors.items()}, metadata)
     return data
 
 
-def decode_sample(data: bytes) -> Sample:
-    """Return the sample of `encode_sample`'s bytes. Raises DamagedError where they were changed."""
+def decode_sample(data: bytes, identity: Identity | None = None) -> Sample:
+    """Return the sample of `encode_sample`'s bytes. Raises DamagedError where they were changed or are of something else."""
     try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         vectors = {
@@ -65,26 +75,39 @@ def decode_sample(data: bytes) -> Sample:
         crc = metadata.pop("crc32")
         if crc != _checksum(vectors, metadata):
             raise DamagedError("checksum mismatch")
+        if identity is not None:
+            identity.check(metadata.get("identity"))
+            if odd := [name for name in vectors if not _FIELD.fullmatch(name)]:
+                raise DamagedError(f"{odd[0]!r} is no field")
         return Sample(vectors, metadata["answer"], json.loads(metadata["facts"]))
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedError(f"not a staged sample: {error}") from error
 
 
-def encode_failure(failure: Failure) -> bytes:
+def encode_failure(failure: Failure, identity: Identity | None = None) -> bytes:
     """Return a failure as JSON with a checksum. A lone surrogate, of a path that is not UTF-8, becomes a question mark."""
     body = json.dumps(asdict(failure), ensure_ascii=False).encode(errors="replace")
-    return b'{"crc32": %d, "failure": %b}' % (zlib.crc32(body), body)
+    whose = b"" if identity is None else b'"identity": "%b", ' % identity.text.encode()
+    return b'{"crc32": %d, %b"failure": %b}' % (zlib.crc32(body), whose, body)
 
 
-def decode_failure(data: bytes) -> Failure:
-    """Return the failure of `encode_failure`'s bytes. Raises DamagedError where they were changed."""
-    match = re.fullmatch(rb'\{"crc32": (\d{1,10}), "failure": (.*)\}', data, re.DOTALL)
+def decode_failure(data: bytes, identity: Identity | None = None) -> Failure:
+    """Return the failure of `encode_failure`'s bytes. Raises DamagedError where they were changed or are of something else."""
+    match = re.fullmatch(
+        rb'\{"crc32": (\d{1,10}), (?:"identity": "([\w/-]{1,128})", )?"failure": (.*)\}', data, re.DOTALL
+    )
     try:
-        if match is None or zlib.crc32(match[2]) != int(match[1]):
+        if match is None or zlib.crc32(match[3]) != int(match[1]):
             raise ValueError("checksum mismatch")
-        return Failure(**json.loads(match[2]))
-    except (ValueError, TypeError) as error:
-        raise DamagedError(f"not a staged failure: {error}") from error
+        failure = _FAILURE.validate_json(match[3])
+    except ValueError as error:
+        what = faults(error) if isinstance(error, ValidationError) else error
+        raise DamagedError(f"not a staged failure: {what}") from error
+    if identity is not None:
+        identity.check(match[2].decode() if match[2] else None)
+        if failure.question_id != identity.question_id:
+            raise DamagedError(f"is of question {failure.question_id!r}, not {identity.question_id!r}")
+    return failure
 
 
 def _checksum(vectors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import DamagedError, UserError
+from storage.location import is_url
+from storage.naming import MAX_DIGITS, MAX_SLUG
 
 FORMAT_VERSION = 1
 
@@ -18,9 +22,21 @@ QUESTION = "{question}"  # where the question stands in a prompt
 LAST_POSITIONS = "last_image_token,last_prompt_token"
 HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
+# run.json, model.json and summary.json are read again and again, in directories that strangers may write to.
+MAX_SETTINGS = 1 << 20  # bytes
+
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes. How a prompt is read
 # follows from the prompt.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "prompt_columns"}
+_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "staged_identity", "prompt_columns"}
+
+
+def _absolute(place: str) -> str:
+    if "\0" in place or not (place.startswith("/") or is_url(place)):
+        raise ValueError("neither an absolute path nor a URL")
+    return place
+
+
+Place = Annotated[str, Field(max_length=4096), AfterValidator(_absolute)]
 
 
 class RunSettings(BaseModel):
@@ -28,15 +44,18 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = FORMAT_VERSION
-    run_id: str
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
+    run_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     created_at: str
     software_version: str
+    staged_identity: bool = False  # staged files that do not say whose they are were written by another version
 
     model: str
     revision: str
-    model_digest: str  # what the queue's name carries: of the revision, or of the local checkpoint's content
-    model_slug: str
+    model_digest: str = Field(
+        pattern=r"^[0-9a-f]{1,64}$"
+    )  # what the queue's name carries: of the revision, or of the local checkpoint's content
+    model_slug: str = Field(pattern=rf"^[a-z0-9_]{{1,{MAX_SLUG}}}$")
     dtype: Dtype
     layers: tuple[int, ...] | Literal["all"] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
     vision_encoder: bool = True
@@ -45,7 +64,7 @@ class RunSettings(BaseModel):
     system_prompt: str | None = None  # None: what the chat template says where there is none
     chat_template: str | None = None  # its text; None: the checkpoint's
     special_tokens: SpecialTokens = "text"  # in what is asked: ordinary text, or tokens as the processor makes them
-    max_new_tokens: int
+    max_new_tokens: int = Field(ge=0)
     repetition_penalty: float | None = None  # None: the checkpoint's own
     exact: bool = False
     halp_compat: bool = False
@@ -55,13 +74,23 @@ class RunSettings(BaseModel):
 
     dataset: str
     dataset_sha256: str
-    images_dir: str
-    image_roots: tuple[str, ...]
+    images_dir: Place
+    image_roots: tuple[Place, ...]
     order: Order
     limit: int | None
     test: bool
-    checkpoint_interval: int
-    part_digits: int
+    checkpoint_interval: int = Field(ge=1)
+    part_digits: int = Field(ge=1, le=MAX_DIGITS)
+
+    @classmethod
+    def decode(cls, data: bytes, address: str) -> RunSettings:
+        """Return the settings in a run.json. Raises UserError that names the file."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise UserError(
+                f"{address} is damaged, or was written by another version of this software: {faults(error)}"
+            ) from None
 
     def chat_template_sha256(self) -> str | None:
         """Return the digest of the run's own chat template, if it has one."""
@@ -85,7 +114,7 @@ class ModelFacts(BaseModel):
     num_hidden_layers: int
     hidden_size: int
     vision_hidden_size: int
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = Field(max_length=10_000)
     min_pixels: int
     max_pixels: int
     repetition_penalty: float
@@ -99,6 +128,14 @@ class ModelFacts(BaseModel):
     positions: str = LAST_POSITIONS
     vision_only_definition: str = "merged"  # or `encoder`: the published features' mean before the merger
 
+    @classmethod
+    def decode(cls, data: bytes, address: str) -> ModelFacts:
+        """Return the facts in a model.json. Raises DamagedError that names the file."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise DamagedError(f"{address} is damaged: {faults(error)}") from None
+
     def field_widths(self) -> dict[str, int]:
         """Return the vectors that a question has: HALP field to width."""
         merged = self.vision_only_definition == "merged"
@@ -108,3 +145,10 @@ class ModelFacts(BaseModel):
         for field in ("vision_token_representation", "query_token_representation"):
             widths |= {f"{field}/layer_{layer}": self.hidden_size for layer in self.layers}
         return widths
+
+
+def faults(error: ValidationError) -> str:
+    """Return what pydantic found, in a line that repeats nothing of the input: that may be long, or be meant for a terminal."""
+    found = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors(include_url=False, include_input=False)]
+    shown = "; ".join(f"{ascii(where)[1:-1][:80]}: {what[:200]}" if where else what[:200] for where, what in found[:3])
+    return shown + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -6,38 +6,36 @@ one. The operations are those that an object store has (create-only PUT, GET, LI
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import secrets
-import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from storage.directory_store import MAX_OBJECT, DirectoryStore
 from storage.errors import UserError
-from storage.location import is_url, join, split_url
+from storage.location import is_url, split_url
 
 SCRATCH = ".run/tmp"  # where a run has its unfinished files
-_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-_libc = ctypes.CDLL(None, use_errno=True)
+__all__ = ["SCRATCH", "DirectoryStore", "Store", "local_file", "missing_objects", "open_store", "some_objects", "sync"]
 
 
 class Store(Protocol):
-    """What a run needs of the place it lies in. Where that is away for a moment, every operation raises OSError."""
+    """What a run needs of the place it lies in. Where that is away for a moment, every operation raises OSError.
+
+    What is there but is no object (a link, a FIFO, a directory), or is larger than asked for, raises DamagedError.
+    """
 
     def address(self, key: str) -> str:
         """Return an object's path or URL, for messages."""
 
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes. Raises FileNotFoundError."""
+    def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+        """Return an object's bytes; DamagedError, unread, where they are more than `limit`. Raises FileNotFoundError."""
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError."""
 
-    def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
+    def get_many(self, keys: Iterable[str], limit: int = MAX_OBJECT) -> Iterator[bytes]:
         """Yield the bytes of many objects in order, several fetched at once where that is faster."""
 
     def size(self, key: str) -> int:
@@ -54,6 +52,12 @@ class Store(Protocol):
 
     def directories(self, prefix: str) -> Sequence[str]:
         """Return those of the names that have others below them."""
+
+    def hold(self, key: str, data: bytes) -> None:
+        """From now on change nothing unless the object `key` has this content: every change raises ReplacedError else."""
+
+    def check(self) -> None:
+        """Raise ReplacedError where the object that is held has another content, or is gone."""
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Create an object; return False, changing nothing, where it exists already."""
@@ -122,139 +126,6 @@ def some_objects(root: str, limit: int) -> Sequence[str]:
     return ObjectStore(root).some(limit)
 
 
-class DirectoryStore:
-    """A store in a local or shared directory. Unfinished files lie in `scratch`, on the same file system, until named."""
-
-    def __init__(self, root: Path, scratch: str) -> None:
-        self.root = root
-        self.scratch = root / scratch
-
-    def path(self, key: str) -> Path:
-        """Return where an object lies."""
-        return self.root / key
-
-    def address(self, key: str) -> str:
-        """Return an object's path, for messages."""
-        return join(str(self.root), key)
-
-    def get(self, key: str) -> bytes:
-        """Return an object's bytes. Raises FileNotFoundError."""
-        return self.path(key).read_bytes()
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return `length` bytes of an object, fewer at its end. Raises FileNotFoundError."""
-        with self.path(key).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
-
-    def get_many(self, keys: Iterable[str]) -> Iterator[bytes]:
-        """Yield the bytes of many objects in order. Raises FileNotFoundError."""
-        return map(self.get, keys)
-
-    def size(self, key: str) -> int:
-        """Return an object's length in bytes. Raises FileNotFoundError."""
-        return self.path(key).stat().st_size
-
-    def exists(self, key: str) -> bool:
-        """Tell whether an object exists."""
-        return self.path(key).exists()
-
-    def list(self, prefix: str) -> list[str]:
-        """Return the sorted names directly below a prefix; empty where there is no such prefix."""
-        try:
-            return sorted(os.listdir(self.path(prefix)))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def sizes(self) -> dict[str, int]:
-        """Return the files directly below the root, each with its length in bytes."""
-        found = {}
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # gone in between
-                    if stat.S_ISREG((status := entry.stat()).st_mode):
-                        found[entry.name] = status.st_size
-        return found
-
-    def directories(self, prefix: str) -> Sequence[str]:
-        """Return the sorted names of the directories directly below a prefix; links are not followed."""
-        try:
-            with os.scandir(self.path(prefix)) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except OSError:  # no such directory, or none that we may look into
-            return []
-
-    def put_new(self, key: str, data: bytes) -> bool:
-        """Create an object; return False, changing nothing, where it exists already."""
-        with self.partial() as temporary:
-            _write_synced(temporary, data)
-            return self.publish(temporary, key)
-
-    def put(self, key: str, data: bytes) -> None:
-        """Create or replace an object."""
-        target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self.partial() as temporary:
-            _write_synced(temporary, data)
-            os.replace(temporary, target)
-            sync(target.parent)
-
-    def publish(self, temporary: Path, key: str) -> bool:
-        """Make a finished file of `partial` the object `key`; return False where the object exists already."""
-        target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        created = _link_new(temporary, target)
-        if created:
-            sync(target.parent)
-        return created
-
-    @contextmanager
-    def partial(self) -> Iterator[Path]:
-        """Yield a new path for unfinished content; whatever is left there at the end is removed."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        temporary = self.scratch / f"{os.getpid()}-{secrets.token_hex(6)}.partial"
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def delete_partials(self, older_than: float) -> None:
-        """Remove the unfinished files that nobody has written to for `older_than` seconds: a killed process left them."""
-        paths = list(self.scratch.glob("*.partial"))
-        if not paths:
-            return
-        os.utime(self.scratch)  # to the file server's clock: by our own, if it is ahead, files in the making would go
-        limit = self.scratch.stat().st_mtime - older_than
-        for path in paths:
-            with suppress(FileNotFoundError):
-                if path.stat().st_mtime < limit:
-                    path.unlink()
-
-    @contextmanager
-    def local_copy(self, key: str) -> Iterator[Path]:
-        """Yield where an object lies. Raises FileNotFoundError."""
-        path = self.path(key)
-        path.stat()  # where it cannot be looked at, it is not gone: `exists` would say so of some errors
-        yield path
-
-    def move(self, key: str, target: str) -> None:
-        """Give an object another key, if it is there."""
-        self.path(target).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.rename(self.path(key), self.path(target))
-
-    def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
-        self.path(key).unlink(missing_ok=True)
-
-    def delete_directory(self, prefix: str) -> None:
-        """Remove a directory of objects, if it is there."""
-        for name in self.list(prefix):
-            self.delete(f"{prefix}/{name}")
-        with suppress(OSError):  # gone already, or not empty again: a late result, which the next sweep removes
-            self.path(prefix).rmdir()
-
-
 def sync(path: Path) -> None:
     """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -262,30 +133,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _link_new(source: Path, target: Path) -> bool:
-    """Give `source` the name `target` unless that exists."""
-    try:
-        os.link(source, target)
-        return True
-    except FileExistsError:
-        # A retried link() over NFS may report EEXIST although the first try made it: then both names are one inode.
-        return os.path.samestat(source.stat(), target.stat())
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-    arguments = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
-    if _libc.renameat2(*arguments) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code == errno.EEXIST:
-        return False
-    raise OSError(code, os.strerror(code), str(target))

@@ -33,6 +33,7 @@ def make_settings(**changes: Any) -> RunSettings:
         "run_id": "0123456789abcdef",
         "created_at": "2026-01-01T00:00:00+00:00",
         "software_version": "0.1.0",
+        "staged_identity": True,
         "model": model,
         "revision": "main",
         "model_digest": "0" * 12,
@@ -145,7 +146,7 @@ def make_run(
     run = Run.create(output_dir, make_settings(**changes))
     if isinstance(questions, int):
         questions = make_questions(questions)
-    assert write_generation(run.store, cut(questions, run.settings.checkpoint_interval))
+    assert write_generation(run.store, cut(questions, run.settings.checkpoint_interval), run_id=run.run_id)
     if agreed:
         run.agree_on_model(model or make_facts())
     return run

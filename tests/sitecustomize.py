@@ -58,6 +58,8 @@ def strike_at(point: str, times: int, strike: signal.Signals, log: str) -> None:
 
     def sabotaged(*arguments: Any, **options: Any) -> Any:
         path = os.fspath(arguments[-1])
+        if (handle := options.get("dst_dir_fd", options.get("dir_fd"))) is not None:
+            path = f"{os.readlink(f'/proc/self/fd/{handle}')}/{path}"
         if moment == "before":
             come(path)
         result = call(*arguments, **options)

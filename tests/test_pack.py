@@ -441,6 +441,11 @@ def die(*_: Any) -> None:
     os._exit(9)
 
 
+def opened(handle: int) -> Path:
+    """Return what a handle has open."""
+    return Path(os.readlink(f"/proc/self/fd/{handle}"))
+
+
 def pack_and_die(output_dir: Path, step: str) -> None:
     run, patch = Run.open(output_dir), pytest.MonkeyPatch()
     if step == "the temporary file half written":
@@ -454,15 +459,15 @@ def pack_and_die(output_dir: Path, step: str) -> None:
     elif step == "the temporary file written":
         patch.setattr(DirectoryStore, "publish", die)
     elif step == "published, the directory not flushed":
-        sync = storage.store.sync
-        patch.setattr(storage.store, "sync", lambda path: die() if path == run.output_dir else sync(path))
+        fsync = os.fsync
+        patch.setattr(os, "fsync", lambda handle: die() if opened(handle) == run.output_dir else fsync(handle))
     elif step == "published, not described":
         patch.setattr(storage.pack, "_describe", die)
     elif step == "described, not cleaned up":
         patch.setattr(Run, "delete_staging", die)
     elif step == "half cleaned up":
-        delete = run.store.delete
-        patch.setattr(run.store, "delete", lambda key: (delete(key), die()))
+        unlink = os.unlink
+        patch.setattr(os, "unlink", lambda name, **at: (unlink(name, **at), name.endswith(".partial") or die()))
     pack(run, 1)
     os._exit(0)  # the step was not reached
 
@@ -558,30 +563,30 @@ def test_late_second_computations_neither_fail_nor_leave_anything(tmp_path):
 def test_a_late_second_computation_whose_directory_is_removed_under_it(run, monkeypatch, moment):
     stage(run, 1)
     question, other = run.questions(1)[0], Run.open(run.output_dir)
-    link, sync = os.link, storage.store.sync
+    link, fsync = os.link, os.fsync
     staging = run.output_dir / ".run/staging/001"
 
-    def overtaken_link(source: Path, target: Path) -> None:
-        if target.parent == staging:
+    def overtaken_link(source: str, target: str, **handles: Any) -> None:
+        if opened(handles["dst_dir_fd"]) == staging:
             monkeypatch.undo()
             if moment == "at the link":
                 with pytest.raises(FileExistsError):
-                    link(source, target)
+                    link(source, target, **handles)
             assert pack(other, 1) is True
             if moment == "at the link":
                 raise FileExistsError(17, "File exists")
-        link(source, target)
+        link(source, target, **handles)
 
-    def overtaken_sync(path: Path) -> None:
-        if path == staging:
+    def overtaken_fsync(handle: int) -> None:
+        if opened(handle) == staging:
             monkeypatch.undo()
             assert pack(other, 1) is True
-        sync(path)
+        fsync(handle)
 
     if moment == "after the link":
         run.store.delete(".run/staging/001/000000.safetensors")  # so that the link is made
         run.stage_failure(1, 0, make_failure(question))
-        monkeypatch.setattr(storage.store, "sync", overtaken_sync)
+        monkeypatch.setattr(os, "fsync", overtaken_fsync)
     else:
         monkeypatch.setattr(os, "link", overtaken_link)
     run.stage_sample(1, 0, make_sample(question))
@@ -591,7 +596,7 @@ def test_a_late_second_computation_whose_directory_is_removed_under_it(run, monk
 
 
 def test_an_error_of_staging_before_the_part_is_published_is_raised(run, monkeypatch):
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "link", full)
@@ -618,10 +623,10 @@ def test_a_collector_that_another_one_overtakes_finds_the_part_published(run, mo
     stage(run, 1)
     get, other = run.store.get, Run.open(run.output_dir)
 
-    def overtaken(key: str) -> bytes:
+    def overtaken(key: str, limit: int) -> bytes:
         if key.endswith("000001.safetensors"):
             assert pack(other, 1) is True
-        return get(key)
+        return get(key, limit)
 
     monkeypatch.setattr(run.store, "get", overtaken)
     assert pack(run, 1) is True
@@ -651,11 +656,11 @@ def test_a_collector_whose_damaged_file_another_one_removed_waits(run, monkeypat
     path = run.output_dir / ".run/staging/001/000001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
-    def overtaken(key: str) -> bytes:
+    def overtaken(key: str, limit: int) -> bytes:
         if key.endswith("000001.safetensors"):
             with pytest.raises(DamagedError):
                 pack(other, 1)
-        return get(key)
+        return get(key, limit)
 
     monkeypatch.setattr(run.store, "get", overtaken)
     assert pack(run, 1) is False

@@ -13,8 +13,7 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 from s3_server import CREDENTIALS
 
-from storage import object_store
-from storage import store as store_module
+from storage import handles, object_store
 from storage.errors import ObjectStoreError
 from storage.object_store import ObjectStore, connect
 from storage.store import DirectoryStore, Store, local_file, open_store
@@ -384,7 +383,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def refuse_links(monkeypatch, code: int) -> None:
-    def link(source, target):
+    def link(source, target, **_):
         raise OSError(code, os.strerror(code), source, None, target)
 
     monkeypatch.setattr(os, "link", link)
@@ -400,7 +399,7 @@ def test_put_new_does_not_touch_what_exists(store, root):
 
 def test_put_leaves_the_old_object_where_it_fails(store, root, monkeypatch):
     store.put("key", b"one")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(os, "replace", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         store.put("key", b"two")
     assert files(root) == {"key": b"one"}
@@ -414,9 +413,9 @@ def test_content_is_flushed_before_it_has_a_name(store, root, monkeypatch):
         order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def noted_link(source, target):
+    def noted_link(source, target, **handles):
         order.append("link")
-        link(source, target)
+        link(source, target, **handles)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "link", noted_link)
@@ -428,13 +427,13 @@ def test_content_is_flushed_before_it_has_a_name(store, root, monkeypatch):
 
 def test_delete_directory_leaves_what_came_late(store, root, monkeypatch):
     store.put_new("d/a", b"")
-    delete = store.delete
+    unlink = os.unlink
 
-    def delete_while_another_writes(key):
-        delete(key)
+    def unlink_while_another_writes(name, **handle):
+        unlink(name, **handle)
         (root / "d" / "late").write_bytes(b"")
 
-    monkeypatch.setattr(store, "delete", delete_while_another_writes)
+    monkeypatch.setattr(os, "unlink", unlink_while_another_writes)
     store.delete_directory("d")
     assert files(root) == {"d/late": b""}
 
@@ -494,8 +493,8 @@ def test_another_error_of_renameat2_names_the_target(store, root, monkeypatch):
 def test_a_link_that_nfs_reports_as_existing_though_it_made_it(store, root, monkeypatch):
     link = os.link
 
-    def retried_link(source, target):
-        link(source, target)
+    def retried_link(source, target, **handles):
+        link(source, target, **handles)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
 
     monkeypatch.setattr(os, "link", retried_link)
@@ -509,4 +508,4 @@ def test_without_hard_links_too_exactly_one_process_creates_an_object(root):
 
 
 def test_libc_has_renameat2():
-    assert store_module._libc.renameat2
+    assert handles._libc.renameat2

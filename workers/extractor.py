@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from storage.errors import UserError
+from storage.errors import ReplacedError, UserError
 from storage.location import is_within, resolve_location
 from storage.run import Run
 from storage.sample import Sample
@@ -89,7 +89,19 @@ class Extractor:
         self._lock = threading.Lock()
 
     def open_run(self, run_dir: str, run_id: str) -> OpenRun:
-        """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there."""
+        """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there.
+
+        One that is open is known by what its run.json says now: the directory may have been removed, and hold another.
+        """
+        with self._lock:
+            opened = self._runs.get((run_dir, run_id))
+        if opened is not None:
+            try:
+                opened.run.store.check()
+                return opened
+            except ReplacedError:
+                with self._lock:
+                    self._runs.pop((run_dir, run_id), None)
         with self._lock:
             if (run_dir, run_id) not in self._runs:
                 self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))

@@ -17,7 +17,7 @@ from typing import Any
 from celery import Task
 from celery.exceptions import Ignore, Reject
 
-from storage.errors import DamagedError
+from storage.errors import DamagedError, ReplacedError
 from storage.run import Run
 from storage.sample import Failure
 from workers.bootsteps import current_collector, current_extractor
@@ -63,6 +63,10 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
         return _extract(self, message)
     except RunWaitsError:
         return PUT_OFF
+    except (
+        ReplacedError
+    ) as error:  # the run was removed or moved meanwhile: the next attempt sees what is there by then
+        raise _pass_on(self, error) from error
     except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
         return PUT_OFF
@@ -92,7 +96,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except EngineStartError as error:  # not the question's fault: another worker takes it while this one ends
         raise Reject(error, requeue=True) from error
-    except (OSError, DamagedError):  # of the run directory: what concerns an image is a TransientError
+    except (OSError, ReplacedError, DamagedError):  # of the run directory: what concerns an image is a TransientError
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
@@ -117,6 +121,8 @@ def collect(*_: Any, **arguments: Any) -> str:
         return "finished" if current_collector().bring_forward(run) else "not finished yet"
     except (OSError, DamagedError) as error:  # the sweep says so
         return f"{PUT_OFF}: {error}"
+    except ReplacedError as error:
+        raise MessageRefusedError(str(error)) from error
     except _ESCAPING as error:
         raise _harmless(error) from error
 
@@ -130,14 +136,14 @@ def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
     except TransientError as error:  # the directory is not there, or not yet: nothing can be recorded in it
-        troubles.note(message.run_dir, f"waits: {error}")
+        troubles.note(message.run_dir, f"waits: {error}", pause=False)
         raise _pass_on(task, error) from error
 
 
 def _check_planned(task: Task, run: Run, part: int, sequence: int) -> None:
     """Refuse a question that the plan has not. A part of which nothing is seen may have been planned a moment ago."""
     try:
-        size = run.slice(part).size
+        size = len(run.questions(part))
     except KeyError as error:
         raise _pass_on(task, NotThereYetError(f"{run.location} has no part {part}, or not yet")) from error
     if sequence >= size:

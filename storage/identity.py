@@ -1,0 +1,53 @@
+"""Whose a staged file is: the run, the question, and a digest of all that its answer depends on.
+
+A directory's name says none of it: a run may be removed or moved away, and another be begun under the same name, while a worker
+still computes the first one's questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from storage.errors import DamagedError
+from storage.plan import Question
+from storage.settings import RunSettings
+
+# By name, and only where they are not the default: a setting that a later version adds leaves the digests as they are.
+_COMPUTED = {
+    "model", "revision", "model_digest", "dtype", "layers", "vision_encoder", "prompt", "max_new_tokens",
+    "repetition_penalty", "exact", "halp_compat", "exif_rotation", "min_pixels", "max_pixels", "images_dir", "image_roots",
+    "prompt_columns", "system_prompt", "chat_template", "special_tokens",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which question of which run something was computed for. `required`: what says nothing of it is not accepted."""
+
+    text: str
+    question_id: str
+    required: bool
+
+    def check(self, found: str | None) -> None:
+        """Raise DamagedError where a staged file is of something else; `found` is what it says, None where it says nothing."""
+        if found is None and not self.required:  # written by the version before, of which this run is too
+            return
+        if found != self.text:
+            whose = "does not say whose it is" if found is None else "is of another run or question"
+            raise DamagedError(f"{whose}, not question {self.question_id!r} of this run as it is planned")
+
+
+def settings_digest(settings: RunSettings) -> str:
+    """Return a digest of the settings that a result depends on."""
+    return hashlib.sha256(
+        settings.model_dump_json(include=_COMPUTED, exclude_defaults=True).encode(errors="replace")
+    ).hexdigest()
+
+
+def identity_of(settings: RunSettings, digest: str, question: Question) -> Identity:
+    """Return a question's identity in a run, whose settings have that digest."""
+    asked = json.dumps([digest, question.question_id, question.image_id, question.question])
+    text = f"{settings.run_id}/{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
+    return Identity(text, question.question_id, settings.staged_identity)
