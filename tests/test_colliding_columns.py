@@ -34,7 +34,7 @@ NAMES = {
 def directory(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A finished run over a table with such columns, read from the packed rows or from the groups."""
     row = {"question_id": "q1", "image_id": "ours.jpg", "question": "What?", "answer": "our truth"} | THEIRS
-    questions = read_table(write_csv(tmp_path / "vqa.csv", [row, row | {"question_id": "q2"}]))
+    questions = read_table(write_csv(tmp_path / "vqa.csv", [row, row | {"question_id": "q2"}])).questions
     run = make_run(tmp_path / "o", order_by_image(questions))
     stage(run, 1)
     assert pack(run, 1)
