@@ -43,6 +43,7 @@ from workers.engine import EngineSpec, Recipe, Request
 from workers.prompt import PromptParts, split_prompt
 from workers.qwen import QwenEngine
 from workers.qwen.decode import decode
+from workers.qwen.generation import Generation
 from workers.small_model import TEST, build_small_model
 
 # The published config.json, where it differs from the small model's, whose tokenizer and token ids serve every size.
@@ -169,16 +170,23 @@ class ForcedRows:
         self._left = self._left[rows]
 
 
-def forced_decode(cases: Sequence[Case]) -> Callable[..., Any]:
-    """Return a `decode` under which the answers to these cases have their lengths."""
+@contextmanager
+def forced_answers(cases: Sequence[Case]) -> Iterator[None]:
+    """Give the answers to these cases their lengths."""
     lengths = {case.prompt: case.length for case in cases}
+    make_rules = Generation.rules
 
-    def forced(batch: Any, last: Any, prompts: Any, *, head: Any, forward: Any, eos: Any, **options: Any) -> Any:
-        wanted = torch.tensor([lengths[tuple(prompt)] for prompt in prompts], device=last.device)
-        rows = ForcedRows(batch, head, wanted, eos)
-        return decode(rows, last, prompts, head=rows, forward=lambda _, t: forward(batch, t), eos=eos, **options)
+    def rules_of(generation: Generation, prompts: Sequence[Sequence[int]], *options: Any) -> Any:
+        rules = make_rules(generation, prompts, *options)
+        rules.lengths = [lengths[tuple(prompt)] for prompt in prompts]
+        return rules
 
-    return forced
+    def forced(batch: Any, last: Any, *, rules: Any, head: Any, forward: Any, eos: Any, **options: Any) -> Any:
+        rows = ForcedRows(batch, head, torch.tensor(rules.lengths, device=last.device), eos)
+        return decode(rows, last, rules=rules, head=rows, forward=lambda _, t: forward(batch, t), eos=eos, **options)
+
+    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.qwen.engine.decode", forced):
+        yield
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -337,11 +345,11 @@ class Bench:
         timers = Timers(self.device.type == "cuda")
         halved = 0
         warm = with_answers(batches[0][:2], "2")
-        with mock.patch("workers.qwen.engine.decode", forced_decode(warm)):
+        with forced_answers(warm):
             extract(engine, warm)
         engine.forget()
         self._reset_peak()
-        with mock.patch("workers.qwen.engine.decode", forced_decode(cases)), stages_timed(engine, timers):
+        with forced_answers(cases), stages_timed(engine, timers):
             begun = synchronised(self.device)
             for batch in batches:
                 halved += extract(engine, batch)

@@ -90,13 +90,13 @@ print(*times)
 _PREPARE = """
 import sys, time
 from pathlib import Path
-from producer.table import read_questions
+from producer.table import read_table
 from workers.engine import EngineSpec, Recipe
 from workers.fake import FakeEngine
 from workers.preprocess import Preprocessor
 card = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", "")).card
 preprocess, images = Preprocessor(card), Path(sys.argv[2])
-questions = read_questions(Path(sys.argv[1]))
+questions = read_table(Path(sys.argv[1])).questions
 cpu = time.process_time()
 for q in questions:
     image = preprocess.image(q.image_id, images, (), (card.min_pixels, card.max_pixels))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-from storage.errors import UserError
-
-MAX_SLUG, MAX_DIGITS = 200, 9  # a file's name has 255 bytes at most
+MAX_SLUG, MAX_DIGITS = 255, 9  # a file's name has 255 bytes at most
 MAX_PART = 10**MAX_DIGITS
 _PART = re.compile(r"_embeddings_part_(\d{3,})\.h5$")
 
@@ -18,15 +16,10 @@ def model_type(model: str) -> str:
 
 
 def model_slug(model: str) -> str:
-    """Return the file-name form of a model's name: `Qwen/Qwen2.5-VL-7B-Instruct` is `qwen25vl_7b`. Raises UserError."""
+    """Return the file-name form of a model's name: `Qwen/Qwen2.5-VL-7B-Instruct` is `qwen25vl_7b`."""
     name = model_type(model).removesuffix("-instruct")
     name = re.sub(r"qwen2[.]?5[-_]?vl", "qwen25vl", name)
-    slug = re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "model"
-    if len(slug) > MAX_SLUG:
-        raise UserError(
-            f"--model {model[:80]}…: its name is longer than {MAX_SLUG} characters, which no file's name has room for"
-        )
-    return slug
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "model"
 
 
 def part_label(part: int, digits: int) -> str:

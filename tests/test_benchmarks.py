@@ -112,8 +112,14 @@ def test_queueing() -> None:
 def test_object_store() -> None:
     [rows] = tables_of("object_store.py", "--samples", "20")
     table = {row["what"]: row for row in rows}
-    assert table["requests of a question: worker"]["object store"] == "6 HEAD, 1 PUT"
-    assert "1.05 GET" in table["requests of a question: packing"]["object store"]  # 20 results and what the model is
+    asked = table["requests of a question: worker"]["object store"].split(", ")
+    assert {"6 HEAD", "1 PUT"} <= set(asked)
+    assert all(
+        float(count.split()[0]) <= 0.1 for count in asked if count not in {"6 HEAD", "1 PUT"}
+    )  # the run's and plan's
+    assert (
+        "1.1 GET" in table["requests of a question: packing"]["object store"]
+    )  # 20 results, whose run it is, its model
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
     assert re.fullmatch(r"\d+ GET, 2 HEAD, 3 LIST", table["read one layer: requests"]["object store"])

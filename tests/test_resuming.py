@@ -57,8 +57,8 @@ def test_one_that_comes_while_the_earlier_is_taken_back_stands(run, monkeypatch)
     run.cancel()
     resumption, original = Resumption(run.cancellation()), DirectoryStore.get
 
-    def get(store, key):
-        note = original(store, key)
+    def get(store, key, *limit):
+        note = original(store, key, *limit)
         if key.startswith(".run/cancelled.json."):
             Run.open(run.location).cancel()
         return note
@@ -127,7 +127,7 @@ def unwritable(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         def refuse(*_: object, **__: object) -> None:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("storage.store._write_synced", refuse)
+        monkeypatch.setattr("storage.directory_store._write_synced", refuse)
         monkeypatch.setattr("storage.export._write_csv", refuse)
 
     return meet

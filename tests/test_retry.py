@@ -377,7 +377,7 @@ def test_a_plan_of_an_earlier_version_is_based_on_nothing(run):
     plan_retry(run)
     key = ".run/plan/001.json"
     body = json.loads(run.store.get(key))
-    assert set(body) == {"generation", "slices", "based_on"} and "based_on" not in body["slices"][0]
+    assert set(body) == {"generation", "run_id", "slices", "based_on"} and "based_on" not in body["slices"][0]
     del body["based_on"]
     run.store.put(key, json.dumps(body).encode())
     finish(again := Run.open(run.location), 4)
