@@ -77,8 +77,8 @@ def test_inspect(storage_command, home: Path, at: int) -> None:
     assert code == 0
     check_lines(out, at)
     assert len(re.findall(r"^│ coco-\S+\d +│", out, re.MULTILINE)) == 5
-    assert re.search(rf"│ {VISION} +│ \[\d+\] +│ float32 +│", out)
-    assert ("mean" in out) == (at == 120)
+    assert re.search(rf"│ {VISION} +│ +\[\d+\] +│ float32 +│", out)
+    assert (" min ┃" in out) == (at == 120)
     whole = json.loads(storage_command("inspect", run.part_path(1), "--json")[1])
     assert list(whole["questions"]) == [long_id(n) for n in (0, 1, 3, 4, 5)]
 

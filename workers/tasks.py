@@ -58,20 +58,20 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
     if not troubles.may_try(message.run_dir):
-        return PUT_OFF
+        raise _dropped(PUT_OFF)
     try:
         return _extract(self, message)
     except RunWaitsError:
-        return PUT_OFF
+        raise _dropped(PUT_OFF) from None
     except RunGoneError as error:  # the next attempt finds what lies there now
         raise _pass_on(self, error) from error
     except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
-        return PUT_OFF
+        raise _dropped(PUT_OFF) from None
     except OSError as error:  # not the question's fault, however long it lasts
         note_refusal(error, message.run_dir)
         if self.request.retries >= MAX_DISK_RETRIES:  # what waits for its time to come takes room from other runs
-            return PUT_OFF
+            raise _dropped(PUT_OFF) from None
         raise _retry(self, error) from error
     except _ESCAPING as error:
         raise _retry(self, _harmless(error)) from error
@@ -85,7 +85,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
     if run.has_finished(part, sequence):
         return "finished before"
     if run.is_cancelled():
-        return "cancelled"
+        raise _dropped("cancelled")
     _check_planned(self, run, part, sequence)
     try:
         sample = extractor.extract(opened, part, sequence)
@@ -153,6 +153,12 @@ def _keep(run: Run, write: Callable[[], None]) -> None:
         goes_on(run.location, run.run_id)
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
+
+
+def _dropped(why: str) -> Exception:
+    """Drop a question that is not begun: nobody has it as done. In Flower it is REJECTED."""
+    dropped: Exception = Reject(why, requeue=False)
+    return dropped
 
 
 def _pass_on(task: Task, error: Exception) -> Exception:
