@@ -74,6 +74,13 @@ def workers_table(workers: Sequence[Presence]) -> Table:
     return table
 
 
+def tried_again(run_id: str, workers: Sequence[Presence]) -> str:
+    """Say how many of a run's questions wait for another attempt, and why the last one failed; nothing where none waits."""
+    number = sum(worker.retrying.get(run_id, 0) for worker in workers)
+    why = next((worker.again[run_id] for worker in workers if run_id in worker.again), "")
+    return f"{number:,} tried again {why}".rstrip() if number else ""
+
+
 def _ratio(number: int, of: int) -> str:
     return f"{number / of:.1f}" if of else ""
 

@@ -20,6 +20,7 @@ from celery.exceptions import Ignore, Reject
 from storage.errors import DamagedError, RunGoneError
 from storage.run import Run
 from storage.sample import Failure
+from workers import attempts
 from workers.bootsteps import current_collector, current_extractor
 from workers.celery import app, model_queues
 from workers.errors import (
@@ -32,6 +33,7 @@ from workers.errors import (
     RunWaitsError,
     TransientError,
     WorkerEndsError,
+    in_a_line,
 )
 from workers.extractor import open_run_in_roots
 from workers.feed import hint_collector
@@ -98,10 +100,11 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
-        if self.request.retries >= settings().max_retries:
-            reason = _REASONS.get(type(failure), "internal_error")
+        reason, most = _REASONS.get(type(failure), "internal_error"), settings().max_retries
+        if self.request.retries >= most:
             _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
             raise failure from failure.__cause__
+        attempts.note(run.run_id, self.request.retries + 1, most + 1, f"{reason}: {in_a_line(caught)}")
         raise _retry(self, failure) from caught
     _keep(run, lambda: run.stage_sample(part, sequence, sample))
     hint_collector(run, part)
