@@ -376,14 +376,16 @@ def _print_hints(console: Console, problems: list[str]) -> None:
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:
-    from producer.display import failed_json, failed_table
+    from producer.display import failed_json, failed_list
     from storage.failures import published_failures, staged_failures
 
     failures = [*published_failures(run), *staged_failures(run)]
     if as_json:
         echo_json({"failures": [failed_json(failed) for failed in failures]})
     else:
-        Console().print(failed_table(run, failures))
+        console = Console()
+        for shown in failed_list(run, failures):
+            console.print(shown)
 
 
 def _unreachable(error: Exception) -> str:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import RenderableType
+from rich.padding import Padding
 
 from storage.account import Account
-from storage.console import Text
 from storage.failures import Failed
 from storage.run import Run
+from storage.tables import WIDE, Name, Sentence, Table
 
 if TYPE_CHECKING:
     from workers.presence import Presence
 
+# Of the workers' table, with the width of the terminal from which on each is shown; the last two are of GPUs.
+_WORKER_COLUMNS = (
+    ("worker", 0),
+    ("state", 0),
+    ("model", 160),
+    ("on", WIDE),
+    ("last heard of", 0),
+    ("questions", 0),
+    ("per batch", 120),
+    ("per prefix", 120),
+    ("GPU memory", 140),
+    ("GPU busy", 0),
+)
+
 
 def account_table(run: Run, account: Account) -> Table:
     """Return the account as a table: N planned = N written + N failed + N staged + N outstanding."""
-    table = Table(title=run.location, title_justify="left", show_header=False)
+    table = Table(run.location, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("planned", "written", "failed", "staged", "outstanding"):
@@ -35,16 +50,17 @@ def account_table(run: Run, account: Account) -> Table:
 
 def workers_table(workers: Sequence[Presence]) -> Table:
     """Return who serves a run: what each is, when it was last heard of, what it has done; of GPUs, how they are used."""
-    columns = ["worker", "state", "model", "on", "last heard of", "questions", "per batch", "per prefix"]
     on_gpus = any(worker.gpu_memory_total for worker in workers)
-    table = Table(*columns, *(["GPU memory", "GPU busy"] if on_gpus else []), title="workers", title_justify="left")
+    table = Table(what="workers")
+    for name, wide in _WORKER_COLUMNS[: None if on_gpus else -2]:
+        table.column(name, wide=wide)
     now = time.time()
     for worker in workers:
-        cells = [
-            worker.name,
+        cells: list[str | Name | Sentence] = [
+            Name(worker.name),
             worker.state,
-            f"{worker.model} ({worker.dtype})",
-            worker.gpu or worker.device,
+            Name(f"{worker.model} ({worker.dtype})"),
+            Name(worker.gpu or worker.device),
             f"{max(0.0, now - worker.seen):.0f} s ago",
             f"{worker.done:,}",
             _ratio(worker.computed, worker.batches),
@@ -54,8 +70,15 @@ def workers_table(workers: Sequence[Presence]) -> Table:
             used, total, busy = worker.gpu_memory_used, worker.gpu_memory_total, worker.gpu_busy
             cells.append(f"{used / 1e9:.1f} of {total / 1e9:.1f} GB" if used is not None and total else "")
             cells.append("" if busy is None else f"{busy:.0%}")
-        table.add_row(*map(Text, cells))
+        table.row(cells)
     return table
+
+
+def tried_again(run_id: str, workers: Sequence[Presence]) -> str:
+    """Say how many of a run's questions wait for another attempt, and why the last one failed; nothing where none waits."""
+    number = sum(worker.retrying.get(run_id, 0) for worker in workers)
+    why = next((worker.again[run_id] for worker in workers if run_id in worker.again), "")
+    return f"{number:,} tried again {why}".rstrip() if number else ""
 
 
 def _ratio(number: int, of: int) -> str:
@@ -74,16 +97,16 @@ def account_json(run: Run, account: Account) -> dict[str, Any]:
     }
 
 
-def failed_table(run: Run, failures: list[Failed]) -> Table:
-    """Return failures as a table; nothing is cut off."""
-    table = Table(title=f"{run.location}: {len(failures):,} failed", title_justify="left")
-    for name in ("question", "reason", "message", "attempts", "worker", "time", "part"):
-        table.add_column(name, overflow="fold", justify="right" if name == "attempts" else "left")
+def failed_list(run: Run, failures: list[Failed]) -> Iterator[RenderableType]:
+    """Yield failures, each with its message over the whole width: a column of a table would be too narrow for it."""
+    yield Table(run.location, f"{len(failures):,} failed")
     for failed in failures:
         f = failed.failure
-        part = str(failed.part) if failed.published else f"{failed.part}, not published yet"
-        table.add_row(*map(Text, (f.question_id, f.reason, f.message, str(f.attempts), f.worker, f.time, part)))
-    return table
+        part = f"part {failed.part}" if failed.published else f"part {failed.part}, not published yet"
+        attempts = "1 attempt" if f.attempts == 1 else f"{f.attempts} attempts"
+        yield Name(f"{f.question_id} · {f.reason}")
+        yield Padding(Sentence(f.message), (0, 0, 0, 2))
+        yield Padding(Sentence(f"{attempts}, {part}, {f.time}, {f.worker}"), (0, 0, 0, 2), style="dim")
 
 
 def failed_json(failed: Failed) -> dict[str, Any]:

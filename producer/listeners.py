@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from producer.display import tried_again
 from storage.errors import DamagedError
 from storage.run import Run, part_names
 from storage.soundness import check_private_files
@@ -93,6 +94,8 @@ def _problems(run: Run, address: str, serving: list[Presence], everybody: list[P
         yield f"No worker at {address} serves this run's model. Start one: {command}"
     elif not any(presence.collects for presence in everybody):
         yield f"No collector at {address} packs this run. Start one: workers collect {run.location}"
+    if again := tried_again(run.run_id, serving):
+        yield again
     for worker in serving:
         if worker.busy_since is not None and time.time() - worker.busy_since > settings().engine_timeout + 60:
             yield f"{worker.name} has been busy with one batch for {time.time() - worker.busy_since:.0f} s"

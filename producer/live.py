@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from producer.display import workers_table
+from producer.display import tried_again, workers_table
 from storage.account import Account
 from storage.console import Console, Text
 from storage.location import is_url
@@ -38,6 +38,7 @@ class LiveAccount:
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._pace = Pace()
         self._workers: Sequence[Presence] = ()
+        self._refused = ""  # who refuses the run, and why the first does
         self._looked = self._last_line = float("-inf")
 
     def __enter__(self) -> LiveAccount:
@@ -56,6 +57,8 @@ class LiveAccount:
         self._pace.note(account, now)
         if now - self._looked >= _LOOK_INTERVAL and not self._console.quiet:
             self._workers, self._looked = self._look(), now
+            refusals = self._run.refusals()
+            self._refused = f"refused by {', '.join(refusals)}: {next(iter(refusals.values()))}" if refusals else ""
         if self._console.is_terminal:
             self._live.update(self._picture(account, now), refresh=True)
         elif now - self._last_line >= _LINE_INTERVAL:
@@ -79,6 +82,7 @@ class LiveAccount:
         left = account.planned - done(account)
         parts = [f"{account.parts_published:,}/{account.parts_planned:,} parts"]
         parts += [f"{account.failed:,} failed"] if account.failed else []
+        parts += filter(None, [tried_again(self._run.run_id, self._workers), self._refused])
         if rate:
             parts.append(f"{rate:.1f}/s, {duration(left / rate)} left")
         elif not self._pace.begun:

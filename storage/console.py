@@ -12,6 +12,7 @@ from rich.segment import Segment
 from storage.terminal import visible
 
 RichText = rich.text.Text  # what its methods return
+RichConsole = rich.console.Console  # what it gives to whatever renders itself
 
 
 class Text(rich.text.Text):

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.progress import track
-from rich.table import Table
 
 from storage.columns import Column, Vectors
-from storage.console import Console, Text
+from storage.console import Console
 from storage.naming import field_order
 from storage.source import OpenPart, Source
+from storage.tables import WIDE, Name, Sentence, Table
 
 _WORST = 5  # questions named for each field
 Rows = dict[str, tuple[int, int]]  # question id to part and row
@@ -119,41 +119,54 @@ def compare(first: str | Path, second: str | Path, *, progress: bool = False) ->
 def difference_tables(difference: RunDifference, rows: int = 10) -> list[Table]:
     """Return the difference as tables for a terminal; `rows` bounds the questions shown."""
     tables = [_fields_table(difference)]
+    if reasons := difference.fields_not_compared:
+        tables.append(_table("fields that are not compared", ("field", "reason"), list(reasons.items())))
+    if worst := _worst(difference):
+        title = f"{min(rows, len(worst))} of {len(worst):,} questions that are among the {_WORST} worst of a field"
+        tables.append(_table(title, ("question id", "fields", "z: rms, up to"), worst[:rows]))
     if difference.settings:
-        tables.append(_table("settings that differ", ("setting", "first", "second"),
-                             [(k, *map(str, v)) for k, v in difference.settings.items()]))  # fmt: skip
+        lines = [(k, Sentence(str(a)), Sentence(str(b))) for k, (a, b) in difference.settings.items()]
+        tables.append(_table("settings that differ", ("setting", "first", "second"), lines))
     if answers := difference.answers:
         title = f"{min(rows, len(answers))} of {len(answers):,} answers that differ"
-        tables.append(
-            _table(
-                title, ("question id", "first", "second"), [(x.question_id, x.first, x.second) for x in answers[:rows]]
-            )
-        )
+        texts = [(Name(x.question_id), Sentence(x.first), Sentence(x.second)) for x in answers[:rows]]
+        tables.append(_table(title, ("question id", "first", "second"), texts))
     for side, ids in (("first", difference.only_in_first), ("second", difference.only_in_second)):
         if ids:
-            # In the header, as a title wraps at its table's width.
-            header = f"only in the {side}: {min(rows, len(ids))} of {len(ids):,} questions"
-            tables.append(_table("", (header,), [(i,) for i in ids[:rows]]))
+            title = f"only in the {side}: {min(rows, len(ids))} of {len(ids):,} questions"
+            tables.append(_table(title, ("question id",), [(Name(i),) for i in ids[:rows]]))
     return tables
 
 
 def _fields_table(difference: RunDifference) -> Table:
-    names = ("field", "equal", "cosine: mean", "min", "z: rms", "max", "max |a-b|", "worst questions")
-    lines: list[tuple[str, ...]] = [
-        (f.field, f"{f.equal:,}", f"{f.cosine_mean:.6f}", f"{f.cosine_min:.6f}", _number(f.z_rms), _number(f.z_max),
-         f"{f.maximum:.3g}", ", ".join(w.question_id for w in f.worst))
-        for f in difference.fields
-    ]  # fmt: skip
-    lines += [(name, reason, *[""] * 6) for name, reason in difference.fields_not_compared.items()]
-    return _table(f"{difference.compared:,} questions compared", names, lines)
+    table = Table(what=f"{difference.compared:,} questions compared")
+    table.column("field", whole=True)
+    for name, wide in (("equal", 0), ("cosine: mean", WIDE), ("min", WIDE), ("z: rms", 0), ("max", WIDE)):
+        table.column(name, justify="right", wide=wide)
+    table.column("max |a-b|", justify="right")
+    for f in difference.fields:
+        z = (_number(f.z_rms), _number(f.z_max))
+        cosines = (f"{f.cosine_mean:.6f}", f"{f.cosine_min:.6f}")
+        table.row((f.field, f"{f.equal:,}", *cosines, *z, f"{f.maximum:.3g}"))
+    return table
 
 
-def _table(title: str, names: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left")
+def _worst(difference: RunDifference) -> list[tuple[Name, str, str]]:
+    """Return the questions that differ most: in how many fields, and how far at most."""
+    found: dict[str, list[float]] = {}
+    for field in difference.fields:
+        for worst in field.worst:
+            found.setdefault(worst.question_id, []).append(worst.z_rms or 0.0)
+    ranked = sorted(found.items(), key=lambda item: (-len(item[1]), -max(item[1])))
+    return [(Name(question), str(len(z)), _number(max(z))) for question, z in ranked]
+
+
+def _table(title: str, names: tuple[str, ...], lines: Sequence[tuple[str | Name | Sentence, ...]]) -> Table:
+    table = Table(what=title)
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.column(name)
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.row(line)
     return table
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
 from storage.columns import COLUMN
 from storage.console import Text
@@ -20,6 +19,9 @@ from storage.naming import group_key, question_id
 from storage.part import read_failures
 from storage.rows import ROWS
 from storage.stored import TEXTS, StoredQuestion
+from storage.tables import WIDE, Name, Sentence, Table
+
+_ALL = 118  # columns of a terminal that hold every figure of a vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +92,22 @@ def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
 
     Texts are `Text`: in a plain string rich would take `[b]` for markup and fail on `[/b]`.
     """
-    title = Text(f"{summary.file}  ({summary.size / 1e6:.2f} MB)")
-    metadata = Table(title=title, title_justify="left", show_header=False)
+    metadata = Table(summary.file, f"{summary.size / 1e6:.2f} MB", show_header=False)
     attributes = dict(summary.attributes)
     if "failures" in attributes:
         attributes["failures"] = f"{len(json.loads(attributes['failures']))} (storage inspect --json lists them)"
     if "drift" in attributes:
         attributes["drift"] = _drift_line(json.loads(attributes["drift"]))
     for name, value in attributes.items():
-        metadata.add_row(Text(name), Text(str(value)))
+        metadata.row((Sentence(name), Sentence(str(value))))
     shown = list(summary.questions.items())[:rows]
-    questions = Table(title=f"{len(shown)} of {len(summary.questions)} questions", title_justify="left")
-    questions.add_column("question id")
+    questions = Table(what=f"{len(shown)} of {len(summary.questions)} questions")
+    questions.column("question id")
     for name in TEXTS:
-        questions.add_column(name.replace("_", " "), overflow="fold", max_width=40)
+        questions.column(name.replace("_", " "), most=40, wide=WIDE if name == "image_id" else 0)
     for name, texts in shown:
-        questions.add_row(Text(name), *(Text(texts[field]) for field in TEXTS))
+        cells = (Name(texts[field]) if field == "image_id" else Sentence(texts[field]) for field in TEXTS)
+        questions.row((Name(name), *cells))
     return [metadata, questions, *([_question_table(summary.selected)] if summary.selected else [])]
 
 
@@ -126,13 +128,15 @@ def _drift_line(certificate: dict[str, Any]) -> str:
 
 def _question_table(question: QuestionSummary) -> Table:
     attributes = ", ".join(f"{k}={v}" for k, v in question.attributes.items() if not isinstance(v, list) or len(v) < 5)
-    table = Table(title=Text(f"question {question.question_id}"), title_justify="left", caption_justify="left")
+    table = Table(what=f"question {question.question_id}")
     table.caption = Text(attributes)
+    least = {"std": WIDE, "mean": _ALL, "min": _ALL, "max": _ALL}
     for name in ("dataset", "shape", "dtype", "mean", "std", "min", "max", "norm"):
-        table.add_column(name, justify="left" if name in {"dataset", "dtype"} else "right")
+        left = name in {"dataset", "dtype"}
+        table.column(name, justify="left" if left else "right", whole=name == "dataset", wide=least.get(name, 0))
     for d in question.datasets:
         numbers = (f"{x:.4g}" for x in (d.mean, d.std, d.minimum, d.maximum, d.norm))
-        table.add_row(d.name, str(list(d.shape)), d.dtype if d.finite else f"{d.dtype} NOT FINITE", *numbers)
+        table.row((d.name, str(list(d.shape)), d.dtype if d.finite else f"{d.dtype} NOT FINITE", *numbers))
     return table
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
-from rich.table import Table
 
 from storage.account import Account, Bookkeeper
 from storage.columns import Column
-from storage.console import Console, Text
+from storage.console import Console
 from storage.drift import read_certificate
 from storage.naming import field_order
 from storage.source import OpenPart, Source
+from storage.tables import WIDE, Sentence, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,16 @@ def overview(path: str | Path, *, progress: bool = False) -> Overview:
 
 def overview_tables(found: Overview) -> list[Table]:
     """Return the overview as tables for a terminal."""
-    head = _table(f"{found.source}: {found.questions:,} questions in {found.parts:,} parts", [])
+    head = Table(found.source, f"{found.questions:,} questions in {found.parts:,} parts", show_header=False)
     for name, value in found.settings.items():
-        head.add_row(name, Text(str(value)))
+        head.row((name, Sentence(str(value))))
     tables = [head]
     if (account := found.account) is not None:
         counts = _table("planned = written + failed + staged + outstanding", ["", "questions"])
         for name in ("planned", "written", "failed", "staged", "outstanding"):
             counts.add_row(name, f"{getattr(account, name):,}")
         for reason, number in account.reasons.items():
-            counts.add_row(Text(f"failed: {reason}"), f"{number:,}")
+            counts.row((f"failed: {reason}", f"{number:,}"))
         tables.append(counts)
     fields = _table("norms", ["field", "width", "questions", "mean", "std", "min", "max"])
     for f in found.fields:
@@ -112,9 +112,10 @@ def overview_tables(found: Overview) -> list[Table]:
 
 
 def _table(title: str, header: list[str]) -> Table:
-    table = Table(title=Text(title), title_justify="left", show_header=bool(header))
+    table = Table(what=title)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        right, wide = number > 0, WIDE if name in {"min", "max"} and "std" in header else 0
+        table.column(name, justify="right" if right else "left", whole=name == "field", wide=wide)
     return table
 
 

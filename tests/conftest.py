@@ -124,9 +124,9 @@ def storage_command(
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a `storage` command in this process; return its exit code, stdout and stderr."""
 
-    def call(*arguments: object) -> tuple[int, str, str]:
+    def call(*arguments: object, width: int = 200) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["storage", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", str(width))
         with pytest.raises(SystemExit) as exit_:
             storage.cli.main()
         out, err = capsys.readouterr()

@@ -50,7 +50,9 @@ def test_bars_on_a_terminal(tmp_path: Path) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for state, number in {"written": 40, "staged": 8, "retrying": 3, "failed": 2}.items():
         assert re.search(rf"{state} +[━╸╺]+ +{number} of 100", shown), shown
-    assert f"{run.location}: 4/10 parts, 2 failed, waiting for the first question, " in shown
+    assert f"{run.location}: 4/10 parts, 2 failed, 3 tried again, waiting for the first question, " in " ".join(
+        shown.split()
+    )
     assert re.search(r"[0-9.]+ GB of disk free", shown)
     assert re.search(r"extract-1@host .*│ 12\.0 +│ 6\.0", shown)
 

@@ -71,7 +71,7 @@ def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images
         table_rows = list(csv.DictReader(file))
     assert {row["question_id"]: row["reason"] for row in table_rows} == reasons
     assert [(row["image_id"], row["part"]) for row in table_rows if row["question_id"] == "q30"] == [("30.png", "2")]
-    text = command("producer", "status", output, "--failed").stdout
+    text = " ".join(command("producer", "status", output, "--failed").stdout.split())
     assert all(word in text for word in ("q3 ", "killed_worker", "30.png does not exist"))
     # What Flower shows: one FAILURE for each, at once for a permanent one; RETRY with its reason for what may pass.
     dump = tmp_path / "-A-0.log"

@@ -14,6 +14,7 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from storage.errors import UserError
+from workers import attempts
 from workers.errors import EngineStartError
 from workers.gpus import GpuWatch
 from workers.metrics import tally
@@ -96,6 +97,7 @@ def _now(worker: Any, first: Presence) -> Presence:
         batches=tally.batches,
         prefixes=tally.prefixes,
         retrying=_retrying(worker.consumer) if worker.consumer else {},
+        again=attempts.reasons(),
         gpu_memory_used=use.memory_used if use else None,
         gpu_memory_total=use.memory_total if use else None,
         gpu_busy=use.utilisation if use else None,

@@ -7,6 +7,7 @@ lost message and a wiped Redis are one case. What was fed is noted in the same R
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,6 +148,8 @@ class _Feeder:
         self._notes = Notes(client, run.run_id)
         self._suspects: set[int] = set()  # parts of which a message seems to be lost
         self._damaged: DamagedError | None = None
+        # Of a task's id that comes again, as after `cancel`, Celery and Flower keep the earlier end.
+        self._feeding = secrets.token_hex(3)
 
     def feed(self, put: Callable[[int], object], *, look: bool) -> int:
         """Put questions into the queue; `look`: whatever was fed may have lost its message."""
@@ -253,7 +256,7 @@ class _Feeder:
                     kwargs=arguments,
                     argsrepr="()",
                     kwargsrepr=str(arguments)[:_MAX_REPR],  # Celery's own takes a third of the time of feeding
-                    task_id=f"{self._run.run_id}-{self._run.label(piece.part)}-{sequence}",
+                    task_id=f"{self._run.run_id}-{self._run.label(piece.part)}-{sequence}-{self._feeding}",
                     queue=declaration(self._queues.lane(self._run.run_id, question.image_id)),
                     producer=producer,
                     declare=(),  # a lane is a Redis list: nothing to declare, and that took a fifth of the time

@@ -64,6 +64,9 @@ class Presence:
     batches: Number = 0
     prefixes: Number = 0
     retrying: dict[Line, Number] = field(default_factory=dict)  # run id to its questions to be tried again here
+    again: dict[Line, Line] = field(
+        default_factory=dict
+    )  # run id to why one was last tried again: `(3 of 6): engine_error: …`
     waits: dict[Line, Line] = field(default_factory=dict)  # runs that do not go on here: location to the reason
     gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever
     gpu_memory_total: Number | None = None

@@ -20,6 +20,7 @@ from celery.exceptions import Ignore, Reject
 from storage.errors import DamagedError, ReplacedError
 from storage.run import Run
 from storage.sample import Failure
+from workers import attempts
 from workers.bootsteps import current_collector, current_extractor
 from workers.celery import app, model_queues
 from workers.errors import (
@@ -32,6 +33,7 @@ from workers.errors import (
     RunWaitsError,
     TransientError,
     WorkerEndsError,
+    in_a_line,
 )
 from workers.extractor import open_run_in_roots
 from workers.feed import hint_collector
@@ -58,22 +60,20 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
     if not troubles.may_try(message.run_dir):
-        return PUT_OFF
+        raise _dropped(PUT_OFF)
     try:
         return _extract(self, message)
     except RunWaitsError:
-        return PUT_OFF
-    except (
-        ReplacedError
-    ) as error:  # the run was removed or moved meanwhile: the next attempt sees what is there by then
+        raise _dropped(PUT_OFF) from None
+    except ReplacedError as error:  # the run was removed or moved: the next attempt sees what is there by then
         raise _pass_on(self, error) from error
     except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
-        return PUT_OFF
+        raise _dropped(PUT_OFF) from None
     except OSError as error:  # not the question's fault, however long it lasts
         note_refusal(error, message.run_dir)
         if self.request.retries >= MAX_DISK_RETRIES:  # what waits for its time to come takes room from other runs
-            return PUT_OFF
+            raise _dropped(PUT_OFF) from None
         raise _retry(self, error) from error
     except _ESCAPING as error:
         raise _retry(self, _harmless(error)) from error
@@ -87,7 +87,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
     if run.has_finished(part, sequence):
         return "finished before"
     if run.is_cancelled():
-        return "cancelled"
+        raise _dropped("cancelled")
     _check_planned(self, run, part, sequence)
     try:
         sample = extractor.extract(opened, part, sequence)
@@ -100,10 +100,11 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise
     except (Exception, *_ESCAPING) as caught:  # the task boundary: whatever else happened is tried again, then recorded
         failure = _harmless(caught)
-        if self.request.retries >= settings().max_retries:
-            reason = _REASONS.get(type(failure), "internal_error")
+        reason, most = _REASONS.get(type(failure), "internal_error"), settings().max_retries
+        if self.request.retries >= most:
             _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
             raise failure from failure.__cause__
+        attempts.note(run.run_id, self.request.retries + 1, most + 1, f"{reason}: {in_a_line(caught)}")
         raise _retry(self, failure) from caught
     _keep(run, lambda: run.stage_sample(part, sequence, sample))
     hint_collector(run, part)
@@ -157,6 +158,12 @@ def _keep(run: Run, write: Callable[[], None]) -> None:
         goes_on(run.location, run.run_id)
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
+
+
+def _dropped(why: str) -> Exception:
+    """Drop a question that is not begun: nobody has it as done. In Flower it is REJECTED."""
+    dropped: Exception = Reject(why, requeue=False)
+    return dropped
 
 
 def _pass_on(task: Task, error: Exception) -> Exception:

@@ -34,9 +34,8 @@ def waiting(
         queues.lane(run.run_id, run.questions(part)[s].image_id) for part, wanted in missing.items() for s in wanted
     }
     labels = {run.label(part): part for part in missing}
-    pattern = re.compile(
-        rf'"{re.escape(run.run_id)}-(\d+)-(\d+)\\?"'.encode()
-    )  # the task's id, in JSON or in JSON's JSON
+    # The task's id, in JSON or in JSON's JSON. Its end, of the feeding, is missing where an older version fed.
+    pattern = re.compile(rf'"{re.escape(run.run_id)}-(\d+)-(\d+)(?:-[0-9a-f]{{6}})?\\?"'.encode())
     found = set()
     for page in _pages(client, [*sorted(lanes), queues.retry]):
         if not goes_on():
