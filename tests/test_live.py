@@ -42,7 +42,7 @@ def worker(**changes: object) -> Presence:
 
 def test_bars_on_a_terminal(tmp_path: Path) -> None:
     run = make_run(tmp_path, 6)
-    console = Console(file=io.StringIO(), force_terminal=True, width=160, height=40, color_system=None)
+    console = Console(file=io.StringIO(), force_terminal=True, width=240, height=40, color_system=None)
     with LiveAccount(console, run, lambda: [worker()]) as live:
         live.show(
             Account(planned=100, written=40, failed=2, staged=8, outstanding=50, parts_planned=10, parts_published=4)

@@ -259,7 +259,7 @@ def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs:
     options = run_options(write_csv(tmp_path / "vqa.csv", rows_for(photographs)), photographs, tmp_path / "o", broken)
     result = command("producer", "run", *options)
     assert result.returncode == 2
-    assert f"cannot load {broken}" in result.stderr
+    assert f"{broken}: model.safetensors is damaged" in result.stderr
     assert with_word(str(tmp_path / "o")) == []
 
 

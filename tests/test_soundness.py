@@ -184,13 +184,15 @@ def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model:
 def one_dimensional(patch: pytest.MonkeyPatch) -> None:
     original = QwenEngine._prefix_positions
     patch.setattr(
-        QwenEngine, "_prefix_positions", lambda self, grid: torch.arange(original(self, grid).shape[1]).expand(3, -1)
+        QwenEngine,
+        "_prefix_positions",
+        lambda self, *image: torch.arange(original(self, *image).shape[1]).expand(3, -1),
     )
 
 
 def height_and_width_swapped(patch: pytest.MonkeyPatch) -> None:
     original, swap = QwenEngine._prefix_positions, torch.tensor([0, 2, 1])
-    patch.setattr(QwenEngine, "_prefix_positions", lambda self, grid: original(self, grid)[swap])
+    patch.setattr(QwenEngine, "_prefix_positions", lambda self, *image: original(self, *image)[swap])
 
 
 def suffix_off_by_one(patch: pytest.MonkeyPatch) -> None:

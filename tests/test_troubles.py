@@ -18,6 +18,7 @@ from celery.worker import state
 from processes import wait_for
 
 from producer.retrying import plan_retry
+from storage import handles
 from storage.errors import DamagedError
 from storage.run import Run
 from workers import bootsteps, scanner, staging, tasks, troubles
@@ -240,16 +241,16 @@ def test_a_directory_that_cannot_be_looked_into_hides_no_run(
     collector.sweep()
     assert collector._scanner.runs.keys() == {known.location, good.location}
     unknown = make_run(tmp_path / "bad-unknown", 3)
-    exists = Path.exists
+    exists = handles.exists
 
-    def refuse(path: Path) -> bool:
-        if "/bad-" in str(path):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def refuse(path: str) -> bool:
+        if "/bad-" in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
         return exists(path)
 
     stage(good, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", refuse)
+        patch.setattr(handles, "exists", refuse)
         for _ in range(3):
             collector._next_scan = 0.0
             collector.sweep()

@@ -14,6 +14,7 @@ from builders import make_questions, make_run, stage
 
 from producer import cli as producer_cli
 from producer import local
+from producer.resuming import Resumption
 from storage import cli, layout, object_file
 from storage.account import Bookkeeper
 from storage.errors import NotReadError
@@ -144,11 +145,11 @@ def test_a_part_that_is_gone_or_cut_is_no_success(run, tmp_path, monkeypatch, ca
     [sentence] = books.lost_parts()
     assert sentence.startswith(path.name)
     assert sentence.endswith(expected)
-    assert producer_cli.run_to_end(run, tmp_path / "cache") == 4
+    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache") == 4
     shown = capsys.readouterr()
     assert sentence in shown.err
     assert "--repair" in shown.err
-    assert producer_cli.run_to_end(run, tmp_path / "cache", as_json=True) == 4
+    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 4
     assert json.loads(capsys.readouterr().out)["lost_parts"] == [sentence]
     monkeypatch.setattr(sys, "argv", ["producer", "status", str(run.output_dir)])
     with pytest.raises(SystemExit):
@@ -157,5 +158,5 @@ def test_a_part_that_is_gone_or_cut_is_no_success(run, tmp_path, monkeypatch, ca
 
 
 def test_a_sound_run_is_a_success(run, tmp_path, capsys):
-    assert producer_cli.run_to_end(run, tmp_path / "cache", as_json=True) == 0
+    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["lost_parts"] == []

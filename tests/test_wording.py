@@ -356,7 +356,7 @@ def test_a_worker_refuses_a_template_once(tmp_path: Path) -> None:
     config = WorkerSettings(engine="fake:0", engine_timeout=1.0, data_roots=(str(tmp_path.resolve()),))
     extractor = Extractor(config, "extract@here", lambda error: None)
     runs = {
-        name: make_run(tmp_path / name, 3, agreed=False, run_id=name, chat_template=name, dtype="float32")
+        name: make_run(tmp_path / name, 3, agreed=False, run_id=name.strip("[]"), chat_template=name, dtype="float32")
         for name in ("plain", "[error]", "[hang]")
     }
     try:
@@ -367,7 +367,7 @@ def test_a_worker_refuses_a_template_once(tmp_path: Path) -> None:
             for _ in range(2):
                 begun = time.monotonic()
                 with pytest.raises(RunRefusedError, match=why):
-                    extractor.open_run(str(runs[name].location), name)
+                    extractor.open_run(str(runs[name].location), runs[name].run_id)
             assert time.monotonic() - begun < 0.5
             assert re.search(why, runs[name].refusals()["extract@here"])
         opened = extractor.open_run(str(runs["plain"].location), "plain")

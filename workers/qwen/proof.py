@@ -90,7 +90,7 @@ def refuse_difference(
     tokenize = QuestionTokenizer(card.tokenizer_json)
     requests = []
     for question, one in zip(_QUESTIONS, plain, strict=True):
-        suffix = (*card.after_image_ids, *tokenize(question), *card.tail_ids)
+        suffix = (*card.after_image_ids, *tokenize(card.prompt().around(question)), *card.tail_ids)
         ids = (*card.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
         if ids != one.ids:
             raise EngineStartError(
