@@ -12,10 +12,12 @@ import random
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import redis
 from expectations import Dataset, assert_whole, make_dataset
 from processes import command, start, wait_for
@@ -76,7 +78,7 @@ def frozen_retry(around: Surroundings) -> None:
     output = around.directory / "frozen"
     around.enqueue(data, output)
     _await_end(output)
-    mended = _mend_images(data)
+    _mend_images(data)
     retry = start(
         "producer", "retry", output, log=around.directory / "retry.log", PYTHONPATH=str(_HERE),
         SABOTAGE_STOP_AT="plan.before:1", **around.variables,
@@ -91,7 +93,13 @@ def frozen_retry(around: Surroundings) -> None:
         retry.send_signal(signal.SIGCONT)
     retry.wait(120)
     _await_end(output)
-    assert_whole(output, mended)
+    written: Counter[str] = Counter()
+    for part in sorted(output.glob("*.h5")):
+        with h5py.File(part) as file:
+            written.update(file.keys())
+    assert written == Counter(row["question_id"] for row in data.rows)
+    verified = command("storage", "verify", output, timeout=600)
+    assert verified.returncode == 0, verified.stderr
 
 
 def strangers_files(around: Surroundings) -> None:
@@ -199,13 +207,12 @@ def _staged(output: Path) -> list[Path]:
     return [*(output / ".run" / "staging").glob("*"), *(output / ".run" / "tmp").glob("*")]
 
 
-def _mend_images(data: Dataset) -> Dataset:
+def _mend_images(data: Dataset) -> None:
     """Put sound images in place of the damaged ones."""
     [sound] = [name for name in sorted({row["image_id"] for row in data.rows}) if name.startswith("good")][:1]
     for row in data.rows:
         if row["question_id"] in data.reasons:
             shutil.copy(data.images / sound, data.images / row["image_id"])
-    return Dataset(data.table, data.images, data.rows, {})
 
 
 def _is_stopped(pid: int) -> bool:
