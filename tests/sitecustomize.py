@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import errno
 import os
-import pathlib
 import re
 import signal
 import time
@@ -72,19 +71,23 @@ def strike_at(point: str, times: int, strike: signal.Signals, log: str) -> None:
 
 def fail_first_reads(directory: str) -> None:
     """Make the first read of each flaky image an I/O error."""
-    read_bytes = pathlib.Path.read_bytes
+    read = os.read
 
-    def sabotaged(path: pathlib.Path) -> bytes:
-        if path.name.startswith("flaky"):
+    def sabotaged(descriptor: int, length: int) -> bytes:
+        try:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            path = ""
+        if os.path.basename(path).startswith("flaky"):
             try:
-                open(os.path.join(directory, path.name), "x").close()
+                open(os.path.join(directory, os.path.basename(path)), "x").close()
             except FileExistsError:
                 pass
             else:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read_bytes(path)
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return read(descriptor, length)
 
-    pathlib.Path.read_bytes = sabotaged  # type: ignore[method-assign]
+    os.read = sabotaged  # type: ignore[assignment]
 
 
 def shift_clock(seconds: float) -> None:
