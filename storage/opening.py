@@ -103,7 +103,8 @@ def _open_step_by_step(path: str) -> int:
 def _follow_nothing(name: str, flags: int, parent: int, path: str) -> int:
     try:
         return os.open(name, flags, dir_fd=parent)
-    except NotADirectoryError:  # what O_PATH says of a link too
-        if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+    except NotADirectoryError:  # what O_PATH says of a link too, which may have gone again by now
+        mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from None
         raise

@@ -96,6 +96,21 @@ def test_a_directory_that_is_swapped_all_the_time_gives_nothing_from_outside(pla
     assert min(found.values()) > 0
 
 
+def test_a_link_that_was_gone_again_opens_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step found a link; by the look at what it is, the directory lay there again."""
+    monkeypatch.setattr(opening, "_SYS_OPENAT2", 100_000)
+    honest = os.open
+
+    def swapped(name: str, flags: int, *, dir_fd: int | None = None) -> int:
+        if name == "sub":
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        return honest(name, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(LinkError):
+        open_regular(str(place / "images/sub/a"))
+
+
 def test_missing_and_forbidden_are_what_they_were(place: Path, way: str) -> None:
     for name, error in (("gone", FileNotFoundError), ("sub", IsADirectoryError), ("sub/a/b", NotADirectoryError)):
         with pytest.raises(error):
