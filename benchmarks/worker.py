@@ -153,7 +153,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     """Return the seconds that the bare engine takes for the same questions, prepared beforehand."""
     import torch
 
-    from producer.table import read_questions
+    from producer.table import read_table
     from workers.engine import EngineSpec, Recipe
     from workers.preprocess import Preprocessor
     from workers.qwen import QwenEngine
@@ -168,7 +168,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
             q.question,
             Recipe(layers, tokens),
         )
-        for q in read_questions(table)
+        for q in read_table(table).questions
     ]
     begun = time.monotonic()
     for start in range(0, len(requests), batch):
