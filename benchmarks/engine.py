@@ -31,11 +31,11 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from workers.checkpoint import resolve_layers
-from workers.engine import EngineSpec, Recipe, Request
-from workers.preprocess import Preprocessor
-from workers.qwen import QwenEngine
-from workers.small_model import BENCH, TEST, build_small_model
+from workers.checkpoint.identity import resolve_layers
+from workers.demo.small_model import BENCH, TEST, build_small_model
+from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.shared_prefix import QwenEngine
+from workers.extract.preprocess import Preprocessor
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
 QUESTIONS = (

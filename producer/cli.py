@@ -15,14 +15,14 @@ import typer
 
 from producer.options import RunOptions, with_run_options
 from storage.command import run_command
-from storage.console import Console
 from storage.errors import UserError
-from storage.terminal import echo, echo_json, one_line
+from storage.screen.console import Console
+from storage.screen.terminal import echo, echo_json, one_line
 
 if TYPE_CHECKING:
     from producer.resuming import Resumption
-    from storage.account import Account
-    from storage.run import Run
+    from storage.runs.account import Account
+    from storage.runs.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,11 +51,11 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     from redis.exceptions import RedisError
 
     from producer.planning import plan_run
-    from producer.progress import bars
     from producer.resuming import Resumption
-    from storage.account import Bookkeeper
-    from storage.soundness import check_private_files
-    from workers.feed import feed, forget
+    from producer.show.progress import bars
+    from storage.runs.account import Bookkeeper
+    from storage.runs.soundness import check_private_files
+    from workers.queue.feed import feed, forget
     from workers.settings import settings
 
     resumption = Resumption.of(options.output_dir)
@@ -82,7 +82,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
     if as_json:
-        from producer.display import account_json
+        from producer.show.display import account_json
 
         echo_json({**account_json(run, account), "queued": number, "lost_parts": lost})
     elif not quiet:
@@ -119,8 +119,8 @@ def run(
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
     from producer.planning import plan_run
-    from producer.progress import bars
     from producer.resuming import Resumption
+    from producer.show.progress import bars
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
@@ -132,11 +132,11 @@ def run(
 
 def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
-    from producer.display import account_json
-    from producer.listeners import serving_workers
-    from producer.live import LiveAccount
-    from producer.local import RunStoppedError, run_locally
-    from storage.account import Bookkeeper
+    from producer.local.machine import RunStoppedError, run_locally
+    from producer.show.display import account_json
+    from producer.show.listeners import serving_workers
+    from producer.show.live import LiveAccount
+    from storage.runs.account import Bookkeeper
 
     console = Console(stderr=True, quiet=quiet or as_json)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -183,10 +183,10 @@ def check(
 
     Example: producer check vqa.csv --images-dir images/ --sample 64
     """
-    from producer.check import check as look
-    from producer.check_report import check_json, print_check
-    from producer.progress import bars
-    from workers.trial import TRIAL_ERRORS
+    from producer.check.check import check as look
+    from producer.check.report import check_json, print_check
+    from producer.show.progress import bars
+    from workers.checks.trial import TRIAL_ERRORS
 
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
@@ -213,11 +213,11 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import account_json, account_table, workers_table
-    from producer.listeners import listening_workers, serving_workers
-    from producer.live import LiveAccount
-    from storage.account import Bookkeeper
-    from storage.run import Run
+    from producer.show.display import account_json, account_table, workers_table
+    from producer.show.listeners import listening_workers, serving_workers
+    from producer.show.live import LiveAccount
+    from storage.runs.account import Bookkeeper
+    from storage.runs.run import Run
 
     run = Run.open(directory)
     if failed:
@@ -277,8 +277,8 @@ def retry(
     from redis.exceptions import RedisError
 
     from producer.retrying import plan_retry
-    from storage.run import Run
-    from workers.feed import feed
+    from storage.runs.run import Run
+    from workers.queue.feed import feed
 
     run = Run.open(directory)
     planned = plan_retry(run, reason or [], question_id or [])
@@ -306,9 +306,9 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
 
     Example: producer cancel output/
     """
-    from storage.account import Bookkeeper
-    from storage.run import Run
-    from storage.space import describe
+    from storage.runs.account import Bookkeeper
+    from storage.runs.run import Run
+    from storage.stores.space import describe
 
     run = Run.open(directory)
     account = Bookkeeper(run).account()
@@ -339,7 +339,7 @@ def demo(
 
     Example: producer demo --questions 50
     """
-    from producer.demo import plan_demo, show_demo
+    from producer.demo.demo import plan_demo, show_demo
     from producer.resuming import Resumption
 
     resumption = Resumption.of(output_dir)
@@ -351,7 +351,7 @@ def demo(
 
 
 def _print_failures(run: Run, account: Account) -> None:
-    from storage.failures import published_failures
+    from storage.runs.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
     echo(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", err=True)
@@ -376,8 +376,8 @@ def _print_hints(console: Console, problems: list[str]) -> None:
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:
-    from producer.display import failed_json, failed_list
-    from storage.failures import published_failures, staged_failures
+    from producer.show.display import failed_json, failed_list
+    from storage.runs.failures import published_failures, staged_failures
 
     failures = [*published_failures(run), *staged_failures(run)]
     if as_json:
@@ -389,8 +389,8 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
 
 
 def _unreachable(error: Exception) -> str:
-    from workers.broker import trouble
     from workers.celery import app as celery_app
+    from workers.queue.broker import trouble
 
     broker, what = celery_app.connection_for_write().as_uri(), trouble(error)
     if "does not answer" not in what:

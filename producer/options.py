@@ -15,7 +15,7 @@ import typer
 
 from storage.errors import UserError
 from storage.settings import QUESTION, Dtype, Order, SpecialTokens
-from workers.prompt import PLACEHOLDERS
+from workers.engine.prompt import PLACEHOLDERS
 from workers.settings import DEFAULT_MODEL
 
 _COLUMN = re.compile(r"\{[^{}]+\}")

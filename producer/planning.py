@@ -11,25 +11,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from producer.faults import short
-from producer.images import check_images, with_found_images
+from producer.dataset.faults import short
+from producer.dataset.images import check_images, with_found_images
+from producer.dataset.selection import cut, order_by_image, select
+from producer.dataset.table import Table, read_table
 from producer.options import RunOptions
-from producer.progress import Phases, counted, silent
-from producer.selection import cut, order_by_image, select
-from producer.table import Table, read_table
+from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
 from storage.errors import UserError
-from storage.location import is_url, resolve_location
+from storage.hdf5.identify import Verdict, whose
 from storage.naming import model_slug, part_name
-from storage.plan import Question, write_generation
-from storage.probe import Verdict, whose
-from storage.repair import repair
-from storage.run import Run, is_run, part_names
+from storage.runs.plan import Question, write_generation
+from storage.runs.repair import repair
+from storage.runs.run import Run, is_run, part_names
+from storage.runs.verify import Finding
+from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
-from storage.terminal import echo, one_line
-from storage.verify import Finding
-from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
-from workers.checkpoint_files import check_files
+from storage.stores.location import is_url, resolve_location
+from workers.checkpoint.files import check_files
+from workers.checkpoint.identity import checkpoint_digest, local_directory, local_num_layers, resolve_layers
 
 _LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key in S3
 # Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from producer.findings import Finding
+from producer.check.findings import Finding
 from producer.options import RunOptions
 from storage.errors import UserError
-from storage.location import resolve_location
-from storage.plan import Question
-from storage.run import Run, is_run
+from storage.runs.plan import Question
+from storage.runs.run import Run, is_run
 from storage.settings import QUESTION
+from storage.stores.location import resolve_location
 from storage.wording import LoneBraceError, asked, column_names, values
-from workers.prompt import PLACEHOLDERS
+from workers.engine.prompt import PLACEHOLDERS
 
 _MAX_NAMED = 20  # columns in a message
 _SHOWN = 5  # examples, and special tokens in a line

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from storage.errors import DamagedError, UserError
-from storage.space import reason
-from storage.terminal import echo, guard_logs
+from storage.screen.terminal import echo, guard_logs
+from storage.stores.space import reason
 
 # What a file system says of itself; other errors of the system are our own mistakes, and have a traceback.
 _OF_THE_PLACE = {

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import DamagedError, UserError
-from storage.location import is_url
 from storage.naming import MAX_DIGITS, MAX_SLUG
+from storage.stores.location import is_url
 
 FORMAT_VERSION = 1
 

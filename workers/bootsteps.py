@@ -14,19 +14,19 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from storage.errors import UserError
-from workers import attempts
 from workers.errors import EngineStartError
-from workers.gpus import GpuWatch
-from workers.metrics import tally
-from workers.presence import Announcer, Presence, of_this_process
-from workers.queues import COLLECT, EXTRACT
+from workers.extract import attempts
+from workers.monitor.metrics import tally
+from workers.monitor.presence import Announcer, Presence, of_this_process
+from workers.monitor.troubles import troubles
+from workers.process.gpus import GpuWatch
+from workers.queue.queues import COLLECT, EXTRACT
 from workers.settings import settings
-from workers.troubles import troubles
 
 if TYPE_CHECKING:
-    from workers.collector import Collector
-    from workers.extractor import Extractor
-    from workers.reporter import Reporter
+    from workers.collect.collector import Collector
+    from workers.collect.reporter import Reporter
+    from workers.extract.extractor import Extractor
 
 logger = logging.getLogger(__name__)
 _POOL = "celery.worker.components:Pool"
@@ -49,7 +49,7 @@ def current_extractor() -> Extractor:
 def current_collector() -> Collector:
     """Return this process's collector, also in a process that was only sent such a message."""
     global _collector  # noqa: PLW0603  (one per process)
-    from workers.collector import Collector
+    from workers.collect.collector import Collector
 
     _collector = _collector or Collector(settings().data_roots)
     return _collector
@@ -64,7 +64,7 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         """Begin to tell; end the worker with the reason where the notes cannot be kept."""
         global _announcer  # noqa: PLW0603  (one per process)
         from workers.celery import model_queues
-        from workers.feed import redis_client
+        from workers.queue.feed import redis_client
 
         consumed = worker.app.amqp.queues.consume_from
         config = settings()
@@ -144,8 +144,8 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Load the model; end the worker with the reason where that fails."""
         global _extractor, _gpu  # noqa: PLW0603  (one engine per process)
-        from workers.extractor import Extractor
-        from workers.staging import set_threads
+        from workers.extract.extractor import Extractor
+        from workers.extract.patience import set_threads
 
         config = settings()
         set_threads(worker.concurrency)
@@ -163,7 +163,7 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _hasten_decoders(**_: Any) -> None:
     """Give images that are slow to decode back to other workers, rather than wait for each of them."""
-    from storage.decoders import decoders
+    from storage.images.decoders import decoders
 
     decoders.end(_GRACE)
 
@@ -199,8 +199,8 @@ class CollectorStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         """Start the sweeping thread."""
         global _collector, _sweeper  # noqa: PLW0603  (one per process)
-        from workers.collector import Collector
-        from workers.reporter import Reporter
+        from workers.collect.collector import Collector
+        from workers.collect.reporter import Reporter
 
         self._reporter = Reporter()
         self._reporter.start()

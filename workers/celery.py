@@ -13,12 +13,12 @@ from celery.signals import celeryd_init
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
-from storage.terminal import guard_logs
+from storage.screen.terminal import guard_logs
 from workers.bootsteps import CollectorStep, EngineStep, PresenceStep
-from workers.broker import tls
-from workers.checkpoint import checkpoint_digest
-from workers.metrics import MetricsStep
-from workers.queues import COLLECT, ModelQueues, declaration
+from workers.checkpoint.identity import checkpoint_digest
+from workers.monitor.metrics import MetricsStep
+from workers.queue.broker import tls
+from workers.queue.queues import COLLECT, ModelQueues, declaration
 from workers.settings import WorkerSettings, settings
 
 
@@ -42,7 +42,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
             "socket_connect_timeout": 10,
             "socket_keepalive": True,
             "health_check_interval": 25,
-            "queue_order_strategy": "workers.queues:Rounds",
+            "queue_order_strategy": "workers.queue.queues:Rounds",
             "priority_steps": [0],  # one Redis key per lane instead of four
         },
         "task_acks_late": True,
@@ -79,7 +79,7 @@ class _Code(einfo._Code):  # type: ignore[misc]
 einfo._Frame.Code = _Code
 guard_logs()  # here, where every worker passes, also one of plain `celery -A workers`
 # `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
-TRANSPORT_ALIASES.update(redis="workers.transport:Transport", rediss="workers.transport:Transport")
+TRANSPORT_ALIASES.update(redis="workers.queue.transport:Transport", rediss="workers.queue.transport:Transport")
 app = Celery("workers")
 app.conf.update(_configuration(settings()))
 app.steps["worker"].update({PresenceStep, EngineStep, CollectorStep, MetricsStep})

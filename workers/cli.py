@@ -15,15 +15,15 @@ from typing import Annotated, Literal
 import typer
 
 from storage.command import child_environment, run_command
-from storage.console import Console
 from storage.errors import UserError
-from storage.location import is_url, join_roots, resolve_location
-from storage.terminal import echo, echo_json, one_line
-from workers.checkpoint import local_directory
-from workers.engine import EngineSpec
-from workers.gpus import chosen_gpus
-from workers.parent import die_with_named_parent
-from workers.per_gpu import run_workers
+from storage.screen.console import Console
+from storage.screen.terminal import echo, echo_json, one_line
+from storage.stores.location import is_url, join_roots, resolve_location
+from workers.checkpoint.identity import local_directory
+from workers.engine.interface import EngineSpec
+from workers.process.gpus import chosen_gpus
+from workers.process.parent import die_with_named_parent
+from workers.process.per_gpu import run_workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -117,7 +117,7 @@ def collect(
     Example: workers collect /data/runs
     """
     _set_roots(directory)
-    from workers.queues import COLLECT
+    from workers.queue.queues import COLLECT
     from workers.settings import settings
 
     settings()  # a faulty variable is named here, and not in a traceback of Celery's
@@ -157,7 +157,7 @@ def flower(
         )
     kept = [] if db is None else ["--persistent=True", f"--db={db}", f"--state_save_interval={_SAVE_INTERVAL}"]
     _become_celery(
-        "flower", f"--conf={Path(__file__).with_name('flowerconfig.py')}", f"--address={address}", f"--port={port}",
+        "flower", f"--conf={Path(__file__).parent / 'monitor' / 'flowerconfig.py'}", f"--address={address}", f"--port={port}",
         f"--max_tasks={max_tasks}", *kept, *context.args,
     )  # fmt: skip
 
@@ -172,9 +172,9 @@ def health(
 
     Example: workers health
     """
-    from workers.feed import broker_trouble
-    from workers.health import checks
-    from workers.presence import present_here
+    from workers.monitor.health import checks
+    from workers.monitor.presence import present_here
+    from workers.queue.feed import broker_trouble
     from workers.settings import settings
 
     here = present_here(settings().runtime_dir)
@@ -214,10 +214,10 @@ def selfcheck(
     local_directory(model)
     dtypes = ("float32", "bfloat16") if dtype == "both" else (dtype,)
     with TemporaryDirectory() as folder:
-        from workers.selfcheck_questions import bundled, given
+        from workers.checks.questions import bundled, given
 
         cases = given(table, images_dir, questions) if table and images_dir else bundled(Path(folder), questions)
-        from workers.selfcheck import check
+        from workers.checks.selfcheck import check
 
         verdicts = [
             check(
@@ -228,8 +228,8 @@ def selfcheck(
             )
             for name in dtypes
         ]
-    from workers.selfcheck_report import as_json as report
-    from workers.selfcheck_report import summary, verdict_table
+    from workers.checks.report import as_json as report
+    from workers.checks.report import summary, verdict_table
 
     if as_json:
         echo_json(report(model, verdicts))

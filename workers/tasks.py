@@ -18,9 +18,8 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from storage.errors import DamagedError, ReplacedError
-from storage.run import Run
+from storage.runs.run import Run
 from storage.sample import Failure
-from workers import attempts
 from workers.bootsteps import current_collector, current_extractor
 from workers.celery import app, model_queues
 from workers.errors import (
@@ -35,13 +34,14 @@ from workers.errors import (
     WorkerEndsError,
     in_a_line,
 )
-from workers.extractor import open_run_in_roots
-from workers.feed import hint_collector
-from workers.message import QuestionMessage, RunMessage
-from workers.queues import EXTRACT, declaration
+from workers.extract import attempts
+from workers.extract.extractor import open_run_in_roots
+from workers.extract.patience import goes_on, keep, note_refusal
+from workers.monitor.troubles import troubles
+from workers.queue.feed import hint_collector
+from workers.queue.message import QuestionMessage, RunMessage
+from workers.queue.queues import EXTRACT, declaration
 from workers.settings import settings
-from workers.staging import goes_on, keep, note_refusal
-from workers.troubles import troubles
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task

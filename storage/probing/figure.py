@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from storage.location import join, resolve_location
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.judge import Scored
 from storage.probing.report import field_words
-from storage.source import is_home
-from storage.store import open_store
+from storage.reading.source import is_home
+from storage.stores.location import join, resolve_location
+from storage.stores.store import open_store
 
 # Okabe and Ito's palette, told apart with any colour vision; the marks differ too.
 _STYLES = {

@@ -10,10 +10,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from storage.console import Text
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.score import Estimate
+from storage.screen.console import Text
 
 
 def report_lines(experiment: Experiment) -> Iterator[str]:
