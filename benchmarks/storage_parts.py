@@ -34,8 +34,8 @@ from common import print_table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import storage
 from storage.hdf5.part import write_part
+from storage.question import Question
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.sample import Sample
 from tests.support.builders import make_facts, make_questions, make_run, make_settings
 

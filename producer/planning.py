@@ -21,7 +21,8 @@ from producer.wording import takes_columns
 from storage.errors import UserError
 from storage.hdf5.identify import Verdict, whose
 from storage.naming import model_slug, part_name
-from storage.runs.plan import Question, write_generation
+from storage.question import Question
+from storage.runs.plan import write_generation
 from storage.runs.repair import repair
 from storage.runs.run import Run, is_run, part_names
 from storage.runs.verify import Finding

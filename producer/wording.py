@@ -12,7 +12,7 @@ from pathlib import Path
 from producer.check.findings import Finding
 from producer.options import RunOptions
 from storage.errors import UserError
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.runs.run import Run, is_run
 from storage.settings import QUESTION
 from storage.stores.location import resolve_location

@@ -18,7 +18,7 @@ from producer.options import RunOptions
 from producer.planning import refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import Texts, look_at_texts, takes_columns
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.stores.location import is_url, resolve_location
 from storage.wording import asked
 from workers.checkpoint.identity import resolve_layers

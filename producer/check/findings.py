@@ -13,7 +13,7 @@ from producer.dataset.faults import short
 from producer.dataset.images import MAX_MISSING
 from producer.dataset.nearby import describe_missing
 from producer.options import RunOptions
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.settings import QUESTION
 from storage.stores.location import resolve_location
 from workers.extract.preprocess import MAX_PROMPT

@@ -13,7 +13,7 @@ from producer.dataset.nearby import describe_missing, describe_outside, is_web
 from producer.show.progress import Phases, counted, silent
 from storage.errors import UserError
 from storage.images.lookup import OutsideRootError, resolve_image
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.stores.location import is_url, is_within, resolve_location
 from storage.stores.store import missing_objects
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from storage.runs.plan import Question
+from storage.question import Question
 
 T = TypeVar("T")
 _TEST_SIZE = 3

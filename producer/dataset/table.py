@@ -22,7 +22,7 @@ from producer.dataset.faults import Faults, short
 from producer.show.progress import Done, Phases, counted, silent
 from storage.errors import UserError
 from storage.hdf5.part import QUESTION_ATTRIBUTES
-from storage.runs.plan import Question
+from storage.question import Question
 
 # Accepted names of each column, the preferred one first; the other is carried where a table has both.
 _COLUMNS = {

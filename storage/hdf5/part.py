@@ -21,7 +21,7 @@ from storage.hdf5.placement import Placement, check_placed
 from storage.hdf5.rows import ROWS, encode_rows
 from storage.hdf5.stored import TEXTS
 from storage.naming import group_key, model_type
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from storage.errors import DamagedError
+from storage.question import Question
 from storage.runs.pack import sidecars
-from storage.runs.plan import Question
 from storage.runs.run import Run
 from storage.sample import Failure
 

@@ -20,7 +20,7 @@ from storage.errors import DamagedError, UserError
 from storage.hdf5.identify import whose
 from storage.hdf5.part import read_header, write_part
 from storage.naming import group_key
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.runs.run import Run
 from storage.sample import Failure, Sample
 from storage.settings import faults

@@ -19,24 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from storage.errors import DamagedError, UserError
 from storage.naming import MAX_PART
+from storage.question import Question
 from storage.settings import faults
 from storage.stores.store import Store
 
 # Bytes that are read at most: a stranger's plan must not fill the memory. 350,000 slices, and 400,000 long questions in one.
 MAX_LIST, MAX_SLICE = 1 << 26, 1 << 28
 _LISTS = re.compile(r"(\d{3,9})\.json", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One row of the dataset."""
-
-    question_id: str
-    image_id: str  # path of the image relative to the images directory, as in the CSV
-    question: str
-    ground_truth_answer: str
-    csv_row: int  # number of the data row in the CSV, from 1
-    extra: dict[str, str]  # the CSV's other columns
 
 
 @dataclass(frozen=True, slots=True)

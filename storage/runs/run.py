@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 
 from storage.errors import DamagedError, UserError
 from storage.naming import labelled_part, part_label, part_name
+from storage.question import Question
 from storage.runs import plan
-from storage.runs.plan import Question, Slice
+from storage.runs.plan import Slice
 from storage.runs.staging import StagingArea
 from storage.settings import MAX_SETTINGS, ModelFacts, RunSettings
 from storage.stores.location import join, resolve_location

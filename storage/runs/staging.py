@@ -18,7 +18,8 @@ from pydantic import TypeAdapter
 from storage.errors import DamagedError
 from storage.identity import Identity, identity_of, settings_digest
 from storage.naming import labelled_part
-from storage.runs.plan import Question, Slice
+from storage.question import Question
+from storage.runs.plan import Slice
 from storage.sample import MAX_STAGED, Failure, Sample, decode_failure, decode_sample, encode_failure, encode_sample
 from storage.settings import RunSettings
 from storage.stores.store import SCRATCH, Store

@@ -25,8 +25,9 @@ from storage.hdf5.objects import clean
 from storage.hdf5.rows import rows_problem
 from storage.hdf5.stored import TEXTS, StoredQuestion
 from storage.naming import group_key
+from storage.question import Question
 from storage.runs.pack import Sidecar, read_sidecar, sidecars
-from storage.runs.plan import Question, Slice
+from storage.runs.plan import Slice
 from storage.runs.run import Run, part_names
 from storage.settings import ModelFacts
 from storage.stores.object_file import open_raw

@@ -15,8 +15,8 @@ from producer.check.findings import table_findings
 from producer.check.survey import Gallery, survey
 from producer.options import RunOptions
 from storage.errors import ObjectStoreError
+from storage.question import Question
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.stores.object_store import ObjectStore
 from tests.support.builders import make_facts, make_questions, make_run, stage
 from tests.support.processes import command, write_csv

@@ -14,7 +14,7 @@ from producer.dataset import nearby
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.nearby import describe_missing
 from storage.errors import UserError
-from storage.runs.plan import Question
+from storage.question import Question
 from storage.stores.object_store import ObjectStore
 
 NFC, NFD = (unicodedata.normalize(form, "Zürich 日本ガ.png") for form in ("NFC", "NFD"))

@@ -14,7 +14,7 @@ from producer.dataset.selection import cut, order_by_image, select
 from producer.dataset.table import read_table
 from storage.errors import UserError
 from storage.hdf5.part import QUESTION_ATTRIBUTES
-from storage.runs.plan import Question
+from storage.question import Question
 
 HEADER = "question_id,image_id,question,answer\n"
 

@@ -25,8 +25,8 @@ from storage.hdf5.chunks import CODEC, ZLIB, decode_chunk, encode_chunk, join_pl
 from storage.hdf5.columns import COLUMN, read_column
 from storage.hdf5.part import write_part
 from storage.naming import group_key
+from storage.question import Question
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.sample import Sample
 from tests.support.builders import make_facts, make_questions, make_run, make_sample, make_settings, stage
 

@@ -7,7 +7,7 @@ import pytest
 from producer.dataset.images import check_images
 from storage.errors import UserError
 from storage.images.lookup import OutsideRootError, resolve_image
-from storage.runs.plan import Question
+from storage.question import Question
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ from storage.hdf5.memory import uncollected
 from storage.hdf5.part import write_part
 from storage.hdf5.rows import ROWS
 from storage.naming import part_number
+from storage.question import Question
 from storage.runs.pack import pack
-from storage.runs.plan import Question, write_generation
+from storage.runs.plan import write_generation
 from storage.runs.run import Run
 from storage.sample import Sample
 from tests.support.builders import make_facts, make_questions, make_run, make_sample, make_settings, stage

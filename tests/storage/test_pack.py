@@ -25,8 +25,8 @@ import storage.stores.store
 from storage.errors import DamagedError, UserError
 from storage.hdf5.part import QUESTION_ATTRIBUTES, read_header, write_part
 from storage.naming import group_key
+from storage.question import Question
 from storage.runs.pack import pack, read_sidecar
-from storage.runs.plan import Question
 from storage.runs.run import Run
 from storage.runs.verify import verify
 from storage.sample import Sample

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.errors import DamagedError
-from storage.runs.plan import Question, read_questions, read_slices, write_generation
+from storage.question import Question
+from storage.runs.plan import read_questions, read_slices, write_generation
 from storage.stores.store import DirectoryStore
 from tests.support.builders import make_questions
 

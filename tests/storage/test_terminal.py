@@ -20,8 +20,8 @@ import producer.cli
 import storage
 from storage.command import run_command
 from storage.errors import UserError
+from storage.question import Question
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.screen.console import Console, Text
 from storage.screen.terminal import echo, echo_json, guard_logs, one_line, visible
 from storage.views.report import write_report

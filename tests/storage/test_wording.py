@@ -20,9 +20,9 @@ from producer.options import RunOptions, _run_options
 from producer.planning import plan_run
 from storage import load_frame
 from storage.errors import UserError
+from storage.question import Question
 from storage.reading.diff import compare
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.runs.run import Run
 from storage.wording import LoneBraceError, asked, column_names
 from tests.support.builders import make_facts, make_questions, make_run, stage

@@ -12,7 +12,8 @@ import numpy as np
 
 from producer.dataset.selection import cut
 from storage.naming import model_slug
-from storage.runs.plan import Question, write_generation
+from storage.question import Question
+from storage.runs.plan import write_generation
 from storage.runs.run import Run
 from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings

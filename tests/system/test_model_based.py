@@ -35,10 +35,10 @@ from hypothesis.stateful import (
 
 from producer.retrying import plan_retry
 from storage.errors import DamagedError, UserError
+from storage.question import Question
 from storage.runs.account import Account, Bookkeeper
 from storage.runs.failures import FAILURES_FILE
 from storage.runs.pack import pack
-from storage.runs.plan import Question
 from storage.runs.repair import repair
 from storage.runs.run import Run
 from storage.runs.verify import verify

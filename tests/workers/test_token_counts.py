@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from producer.check.findings import long_prompts
 from producer.check.survey import Gallery
-from storage.runs.plan import Question
+from storage.question import Question
 from workers.checkpoint.shapes import shape_of
 from workers.engine.fake import FakeEngine
 from workers.engine.interface import EngineSpec, Recipe
