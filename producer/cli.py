@@ -389,7 +389,7 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
 
 
 def _unreachable(error: Exception) -> str:
-    from workers.celery import app as celery_app
+    from workers.queue.app import app as celery_app
     from workers.queue.broker import trouble
 
     broker, what = celery_app.connection_for_write().as_uri(), trouble(error)

@@ -78,7 +78,7 @@ def extract(
         MAX_RETRIES=max_retries,
     )  # fmt: skip
     _set_roots(data_root)
-    from workers.celery import model_queues
+    from workers.queue.app import model_queues
     from workers.settings import settings
 
     if gpus is not None:

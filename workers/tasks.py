@@ -20,8 +20,7 @@ from celery.exceptions import Ignore, Reject
 from storage.errors import DamagedError, ReplacedError
 from storage.runs.run import Run
 from storage.sample import Failure
-from workers.bootsteps import current_collector, current_extractor
-from workers.celery import app, model_queues
+from workers.current import current_collector, current_extractor
 from workers.errors import (
     BatchFailedError,
     EngineStartError,
@@ -38,6 +37,7 @@ from workers.extract import attempts
 from workers.extract.extractor import open_run_in_roots
 from workers.extract.patience import goes_on, keep, note_refusal
 from workers.monitor.troubles import troubles
+from workers.queue.app import app, model_queues
 from workers.queue.feed import hint_collector
 from workers.queue.message import QuestionMessage, RunMessage
 from workers.queue.queues import EXTRACT, declaration

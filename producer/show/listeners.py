@@ -49,8 +49,8 @@ def listening_workers(run: Run) -> Listeners:
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
-    from workers.celery import app
     from workers.monitor.presence import present
+    from workers.queue.app import app
     from workers.queue.broker import trouble
     from workers.queue.feed import broker_trouble, queues_of, redis_client
     from workers.queue.foreign import foreign_keys, sentence

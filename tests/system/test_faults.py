@@ -14,9 +14,9 @@ from tests.support.builders import make_run, stage
 from tests.support.clusters import Cluster, assert_whole, finished, table_of
 from tests.support.processes import command, wait_for, write_csv
 from tests.workers.test_feed import configure  # noqa: F401  (a fixture)
-from workers.celery import app
 from workers.collect import collector as collecting
 from workers.collect.collector import Collector
+from workers.queue.app import app
 from workers.queue.queues import declaration
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from tests.support.clusters import Cluster, assert_whole, finished, table_of
 from tests.support.processes import command, wait_for, write_csv
 from tests.workers.test_envelope import control
 from tests.workers.test_messages import message
-from workers.celery import app
 from workers.monitor.presence import KEY, decode, of_this_process, present
+from workers.queue.app import app
 from workers.queue.feed import queues_of
 from workers.queue.foreign import foreign_keys
 from workers.queue.transport import Channel

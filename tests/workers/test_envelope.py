@@ -17,7 +17,7 @@ from kombu.transport.virtual import Channel, Message
 
 from tests.workers.test_messages import GOOD, LANE, message
 from workers import tasks
-from workers.celery import app
+from workers.queue.app import app
 from workers.queue.envelope import MAX_MESSAGE, NotOursError, read, remake
 from workers.queue.queues import COLLECT
 

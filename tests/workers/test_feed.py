@@ -24,10 +24,10 @@ from storage.sample import Sample
 from tests.support.builders import make_run
 from tests.support.builders import stage as stage_slice
 from tests.support.processes import start, wait_for
-from workers.celery import app
 from workers.collect.collector import collect_run
 from workers.queue import feed as feeding
 from workers.queue import notes
+from workers.queue.app import app
 from workers.queue.home import CopyError
 from workers.settings import WorkerSettings
 

@@ -27,8 +27,8 @@ from storage.runs.plan import generations, write_generation
 from storage.runs.run import Run
 from tests.support.builders import make_run
 from workers import tasks
-from workers.celery import app, model_queues
 from workers.errors import RunRefusedError, TransientError
+from workers.queue.app import app, model_queues
 from workers.queue.message import QuestionMessage
 from workers.settings import WorkerSettings, settings
 

@@ -25,6 +25,7 @@ from workers import bootsteps, tasks
 from workers.collect import collector as collecting
 from workers.collect import scanner
 from workers.collect.collector import Collector
+from workers.current import current
 from workers.errors import RunWaitsError, WorkerEndsError
 from workers.extract import patience as staging
 from workers.monitor import troubles
@@ -341,8 +342,8 @@ def test_a_sweep_that_fails_is_followed_by_another_and_a_dead_thread_ends_the_pr
     monkeypatch.setattr(state, "should_stop", None)
     step = bootsteps.CollectorStep(None)
     thread = threading.Thread(target=step._sweep, args=(Broken(),))
-    monkeypatch.setattr(bootsteps, "_collector", Broken())
-    monkeypatch.setattr(bootsteps, "_sweeper", thread)
+    monkeypatch.setattr(current, "collector", Broken())
+    monkeypatch.setattr(current, "sweeper", thread)
     thread.start()
     assert bootsteps._swept() in {0.0, 1.0}
     thread.join(20)

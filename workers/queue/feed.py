@@ -21,7 +21,7 @@ from redis.lock import Lock
 from storage.errors import DamagedError
 from storage.runs.plan import Slice
 from storage.runs.run import Run
-from workers.celery import app
+from workers.queue.app import app
 from workers.queue.broker import trouble
 from workers.queue.foreign import is_strange_lock
 from workers.queue.home import claim
