@@ -11,13 +11,14 @@ from pathlib import Path
 
 from producer.check.findings import Finding, image_findings, long_prompts, table_findings
 from producer.check.survey import Gallery, Survey, spread, survey
+from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import order_by_image, select
 from producer.dataset.table import read_table
 from producer.options import RunOptions
 from producer.planning import refuse_faults
 from producer.show.progress import Phases, silent
-from producer.wording import Texts, look_at_texts, takes_columns
+from producer.wording import takes_columns
 from storage.question import Question
 from storage.stores.location import is_url, resolve_location
 from storage.wording import asked
