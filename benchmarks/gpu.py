@@ -133,7 +133,7 @@ def with_answers(cases: Sequence[Case], answers: str) -> list[Case]:
     """Give every question its answer's length: a number of tokens, or `mix`."""
     random = np.random.default_rng(1)
     lengths = [int(answers)] * len(cases) if answers != "mix" else [_mixed_length(random) for _ in cases]
-    recipe = replace(cases[0].request.recipe, max_new_tokens=max(lengths))
+    recipe = cases[0].request.recipe.model_copy(update={"max_new_tokens": max(lengths)})
     return [replace(c, length=n, request=replace(c.request, recipe=recipe)) for c, n in zip(cases, lengths)]
 
 

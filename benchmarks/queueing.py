@@ -100,7 +100,7 @@ questions = read_table(Path(sys.argv[1])).questions
 cpu = time.process_time()
 for q in questions:
     image = preprocess.image(q.image_id, images, (), (card.min_pixels, card.max_pixels))
-    preprocess.request(image, q.question, Recipe((0, 1, 2, 3), 200))
+    preprocess.request(image, q.question, Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))
 print(time.process_time() - cpu)
 """
 

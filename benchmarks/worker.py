@@ -166,7 +166,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
         preprocess.request(
             preprocess.image(q.image_id, images, (), (engine.card.min_pixels, MAX_PIXELS)),
             q.question,
-            Recipe(layers, tokens),
+            Recipe(layers=layers, max_new_tokens=tokens),
         )
         for q in read_questions(table)
     ]

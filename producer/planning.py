@@ -101,21 +101,8 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
         model_slug=model_slug(model),
-        dtype=options.dtype,
-        layers=options.layers,
-        vision_encoder=options.vision_encoder,
-        prompt=options.prompt,
+        **options.computation.options(),
         prompt_columns=takes_columns(options, questions),
-        system_prompt=options.system_prompt,
-        chat_template=options.chat_template,
-        special_tokens=options.special_tokens,
-        repetition_penalty=options.repetition_penalty,
-        exact=options.exact,
-        halp_compat=options.halp_compat,
-        exif_rotation=options.exif_rotation,
-        max_new_tokens=options.max_new_tokens,
-        min_pixels=options.min_pixels,
-        max_pixels=options.max_pixels,
         dataset=options.csv.name,
         dataset_sha256=table.sha256,
         images_dir=resolve_location(options.images_dir),
@@ -134,7 +121,7 @@ def _refuse_not_utf8(options: RunOptions) -> None:
     roots = map(resolve_location, options.image_roots)
     for option, text in (
         ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
-        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.prompt),
+        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.computation.prompt),
         *(("--image-root", root) for root in roots),
     ):  # fmt: skip
         try:
@@ -152,9 +139,15 @@ def _check_layers(options: RunOptions) -> None:
         check_files(directory)  # else the run would be bound to files that must be replaced
     number = local_num_layers(options.model)
     if number is not None:
-        resolve_layers(options.layers, number)
-    if options.min_pixels is not None and options.max_pixels is not None and options.min_pixels > options.max_pixels:
-        raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
+        resolve_layers(options.computation.layers, number)
+    if (
+        options.computation.min_pixels is not None
+        and options.computation.max_pixels is not None
+        and options.computation.min_pixels > options.computation.max_pixels
+    ):
+        raise UserError(
+            f"--min-pixels {options.computation.min_pixels} is above --max-pixels {options.computation.max_pixels}"
+        )
 
 
 def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int) -> None:

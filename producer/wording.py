@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from producer.options import RunOptions
+from storage.computation import QUESTION
 from storage.errors import UserError
 from storage.question import Question
 from storage.runs.run import Run, is_run
-from storage.settings import QUESTION
 from storage.stores.location import resolve_location
 from storage.wording import LoneBraceError, column_names, values
 
@@ -20,22 +20,22 @@ def takes_columns(options: RunOptions, questions: Sequence[Question]) -> bool:
 
     The run that it resumes knows: one from before there were columns takes every other brace as it stands.
     """
-    location = resolve_location(options.output_dir)
-    if is_run(location) and (begun := Run.open(location).settings).prompt == options.prompt:
+    prompt, location = options.computation.prompt, resolve_location(options.output_dir)
+    if is_run(location) and (begun := Run.open(location).settings).prompt == prompt:
         return begun.prompt_columns
-    if not set("{}") & set(options.prompt.replace(QUESTION, "")):
+    if not set("{}") & set(prompt.replace(QUESTION, "")):
         return False
     try:
-        names = column_names(options.prompt)
+        names = column_names(prompt)
     except LoneBraceError as error:
         raise UserError(
-            f"--prompt {options.prompt!r}: {error}: write {{name}} for a column and {{{{ or }}}} for a brace"
+            f"--prompt {prompt!r}: {error}: write {{name}} for a column and {{{{ or }}}} for a brace"
         ) from error
     there = _columns(questions)
     if unknown := [name for name in names if name not in values(questions[0]) or name not in there]:
         listed = ", ".join(there[:_MAX_NAMED]) + (", …" if len(there) > _MAX_NAMED else "")
         raise UserError(
-            f"--prompt {options.prompt!r}: the table has no column {', '.join(map(repr, unknown))}; it has {listed}. "
+            f"--prompt {prompt!r}: the table has no column {', '.join(map(repr, unknown))}; it has {listed}. "
             "Write {{ and }} for braces"
         )
     return True

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+from storage.computation import QUESTION
 from storage.question import Question
-from storage.settings import QUESTION
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
 _BRACES = {"{{": "{", "}}": "}"}

@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from storage.computation import Dtype
 from storage.errors import UserError
-from storage.settings import Dtype
 from storage.stores.location import resolve_location, split_roots
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"

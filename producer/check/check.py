@@ -25,8 +25,7 @@ from storage.wording import asked
 from workers.checkpoint.identity import resolve_layers
 from workers.checkpoint.shapes import Shape, shape_of
 from workers.checks.trial import Trial, TrialCase, run_trial
-from workers.engine.interface import EngineSpec, Recipe
-from workers.engine.prompt import PromptStyle
+from workers.engine.interface import EngineSpec
 from workers.extract.preprocess import limits_of
 from workers.settings import DEFAULT_MODEL, settings
 
@@ -117,7 +116,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, ph
     findings = [
         *table_findings(questions),
         *image_findings(options, seen, asked_of),
-        *long_prompts(questions, tokens, options.prompt),
+        *long_prompts(questions, tokens, options.computation.prompt),
         *texts.findings(),
     ]
     if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
@@ -162,10 +161,10 @@ def _gallery(options: RunOptions, shape: Shape) -> Gallery:
     return Gallery(
         images_dir=resolve_location(options.images_dir),
         roots=tuple(map(resolve_location, options.image_roots)),
-        limits=limits_of((options.min_pixels, options.max_pixels), shape),
+        limits=limits_of((options.computation.min_pixels, options.computation.max_pixels), shape),
         factor=shape.factor,
-        halp_compat=options.halp_compat,
-        exif_rotation=options.exif_rotation,
+        halp_compat=options.computation.halp_compat,
+        exif_rotation=options.computation.exif_rotation,
     )
 
 
@@ -184,17 +183,17 @@ def _what_ifs(gallery: Gallery, seen: Survey, asked: Counter[str]) -> tuple[What
 
 def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Disk:
     """Estimate the bytes of the parts. The questions of an image share its vectors, unless the file's order parts them."""
-    layers = len(resolve_layers(options.layers, shape.num_hidden_layers))
-    vision_only = shape.vision_hidden_size if options.halp_compat else shape.hidden_size
-    of_image = vision_only + shape.vision_hidden_size * options.vision_encoder + layers * shape.hidden_size
+    layers = len(resolve_layers(options.computation.layers, shape.num_hidden_layers))
+    vision_only = shape.vision_hidden_size if options.computation.halp_compat else shape.hidden_size
+    of_image = vision_only + shape.vision_hidden_size * options.computation.vision_encoder + layers * shape.hidden_size
     of_question = layers * shape.hidden_size
     # In compat mode the vision position moves with the question's length.
-    shared = images if options.order == "image" and not options.halp_compat else questions
+    shared = images if options.order == "image" and not options.computation.halp_compat else questions
     numbers = shared * of_image + questions * of_question
-    width = 2 if options.dtype == "bfloat16" else 4
+    width = 2 if options.computation.dtype == "bfloat16" else 4
     staged = min(questions, options.checkpoint_interval + settings().queue_limit)
     return Disk(
-        parts=round(numbers * _BYTES_PER_NUMBER[options.dtype]) + questions * _BYTES_PER_QUESTION,
+        parts=round(numbers * _BYTES_PER_NUMBER[options.computation.dtype]) + questions * _BYTES_PER_QUESTION,
         staging=staged * (of_image + of_question) * width,
         free=_free(options.output_dir),
     )
@@ -224,21 +223,10 @@ def _trial(
     groups = list(by_image.values())
     number = max(1, round(sample * len(groups) / sum(map(len, groups))))
     chosen = [question for group in spread(groups, number) for question in group][:sample]
-    recipe = Recipe(
-        layers=(),  # the loaded model says which
-        max_new_tokens=options.max_new_tokens,
-        repetition_penalty=options.repetition_penalty,
-        vision_encoder=options.vision_encoder,
-        exact=options.exact,
-        halp_compat=options.halp_compat,
-    )
-    spec = EngineSpec(settings().engine, options.model, options.revision, options.dtype, str(cache_dir))
-    cases = [TrialCase(q.image_id, asked(options.prompt, q, columns=columns)) for q in chosen]
-    places = (gallery.images_dir, gallery.roots)
-    limits = (options.min_pixels, options.max_pixels)
-    style = PromptStyle(options.system_prompt, options.chat_template)
-    turned, special = options.exif_rotation, options.special_tokens
-    return run_trial(spec, cases, places, recipe, options.layers, limits, turned, style, special)
+    asked_of, own = options.computation, settings()
+    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, str(cache_dir))
+    cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
+    return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
 
 
 def in_bytes(number: float) -> str:

@@ -13,8 +13,8 @@ from producer.dataset.faults import short
 from producer.dataset.images import MAX_MISSING
 from producer.dataset.nearby import describe_missing
 from producer.options import RunOptions
+from storage.computation import QUESTION
 from storage.question import Question
-from storage.settings import QUESTION
 from storage.stores.location import resolve_location
 from workers.extract.preprocess import MAX_PROMPT
 
@@ -92,7 +92,7 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
         nearby = describe_missing(by_reason["image_missing"], resolve_location(options.images_dir))
         message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway\n{nearby}"
         findings.append(Finding("refused", "many_missing", missing, message))
-    if seen.turned and not options.exif_rotation:
+    if seen.turned and not options.computation.exif_rotation:
         message = (
             "of the images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
         )

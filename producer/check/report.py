@@ -94,7 +94,7 @@ def _overview(checked: Checked) -> Table:
 def _turned(checked: Checked) -> str:
     if not checked.turned:
         return "none by their EXIF data"
-    how = "turned upright" if checked.options.exif_rotation else "taken as stored"
+    how = "turned upright" if checked.options.computation.exif_rotation else "taken as stored"
     return f"{len(checked.turned):,} by their EXIF data, which are {how}"
 
 
@@ -139,7 +139,7 @@ def _device(checked: Checked) -> str:
 
 def _weight_bytes(checked: Checked) -> int:
     assert checked.shape is not None
-    return checked.shape.weight_bytes * (2 if checked.options.dtype == "float32" else 1)
+    return checked.shape.weight_bytes * (2 if checked.options.computation.dtype == "float32" else 1)
 
 
 def _what_ifs(checked: Checked) -> Table:

@@ -73,9 +73,9 @@ def look_at_texts(options: RunOptions, questions: Sequence[Question], *, columns
     image_words: list[str] = []
     empty: dict[str, list[str]] = {}
     known = re.compile("|".join(map(re.escape, sorted(_special_tokens(options.model), key=len, reverse=True))))
-    names = column_names(options.prompt) if columns else []
+    names = column_names(options.computation.prompt) if columns else []
     for question in questions:
-        text = asked(options.prompt, question, columns=columns)
+        text = asked(options.computation.prompt, question, columns=columns)
         for token in dict.fromkeys(known.findall(text)):
             special.setdefault(token, []).append(question.question_id)
         if _IMAGE_WORD in text and _IMAGE_WORD not in special:
@@ -85,7 +85,7 @@ def look_at_texts(options: RunOptions, questions: Sequence[Question], *, columns
             for name in names:
                 if not row[name].strip():
                     empty.setdefault(name, []).append(question.question_id)
-    return Texts(special, image_words, empty, options.special_tokens == "parse")
+    return Texts(special, image_words, empty, options.computation.special_tokens == "parse")
 
 
 def _about(kind: str, by_name: dict[str, list[str]], message: str) -> Finding:

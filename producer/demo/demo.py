@@ -10,12 +10,12 @@ import pandas as pd
 from producer.demo.gallery import accuracy_table, gallery
 from producer.options import RunOptions
 from producer.planning import plan_run
+from storage.computation import Computation
 from storage.errors import UserError
 from storage.probing.answers import is_right
 from storage.reading.load import load_frame
 from storage.runs.run import Run
 from storage.screen.console import Console
-from storage.settings import QUESTION
 from storage.views.inspect import describe_part, part_tables
 from workers.demo.easy_vqa import MODEL, EasyVqa, read_easy_vqa
 
@@ -39,17 +39,7 @@ def plan_demo(output_dir: Path, number: int) -> Run:
             image_roots=(),
             model=str(MODEL),
             revision="main",
-            dtype="bfloat16",
-            layers="all",
-            vision_encoder=True,
-            prompt=QUESTION,
-            repetition_penalty=None,
-            exact=False,
-            halp_compat=False,
-            exif_rotation=False,
-            max_new_tokens=16,
-            min_pixels=None,
-            max_pixels=None,
+            computation=Computation(layers="all", max_new_tokens=16),
             checkpoint_interval=_INTERVAL,
             order="image",
             limit=None,

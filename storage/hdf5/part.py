@@ -158,8 +158,6 @@ def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int)
         "dataset_sha256": settings.dataset_sha256,
     }
     if model is not None:  # absent only where no worker ever opened the run
-        attributes |= {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in model.model_dump(exclude={"model_type"}, exclude_none=True).items()
-        }
+        facts = settings.recorded() | model.model_dump(exclude={"model_type"}, exclude_none=True)
+        attributes |= {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
     return attributes

@@ -150,11 +150,13 @@ def test_help_takes_less_than_a_second(tool: str) -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        "producer.check.check, producer.check.report, storage.views.report, workers.monitor.metrics, workers.checks.trial, workers.process.per_gpu",
-        "producer.cli, producer.planning, producer.local.machine, producer.demo.demo, producer.show.display, producer.show.listeners",
+        "producer.check.check, producer.check.report, storage.views.report, workers.monitor.metrics, workers.checks.trial",
+        "workers.process.per_gpu, producer.cli, producer.planning, producer.local.machine, producer.demo.demo",
+        "producer.show.display, producer.show.listeners",
         "workers.cli, workers.celery, workers.tasks, workers.collect.collector, workers.queue.feed",
         "storage.cli, storage.runs.verify, storage.views.inspect, storage.runs.pack",
-        "storage.reading.load, storage.reading.export, storage.reading.diff, storage.views.overview, storage.views.plot, storage.reading.torch_adapter",
+        "storage.reading.load, storage.reading.export, storage.reading.diff, storage.reading.torch_adapter",
+        "storage.views.overview, storage.views.plot",
         "storage.probing.report, storage.probing.figure, producer.demo.gallery",
     ],
 )

@@ -14,6 +14,7 @@ from producer.check.check import Disk, check
 from producer.check.findings import table_findings
 from producer.check.survey import Gallery, survey
 from producer.options import RunOptions
+from storage.computation import Computation
 from storage.errors import ObjectStoreError
 from storage.question import Question
 from storage.runs.pack import pack
@@ -218,14 +219,20 @@ def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs:
 
 
 def options(images: Path, **changes: Any) -> RunOptions:
-    fields: dict[str, Any] = {
-        "csv": images.parent / "vqa.csv", "images_dir": str(images), "output_dir": str(images.parent / "o"), "image_roots": (),
-        "model": "Qwen/Qwen2.5-VL-7B-Instruct", "revision": "main", "dtype": "bfloat16", "layers": None,
-        "vision_encoder": True, "prompt": "{question}", "repetition_penalty": None, "exact": False,
-        "halp_compat": False, "exif_rotation": False, "max_new_tokens": 200, "min_pixels": None, "max_pixels": None,
-        "checkpoint_interval": 1000, "order": "image", "limit": None, "test": False, "allow_missing": False,
-    }  # fmt: skip
-    return RunOptions(**(fields | changes))
+    return RunOptions(
+        csv=images.parent / "vqa.csv",
+        images_dir=str(images),
+        output_dir=str(images.parent / "o"),
+        image_roots=(),
+        model="Qwen/Qwen2.5-VL-7B-Instruct",
+        revision="main",
+        computation=Computation(**changes),
+        checkpoint_interval=1000,
+        order="image",
+        limit=None,
+        test=False,
+        allow_missing=False,
+    )
 
 
 @pytest.mark.parametrize("per_image", [1, 3])

@@ -333,8 +333,8 @@ def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> Non
         image = preprocess.image("coffee.png", photographs, (), limits)
         expected = [reference(photographs / "coffee.png", text, max_new_tokens=3, layers=(0, 3)) for text in texts]
         for recipe in (
-            Recipe((0, 3), 3, head_ids=prompt.head_ids),
-            Recipe((0, 3), 3, exact=True, head_ids=prompt.head_ids),
+            Recipe(layers=(0, 3), max_new_tokens=3, head_ids=prompt.head_ids),
+            Recipe(layers=(0, 3), max_new_tokens=3, exact=True, head_ids=prompt.head_ids),
         ):
             requests = [preprocess.request(image, text, recipe, prompt, "parse") for text in texts]
             for request, sample, wanted in zip(requests, engine.extract(requests), expected, strict=True):

@@ -90,7 +90,9 @@ def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed:
             for question_id, group in part.items():
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
-                [sample] = engine.compute([preprocess.request(image, row["question"], Recipe((0, 1, 2, 3), 200))])
+                [sample] = engine.compute(
+                    [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
+                )
                 for name, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[name][:], vector.astype(np.float32))
                 assert group["answer"].asstr()[()] == sample.answer

@@ -80,7 +80,9 @@ def assert_whole(server: S3Server, output: str, rows: list[dict[str, str]], imag
             for question_id, group in part.items():
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
-                [sample] = engine.extract([preprocess.request(image, row["question"], Recipe((0, 1, 2, 3), 200))])
+                [sample] = engine.extract(
+                    [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
+                )
                 for field, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[field][:], vector.astype(np.float32))
     assert expected == {}

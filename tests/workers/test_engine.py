@@ -49,7 +49,9 @@ def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tupl
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS[index % 3 : index % 3 + 2 + index % 2]:
             expected = reference(path, question, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
-            found.append((preprocess.request(image, question, Recipe(LAYERS, MAX_NEW_TOKENS)), expected))
+            found.append(
+                (preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=MAX_NEW_TOKENS)), expected)
+            )
     assert len(found) >= 24
     return found
 
@@ -91,7 +93,7 @@ def test_answers_end_for_both_reasons(engine: QwenEngine, cases: Any) -> None:
 
 def test_no_answer_is_asked_for(engine: QwenEngine, cases: Any) -> None:
     request, expected = cases[0]
-    silent = replace(request, recipe=Recipe(LAYERS, 0))
+    silent = replace(request, recipe=Recipe(layers=LAYERS, max_new_tokens=0))
     [sample] = engine.extract([silent])
     assert (sample.answer, sample.facts["finish_reason"]) == ("", "none")
     assert worst_error(sample, expected) < TOLERANCE
@@ -181,7 +183,7 @@ def test_a_mistake_would_show(
 
 
 def test_exact_equals_the_reference(engine: QwenEngine, cases: Any) -> None:
-    requests = [replace(request, recipe=replace(request.recipe, exact=True)) for request, _ in cases[:8]]
+    requests = [replace(request, recipe=request.recipe.model_copy(update={"exact": True})) for request, _ in cases[:8]]
     for sample, (_, expected) in zip(engine.extract(requests), cases, strict=False):
         assert_equal(sample, expected)
         assert (sample.facts["batch_size"], sample.facts["image_prefix"]) == (1, "computed")
@@ -189,7 +191,9 @@ def test_exact_equals_the_reference(engine: QwenEngine, cases: Any) -> None:
 
 def test_another_kernel_is_the_noise_floor(engine: QwenEngine, cases: Any) -> None:
     request, expected = cases[0]
-    [sample] = engine.extract([replace(request, recipe=replace(request.recipe, exact=True, math_kernel=True))])
+    [sample] = engine.extract(
+        [replace(request, recipe=request.recipe.model_copy(update={"exact": True, "math_kernel": True}))]
+    )
     assert 0 < worst_error(sample, expected) < TOLERANCE
 
 
@@ -232,7 +236,7 @@ def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases:
     handles = [
         layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._decoder.layers)
     ]
-    [sample] = engine.extract([replace(request, recipe=Recipe((0, 3), 0))])
+    [sample] = engine.extract([replace(request, recipe=Recipe(layers=(0, 3), max_new_tokens=0))])
     for handle in handles:
         handle.remove()
     assert max(ran) == 3
@@ -247,7 +251,7 @@ def test_halp_compat_takes_the_published_positions(
 ) -> None:
     """The mean before the merger, and the vision token at min(patches, seq_len // 2), from a plain forward."""
     request, expected = cases[0]
-    [sample] = engine.extract([replace(request, recipe=replace(request.recipe, halp_compat=True))])
+    [sample] = engine.extract([replace(request, recipe=request.recipe.model_copy(update={"halp_compat": True}))])
     position = min(int(np.prod(expected["image_grid_thw"])), expected["seq_len"] // 2)
     assert sample.facts["vision_token_position"] == position
     reference = Reference(small_model)
@@ -269,7 +273,7 @@ def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, 
     request, _ = cases[0]
     plain = Reference(small_model, repetition_penalty=1.5)
     expected = plain(sorted(photographs.iterdir())[0], QUESTIONS[0], max_new_tokens=MAX_NEW_TOKENS, layers=(2,))
-    recipe = Recipe((2,), MAX_NEW_TOKENS, repetition_penalty=1.5, vision_encoder=False)
+    recipe = Recipe(layers=(2,), max_new_tokens=MAX_NEW_TOKENS, repetition_penalty=1.5, vision_encoder=False)
     [sample] = engine.extract([replace(request, recipe=recipe)])
     assert sample.answer == expected["answer"]
     assert set(sample.vectors) == {

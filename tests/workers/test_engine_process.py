@@ -33,7 +33,13 @@ def spec(kind: str = "fake:0", model: str = "fake/model") -> EngineSpec:
 def requests(count: int = 3, *, side: int = 28) -> list[Request]:
     random = np.random.default_rng(0)
     return [
-        Request(f"image {i}", random.integers(0, 256, (side, side, 3), np.uint8), (1, i), 4, Recipe((0, 3), 5))
+        Request(
+            f"image {i}",
+            random.integers(0, 256, (side, side, 3), np.uint8),
+            (1, i),
+            4,
+            Recipe(layers=(0, 3), max_new_tokens=5),
+        )
         for i in range(count)
     ]
 
@@ -199,7 +205,7 @@ print(engine.pid, flush=True)
 if sys.argv[1] == "busy":
     import numpy as np
     from workers.engine.interface import Recipe, Request
-    engine.extract([Request("image", np.zeros((28, 28, 3), np.uint8), (1,), 4, Recipe((0,), 5))])
+    engine.extract([Request("image", np.zeros((28, 28, 3), np.uint8), (1,), 4, Recipe(layers=(0,), max_new_tokens=5))])
 time.sleep(60)
 """
 
@@ -223,7 +229,7 @@ def test_child_dies_with_a_killed_parent(state):
 
 def test_exception_comes_back_with_its_traceback(start):
     wrong = requests(1)[0]
-    broken = Request(wrong.image_key, None, wrong.suffix_ids, 4, Recipe((0,), 5))  # no pixels
+    broken = Request(wrong.image_key, None, wrong.suffix_ids, 4, Recipe(layers=(0,), max_new_tokens=5))  # no pixels
     engine = start()
     pid = engine.pid
     with pytest.raises(BatchFailedError, match=r"^AttributeError: .*tobytes") as caught:

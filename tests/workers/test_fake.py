@@ -17,7 +17,7 @@ SPEC = EngineSpec("fake", "", "main", "bfloat16", "")
 def ask(text: str) -> Request:
     card = FakeEngine(SPEC).card
     ids = (*card.after_image_ids, *QuestionTokenizer(card.tokenizer_json)(text), *card.tail_ids)
-    return Request("image", np.zeros((28, 28, 3), np.uint8), ids, len(ids), Recipe((0,), 1))
+    return Request("image", np.zeros((28, 28, 3), np.uint8), ids, len(ids), Recipe(layers=(0,), max_new_tokens=1))
 
 
 @pytest.fixture

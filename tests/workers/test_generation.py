@@ -39,7 +39,11 @@ def answers(model: Path, photographs: Path, *, penalty: float | None = None) -> 
     for path in sorted(photographs.iterdir())[:2]:
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS:
-            requests.append(preprocess.request(image, question, Recipe(LAYERS, LENGTH, repetition_penalty=penalty)))
+            requests.append(
+                preprocess.request(
+                    image, question, Recipe(layers=LAYERS, max_new_tokens=LENGTH, repetition_penalty=penalty)
+                )
+            )
             expected.append(reference(path, question, max_new_tokens=LENGTH, layers=LAYERS)["answer_token_ids"])
     return [sample.facts["answer_token_ids"] for sample in engine.extract(requests)], expected
 

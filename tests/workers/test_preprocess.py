@@ -725,13 +725,13 @@ def test_further_roots_are_admitted(card, images):
 def test_request_is_the_prompt(card, images):
     preprocessor = Preprocessor(card)
     image = preprocessor.image("a.png", images, (), LIMITS)
-    request = preprocessor.request(image, "Why?", Recipe((0, 3), 20))
+    request = preprocessor.request(image, "Why?", Recipe(layers=(0, 3), max_new_tokens=20))
     assert request.pixels is image.pixels
     assert request.image_key == image.key
     assert request.suffix_ids == (*card.after_image_ids, *preprocessor._tokenize("Why?"), *card.tail_ids)
     patches = image.pixels.shape[0] // 28 * (image.pixels.shape[1] // 28)
     assert request.num_tokens == len(card.head_ids) + patches + len(request.suffix_ids)
-    assert request.recipe == Recipe((0, 3), 20)
+    assert request.recipe == Recipe(layers=(0, 3), max_new_tokens=20)
 
 
 @pytest.mark.parametrize(("positions", "limit"), [(128_000, 32_768), (100, 100)])
@@ -739,10 +739,10 @@ def test_prompt_too_long(card, images, positions, limit):
     """Beyond 32,768 tokens, or what the model has positions for, transformers computes on without a word."""
     preprocessor = Preprocessor(replace(card, max_position_embeddings=positions))
     image = preprocessor.image("a.png", images, (), LIMITS)
-    room = limit - preprocessor.request(image, "", Recipe((0,), 1)).num_tokens
-    assert preprocessor.request(image, "x" * room, Recipe((0,), 1)).num_tokens == limit
+    room = limit - preprocessor.request(image, "", Recipe(layers=(0,), max_new_tokens=1)).num_tokens
+    assert preprocessor.request(image, "x" * room, Recipe(layers=(0,), max_new_tokens=1)).num_tokens == limit
     with pytest.raises(PermanentError, match=rf"has {limit + 1} tokens.*takes {limit}") as caught:
-        preprocessor.request(image, "x" * (room + 1), Recipe((0,), 1))
+        preprocessor.request(image, "x" * (room + 1), Recipe(layers=(0,), max_new_tokens=1))
     assert caught.value.reason == "prompt_too_long"
 
 

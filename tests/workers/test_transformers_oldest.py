@@ -20,8 +20,8 @@ OLDEST = "4.57.1"
 PINNED = (f"transformers=={OLDEST}", "tokenizers==0.22.1", "huggingface_hub==0.36.*")
 ROOT = Path(__file__).parents[2]
 RUN = (
-    "tests/workers/test_engine.py", "tests/workers/test_generation.py", "tests/workers/test_prompt.py", "tests/workers/test_small_model.py",
-    "tests/workers/test_soundness.py",
+    "tests/workers/test_engine.py", "tests/workers/test_generation.py", "tests/workers/test_prompt.py",
+    "tests/workers/test_small_model.py", "tests/workers/test_soundness.py",
 )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Ca
         return Verdict(spec.dtype, len(cases), number, 0, memory, {})
     with _first_layers(spec.model, source, fit if fit < number else None) as model:
         log(f"{spec.dtype}: the engine, {len(cases)} questions, batched and one by one")
-        recipe = Recipe(resolve_layers(None, fit), max_new_tokens)
+        recipe = Recipe(layers=resolve_layers(None, fit), max_new_tokens=max_new_tokens)
         environment, limits, batched, exact = _run_engine(replace(spec, model=model), cases, recipe)
         _free_memory()
         log(f"{spec.dtype}: the reference, under two attention kernels")
@@ -106,7 +106,7 @@ def _run_engine(
     limits = (engine.card.min_pixels, min(engine.card.max_pixels, _MAX_PIXELS))
     preprocess = Preprocessor(engine.card)
     found: list[list[Result]] = []
-    for one in (recipe, replace(recipe, exact=True)):
+    for one in (recipe, recipe.model_copy(update={"exact": True})):
         requests = []
         for case in cases:
             try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from storage.settings import SpecialTokens
+from storage.computation import Computation
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.process import EngineProcess
@@ -21,7 +20,7 @@ from workers.errors import (
     RunRefusedError,
     TransientError,
 )
-from workers.extract.preprocess import PreparedImage, Preprocessor, limits_of
+from workers.extract.preprocess import Preprocessor, limits_of
 from workers.process.gpus import gpu_use, visible_gpus
 from workers.settings import settings
 
@@ -57,22 +56,13 @@ TRIAL_ERRORS = (
 
 
 def run_trial(
-    spec: EngineSpec,
-    cases: Sequence[TrialCase],
-    places: tuple[str, tuple[str, ...]],
-    recipe: Recipe,
-    layers: tuple[int, ...] | Literal["all"] | None,
-    limits: tuple[int | None, int | None],
-    turned: bool,
-    style: PromptStyle,
-    special_tokens: SpecialTokens,
+    spec: EngineSpec, cases: Sequence[TrialCase], places: tuple[str, tuple[str, ...]], computation: Computation
 ) -> Trial:
     """Load the engine and compute the cases in batches as a worker forms them.
 
-    `places` are the images directory and the further roots; `layers`, `limits` of pixels and `turned` (by EXIF data) as in a
-    run's settings. Cases that cannot be prepared are left out.
+    `places` are the images directory and the further roots. Cases that cannot be prepared are left out.
 
-    Raises UserError; EngineStartError; RunRefusedError where the style cannot be rendered; BatchFailedError,
+    Raises UserError; EngineStartError; RunRefusedError where the prompt cannot be rendered; BatchFailedError,
     EngineDiedError where a batch fails; PermanentError where no case can be prepared.
     """
     engine = EngineProcess(spec, settings().engine_timeout)
@@ -80,15 +70,22 @@ def run_trial(
     card = engine.start()
     loaded = time.monotonic() - begun
     try:
+        style = PromptStyle(computation.system_prompt, computation.chat_template)
         prompt = card.prompt() if style == PromptStyle() else engine.prompt(style)
-        recipe = replace(recipe, layers=resolve_layers(layers, card.num_hidden_layers), head_ids=prompt.head_ids)
+        layers = resolve_layers(computation.layers, card.num_hidden_layers)
+        recipe = Recipe(**computation.options() | {"layers": layers}, head_ids=prompt.head_ids)
         prepare = Preprocessor(card)
+        limits = limits_of((computation.min_pixels, computation.max_pixels), card)
 
-        def request(image: PreparedImage, text: str) -> Request:
-            return prepare.request(image, text, recipe, prompt, special_tokens)
+        def request(case: TrialCase) -> Request | None:
+            options = {"halp_compat": recipe.halp_compat, "exif_rotation": recipe.exif_rotation}
+            try:
+                image = prepare.image(case.image_id, *places, limits, **options)
+                return prepare.request(image, case.text, recipe, prompt)
+            except (PermanentError, TransientError):
+                return None
 
-        within = limits_of(limits, card)
-        requests = [r for c in cases if (r := _request(prepare, c, places, within, recipe, turned, request))]
+        requests = [r for case in cases if (r := request(case))]
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
         times = []
@@ -108,23 +105,6 @@ def run_trial(
         )
     finally:
         engine.stop()
-
-
-def _request(
-    prepare: Preprocessor,
-    case: TrialCase,
-    places: tuple[str, tuple[str, ...]],
-    limits: tuple[int, int],
-    recipe: Recipe,
-    turned: bool,
-    request: Callable[[PreparedImage, str], Request],
-) -> Request | None:
-    try:
-        options = {"halp_compat": recipe.halp_compat, "exif_rotation": turned}
-        image = prepare.image(case.image_id, *places, limits, **options)
-        return request(image, case.text)
-    except (PermanentError, TransientError):
-        return None
 
 
 def _batches(requests: Sequence[Request], size: int, tokens: int) -> Iterator[list[Request]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from storage.computation import Computation
 from storage.sample import Sample
 from workers.engine.prompt import PromptParts, PromptStyle
 
@@ -64,16 +65,10 @@ class ModelCard:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How questions are computed. A batch has one recipe."""
+class Recipe(Computation):
+    """A computation as a loaded checkpoint does it: its layers are numbers. A batch has one recipe."""
 
     layers: tuple[int, ...]
-    max_new_tokens: int
-    repetition_penalty: float | None = None  # None: the checkpoint's
-    vision_encoder: bool = True
-    exact: bool = False  # batch 1, nothing shared
-    halp_compat: bool = False  # the published positions and features
     math_kernel: bool = False  # another attention kernel than the usual one, for the noise floor of `exact`
     head_ids: tuple[int, ...] | None = None  # the prompt up to the image tokens; None: the checkpoint's template's
 

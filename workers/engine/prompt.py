@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from storage.settings import SpecialTokens
+from storage.computation import SpecialTokens
 from workers.errors import EngineStartError
 
 # Stand for the text while the template is rendered: the first that the template itself does not hold.

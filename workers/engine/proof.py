@@ -86,7 +86,7 @@ def refuse_difference(
 ) -> None:
     """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
     factor = card.patch_size * card.merge_size
-    pixels, recipe = small_image(factor), Recipe(resolve_layers(None, card.num_hidden_layers), 0)
+    pixels, recipe = small_image(factor), Recipe(layers=resolve_layers(None, card.num_hidden_layers), max_new_tokens=0)
     tokenize = QuestionTokenizer(card.tokenizer_json)
     requests = []
     for question, one in zip(_QUESTIONS, plain, strict=True):

@@ -69,7 +69,7 @@ class Certifier:
             return False
 
     def _with_exact(self, run_id: str, request: Request, sample: Sample) -> Sample:
-        exact = replace(request.recipe, exact=True)
-        other = replace(exact, math_kernel=True, max_new_tokens=0)
+        exact = request.recipe.model_copy(update={"exact": True})
+        other = exact.model_copy(update={"math_kernel": True, "max_new_tokens": 0})
         results = [self._compute(run_id, replace(request, recipe=recipe), _OneTry()) for recipe in (exact, other)]
         return with_certificate(sample, *results)

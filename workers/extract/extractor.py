@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from storage.computation import Computation
 from storage.errors import ReplacedError, UserError
 from storage.runs.run import Run
 from storage.sample import Sample
-from storage.settings import HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
+from storage.settings import AS_ASKED, HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
 from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
 from workers.checkpoint.identity import resolve_layers
@@ -44,6 +45,7 @@ class OpenRun:
     run: Run
     facts: ModelFacts
     prompt: PromptParts
+    recipe: Recipe
 
 
 class _DeathsInFiles:
@@ -126,8 +128,7 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
         ) as image:
             text = asked(settings.prompt, question, columns=settings.prompt_columns)
-            recipe = _recipe(settings, facts, opened.prompt)
-            request = self.preprocess.request(image, text, recipe, opened.prompt, settings.special_tokens)
+            request = self.preprocess.request(image, text, opened.recipe, opened.prompt)
             sample = self._compute(settings.run_id, request, deaths)
             _refuse_unfinite(sample)
             if not settings.exact and not settings.halp_compat:
@@ -150,7 +151,8 @@ class Extractor:
     def _agree(self, run: Run) -> OpenRun:
         try:
             prompt = self._prompt(prompt_style(run.settings))
-            opened = OpenRun(run, self._facts(run, prompt), prompt)
+            facts = self._facts(run, prompt)
+            opened = OpenRun(run, facts, prompt, _recipe(run.settings, facts, prompt))
         except RunRefusedError as error:
             run.note_refusal(self._worker, str(error))
             raise
@@ -191,13 +193,8 @@ class Extractor:
             hidden_size=card.hidden_size,
             vision_hidden_size=card.vision_hidden_size,
             layers=layers,
-            prompt=settings.prompt,
-            system_prompt=settings.system_prompt,
             chat_template_sha256=settings.chat_template_sha256(),
-            special_tokens=settings.special_tokens,
-            exact=settings.exact,
-            vision_encoder=settings.vision_encoder,
-            exif_rotation=settings.exif_rotation,
+            **{name: getattr(settings, name) for name in AS_ASKED},
             positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
             vision_only_definition="encoder" if settings.halp_compat else "merged",
             min_pixels=minimum,
@@ -218,21 +215,15 @@ class Extractor:
         return facts
 
 
-def prompt_style(settings: RunSettings) -> PromptStyle:
-    """Return what a run has rendered otherwise than the checkpoint would."""
+def prompt_style(settings: Computation) -> PromptStyle:
+    """Return what a computation has rendered otherwise than the checkpoint would."""
     return PromptStyle(settings.system_prompt, settings.chat_template)
 
 
 def _recipe(settings: RunSettings, facts: ModelFacts, prompt: PromptParts) -> Recipe:
-    return Recipe(
-        layers=facts.layers,
-        max_new_tokens=settings.max_new_tokens,
-        repetition_penalty=facts.repetition_penalty,
-        vision_encoder=settings.vision_encoder,
-        exact=settings.exact,
-        halp_compat=settings.halp_compat,
-        head_ids=None if prompt_style(settings) == PromptStyle() else prompt.head_ids,
-    )
+    resolved = {name: getattr(facts, name) for name in ("layers", "repetition_penalty", "min_pixels", "max_pixels")}
+    head = None if prompt_style(settings) == PromptStyle() else prompt.head_ids
+    return Recipe(**settings.options() | resolved, head_ids=head)
 
 
 def _refuse_unfinite(sample: Sample) -> None:

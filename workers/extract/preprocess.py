@@ -24,7 +24,6 @@ from storage.images.decoders import DecoderGoneError, Result
 from storage.images.decoding import ImageRefusedError
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.images.opening import NotRegularError
-from storage.settings import SpecialTokens
 from workers.engine.interface import ModelCard, Recipe, Request
 from workers.engine.prompt import PromptParts, QuestionTokenizer
 from workers.errors import PermanentError, TransientError
@@ -112,14 +111,13 @@ class Preprocessor:
         question: str,
         recipe: Recipe,
         prompt: PromptParts | None = None,
-        special_tokens: SpecialTokens = "text",
     ) -> Request:
         """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long.
 
         `prompt` None is that of the checkpoint's own template; another one's head is the recipe's too.
         """
         prompt = prompt or self._prompt
-        asked = self._tokenize(prompt.around(question), special_tokens)
+        asked = self._tokenize(prompt.around(question), recipe.special_tokens)
         suffix = (*prompt.after_image_ids, *asked, *prompt.tail_ids)
         tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
         total = len(prompt.head_ids) + tokens + len(suffix)
