@@ -332,11 +332,9 @@ def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> Non
         texts = ["Find <|object_ref_start|>it<|object_ref_end|>.", "Why?"]
         image = preprocess.image("coffee.png", photographs, (), limits)
         expected = [reference(photographs / "coffee.png", text, max_new_tokens=3, layers=(0, 3)) for text in texts]
-        for recipe in (
-            Recipe(layers=(0, 3), max_new_tokens=3, head_ids=prompt.head_ids),
-            Recipe(layers=(0, 3), max_new_tokens=3, exact=True, head_ids=prompt.head_ids),
-        ):
-            requests = [preprocess.request(image, text, recipe, prompt, "parse") for text in texts]
+        shared = Recipe(layers=(0, 3), max_new_tokens=3, special_tokens="parse", head_ids=prompt.head_ids)
+        for recipe in (shared, shared.model_copy(update={"exact": True})):
+            requests = [preprocess.request(image, text, recipe, prompt) for text in texts]
             for request, sample, wanted in zip(requests, engine.extract(requests), expected, strict=True):
                 assert request.num_tokens == sample.facts["seq_len"] == wanted["seq_len"]
                 assert sample.facts["vision_token_position"] == wanted["vision_token_position"]

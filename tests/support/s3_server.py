@@ -1,6 +1,6 @@
 """A real S3-compatible server (moto) in a process of its own, with the faults that a network has.
 
-`python s3_server.py PORT` serves. Requests are computed one after the other: S3 decides create-only PUTs atomically, while
+`python -m tests.support.s3_server PORT` serves. Requests are computed one after the other: S3 decides create-only PUTs atomically, while
 moto's threads check and then write; and a GET during a PUT of the same object fails there now and then. `/_control` tells how
 many requests of each kind there were, and sets faults: `lose`, so many answers to PUTs are lost after the object is written;
 `deny`, a method that is refused; `away`, every connection is cut.
@@ -39,7 +39,9 @@ class S3Server:
 
     def start(self) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen([sys.executable, __file__, str(self.port)], stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(self.port)], stdout=log, stderr=log, cwd=Path(__file__).parents[2]
+            )
         wait_for(self._answers, 60, "the S3 server answers")
         self.request("PUT", "/bucket")
 

@@ -40,7 +40,7 @@ OPTIONS = {"halp_compat": False, "exif_rotation": False}
 @pytest.fixture
 def decoders(monkeypatch: pytest.MonkeyPatch) -> Decoders:
     """Decoders of the test's own, with nothing remembered."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     own = Decoders(2)
     monkeypatch.setattr(bounded_image, "decoders", own)
     return own
