@@ -34,6 +34,7 @@ from workers.checks.reference import Reference
 from workers.checks.report import Comparison, Verdict
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.memory_errors import is_out_of_memory
+from workers.engine.models import refuse_unknown
 from workers.engine.shared_prefix import QwenEngine
 from workers.errors import EngineStartError, PermanentError, TransientError
 from workers.extract.preprocess import Preprocessor
@@ -69,8 +70,7 @@ def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Ca
     source = {"cache_dir": spec.cache_dir, **({} if Path(spec.model).is_dir() else {"revision": spec.revision})}
     with _refused(spec.model):
         config = AutoConfig.from_pretrained(spec.model, **source)
-        if config.model_type != "qwen2_5_vl":
-            raise EngineStartError(f"it is a {config.model_type} model, not Qwen2.5-VL")
+        refuse_unknown(config.model_type)
         number, fit, memory = _layers_that_fit(config, _DTYPES[spec.dtype].itemsize)
     if fit == 0:
         return Verdict(spec.dtype, len(cases), number, 0, memory, {})

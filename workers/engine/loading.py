@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file
 
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec, ModelCard
+from workers.engine.models import family
 from workers.engine.prompt import PromptParts
 from workers.engine.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
 from workers.errors import EngineStartError, in_a_line
@@ -60,14 +61,13 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
     config = AutoConfig.from_pretrained(spec.model, **source)
-    if config.model_type != "qwen2_5_vl":
-        raise EngineStartError(f"it is a {config.model_type} model, not Qwen2.5-VL")
+    found = family(config.model_type)
     refuse_unserved(config)
     placement: dict[str, Any] = {}
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
         placement["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}
-    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model, report = found.MODEL.from_pretrained(
         spec.model,
         dtype=_DTYPES[spec.dtype],
         attn_implementation="sdpa",

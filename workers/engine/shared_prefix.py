@@ -28,7 +28,8 @@ from workers.engine.hooks import ending_after, outputs
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_card
-from workers.engine.models.qwen2_5_vl import Image, VisionTower
+from workers.engine.models import family
+from workers.engine.models.qwen2_5_vl import Image
 from workers.engine.prompt import PromptParts, PromptStyle, split_prompt
 from workers.engine.proof import plain_prompts, refuse_difference
 from workers.engine.soundness import refuse_no_end
@@ -56,7 +57,7 @@ class QwenEngine:
         self._image_token = self._model.config.image_token_id
         prompt = split_prompt(processor)
         plain = plain_prompts(self._model, processor)  # the tower is as transformers makes it until the next line
-        self._vision = VisionTower(
+        self._vision = family(self._model.config.model_type).VisionTower(
             self._model.model.visual, processor.image_processor, self._model.dtype, self._model.model.visual.device
         )
         cuda = self._device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The vision tower: from resized pixels to merged vision tokens and their means, windows of equal length in one call."""
+"""Qwen2.5-VL: the vision tower, from resized pixels to merged tokens and their means, windows of equal length in one call."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from workers.engine.hooks import outputs
+
+MODEL = Qwen2_5_VLForConditionalGeneration
 
 
 @dataclass(slots=True)
