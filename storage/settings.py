@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from storage.computation import QUESTION, Computation, SpecialTokens
 from storage.errors import DamagedError, UserError
+from storage.fields import widths
 from storage.naming import MAX_DIGITS, MAX_SLUG
 from storage.stores.location import is_url
 
@@ -120,13 +121,13 @@ class ModelFacts(BaseModel):
 
     def field_widths(self) -> dict[str, int]:
         """Return the vectors that a question has: HALP field to width."""
-        merged = self.vision_only_definition == "merged"
-        widths = {"vision_only_representation": self.hidden_size if merged else self.vision_hidden_size}
-        if merged and self.vision_encoder:
-            widths["vision_encoder_representation"] = self.vision_hidden_size
-        for field in ("vision_token_representation", "query_token_representation"):
-            widths |= {f"{field}/layer_{layer}": self.hidden_size for layer in self.layers}
-        return widths
+        return widths(
+            self.hidden_size,
+            self.vision_hidden_size,
+            self.layers,
+            vision_encoder=self.vision_encoder,
+            published=self.vision_only_definition == "encoder",
+        )
 
 
 def faults(error: ValidationError) -> str:

@@ -19,6 +19,7 @@ from producer.options import RunOptions
 from producer.planning import refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import takes_columns
+from storage.fields import FIELDS, split_layer, widths
 from storage.question import Question
 from storage.stores.location import is_url, resolve_location
 from storage.wording import asked
@@ -183,18 +184,23 @@ def _what_ifs(gallery: Gallery, seen: Survey, asked: Counter[str]) -> tuple[What
 
 def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Disk:
     """Estimate the bytes of the parts. The questions of an image share its vectors, unless the file's order parts them."""
-    layers = len(resolve_layers(options.computation.layers, shape.num_hidden_layers))
-    vision_only = shape.vision_hidden_size if options.computation.halp_compat else shape.hidden_size
-    of_image = vision_only + shape.vision_hidden_size * options.computation.vision_encoder + layers * shape.hidden_size
-    of_question = layers * shape.hidden_size
+    asked_of = options.computation
+    found = widths(
+        shape.hidden_size,
+        shape.vision_hidden_size,
+        resolve_layers(asked_of.layers, shape.num_hidden_layers),
+        vision_encoder=asked_of.vision_encoder,
+        published=asked_of.halp_compat,
+    )
+    of_image = sum(width for name, width in found.items() if FIELDS[split_layer(name)[0]].of_image)
     # In compat mode the vision position moves with the question's length.
-    shared = images if options.order == "image" and not options.computation.halp_compat else questions
-    numbers = shared * of_image + questions * of_question
-    width = 2 if options.computation.dtype == "bfloat16" else 4
+    shared = images if options.order == "image" and not asked_of.halp_compat else questions
+    numbers = shared * of_image + questions * (sum(found.values()) - of_image)
+    width = 2 if asked_of.dtype == "bfloat16" else 4
     staged = min(questions, options.checkpoint_interval + settings().queue_limit)
     return Disk(
-        parts=round(numbers * _BYTES_PER_NUMBER[options.computation.dtype]) + questions * _BYTES_PER_QUESTION,
-        staging=staged * (of_image + of_question) * width,
+        parts=round(numbers * _BYTES_PER_NUMBER[asked_of.dtype]) + questions * _BYTES_PER_QUESTION,
+        staging=staged * sum(found.values()) * width,
         free=_free(options.output_dir),
     )
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5d, h5g, h5o, h5s, h5t, h5z
 
+from storage.fields import in_order
 from storage.hdf5.trouble import named
-from storage.naming import field_order
 
 if TYPE_CHECKING:
     from storage.hdf5.layout import Part
@@ -77,7 +77,7 @@ class StoredQuestion:
     def fields(self) -> list[str]:
         """Return the names of the vectors."""
         with named(self._part.path):
-            return sorted(self._fields(self._node, "", 1), key=field_order)
+            return sorted(self._fields(self._node, "", 1), key=in_order)
 
     def vector(self, field: str) -> StoredVector | None:
         """Return a vector; None where there is none of that name."""

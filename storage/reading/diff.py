@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
+from storage.fields import in_order
 from storage.hdf5.columns import Column, Vectors
-from storage.naming import field_order
 from storage.reading.source import OpenPart, Source
 from storage.screen.console import Console
 from storage.screen.tables import WIDE, Name, Sentence, Table
@@ -94,7 +94,7 @@ def compare(first: str | Path, second: str | Path, *, progress: bool = False) ->
     common = [question for question in a.rows if question in b.rows]
     fields: list[FieldDifference] = []
     not_compared: dict[str, str] = {}
-    names = sorted(a.columns.keys() | b.columns.keys(), key=field_order)
+    names = sorted(a.columns.keys() | b.columns.keys(), key=in_order)
     for name in track(names, "comparing", console=Console(stderr=True), disable=not progress, transient=True):
         if name not in a.columns or name not in b.columns:
             not_compared[name] = f"only in the {'first' if name in a.columns else 'second'}"

@@ -15,8 +15,9 @@ import pandas as pd
 from rich.progress import track
 
 from storage.errors import UserError
+from storage.fields import at_layer
 from storage.hdf5.columns import Vectors
-from storage.reading.load import Located, field_name, load_frame, locate
+from storage.reading.load import Located, load_frame, locate
 from storage.reading.source import Source
 from storage.screen.console import Console
 from storage.stores.store import DirectoryStore, sync
@@ -46,7 +47,7 @@ def export(
     with ids and texts, in the plan's order; `parquet` the whole frame, and the vectors too where a field is given. The frame is
     in memory, of the vectors some at a time. `escape_formulas`: cells of a CSV that a spreadsheet would compute begin with `'`.
     """
-    name = None if field is None else field_name(field, layer)
+    name = None if field is None else at_layer(field, layer)
     if to == "csv" and name is not None:
         raise UserError("a CSV has no vectors: leave --field out, or choose --to parquet")
     if name is None and to in {"npz", "safetensors"}:

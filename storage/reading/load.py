@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from storage.errors import UserError
+from storage.fields import at_layer
 from storage.hdf5.columns import Column, Vectors
 from storage.hdf5.memory import uncollected
 from storage.hdf5.rows import Columns
@@ -88,7 +89,7 @@ def load(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, field_name(field, layer), order=order, columns=columns, progress=progress)
+    found = locate(opened, at_layer(field, layer), order=order, columns=columns, progress=progress)
     vectors = found.stack.read(found.rows, progress=progress)
     return Loaded(found.field, found.ids, vectors, found.frame, found.missing)
 
@@ -122,7 +123,7 @@ def iter_chunks(
     """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    name = field_name(field, layer)
+    name = at_layer(field, layer)
     frame_of = part_frame if columns is None or columns else _no_frame
     for column, frame in opened.read(lambda part: (part.column(name), frame_of(part))):
         yield Loaded(name, column.ids, column.read(), selected(frame, columns), opened.missing())
@@ -154,11 +155,6 @@ def iter_samples(source: Paths) -> Iterator[StoredSample]:
                 texts = {name: rows[name][row] if name in rows else "" for name in _SAMPLE_TEXTS}
                 attributes = {name: rows[name][row] for name in names if rows[name][row] is not None}
                 yield StoredSample(**texts, attributes=attributes, vectors={f: v[place] for f, v in vectors.items()})
-
-
-def field_name(field: str, layer: int | None) -> str:
-    """Return the HALP field: `query_token_representation` and 21 are `query_token_representation/layer_21`."""
-    return field if layer is None else f"{field}/layer_{layer}"
 
 
 def part_frame(part: OpenPart) -> pd.DataFrame:

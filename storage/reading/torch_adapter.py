@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.reading.load import field_name, locate, selected
+from storage.fields import at_layer
+from storage.reading.load import locate, selected
 from storage.reading.source import Paths, Source
 from storage.reading.stack import Stack
 
@@ -40,7 +41,7 @@ def torch_dataset(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, field_name(field, layer), order="file")
+    found = locate(opened, at_layer(field, layer), order="file")
     names = list(dict.fromkeys(["question_id", *columns])) if found.ids else []
     frame = selected(found.frame, names)
     items = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]

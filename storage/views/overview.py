@@ -11,8 +11,8 @@ import numpy as np
 from rich.progress import track
 
 from storage.drift import read_certificate
+from storage.fields import in_order
 from storage.hdf5.columns import Column
-from storage.naming import field_order
 from storage.reading.source import OpenPart, Source
 from storage.runs.account import Account, Bookkeeper
 from storage.screen.console import Console
@@ -70,7 +70,7 @@ def overview(path: str | Path, *, progress: bool = False) -> Overview:
         certificates += certificate
         for column in found:
             columns.setdefault(column.field, []).append(column)
-    names = sorted(columns, key=field_order)
+    names = sorted(columns, key=in_order)
     shown = track(names, "reading", console=Console(stderr=True), disable=not progress, transient=True)
     return Overview(
         source=str(path),
@@ -136,7 +136,7 @@ def _look(part: OpenPart) -> tuple[int, dict[str, Any], list[dict[str, Any]], li
 
 
 def _drift(certificates: list[dict[str, Any]]) -> Iterator[DriftOverview]:
-    names = sorted({name for c in certificates for name in c["fields"]}, key=field_order)
+    names = sorted({name for c in certificates for name in c["fields"]}, key=in_order)
     for name in names:
         measured = [f for c in certificates if (f := c["fields"].get(name)) and f["drift"] and f["noise_floor"]]
         if measured:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from storage.errors import UserError
-from storage.naming import field_order
+from storage.fields import in_order, split_layer
 from storage.reading.load import part_frame
 from storage.reading.source import Source
 from storage.screen.terminal import one_line
@@ -90,8 +90,8 @@ def _sample(source: str | Path, fields: list[str]) -> tuple[pd.DataFrame, dict[s
 def _chosen(fields: list[str]) -> list[str]:
     """Return every field; of a token representation with many layers, some evenly."""
     families: dict[str, list[str]] = {}
-    for field in sorted(fields, key=field_order):
-        families.setdefault(field_order(field)[0], []).append(field)
+    for field in sorted(fields, key=in_order):
+        families.setdefault(split_layer(field)[0], []).append(field)
     return [
         family[i]
         for family in families.values()
@@ -120,7 +120,7 @@ def _colours(frame: pd.DataFrame, column: str | None) -> dict[str, npt.NDArray[n
 def _draw_norms(panel: Any, found: Overview) -> None:
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for field in found.fields:
-        name, layer = field_order(field.field)
+        name, layer = in_order(field.field)
         lines.setdefault(name, []).append((layer, field.norm_mean, field.norm_std))
     for name, points in lines.items():
         layers, means, spreads = zip(*points, strict=True)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from storage.fields import in_order, split_layer
 from storage.runs.run import Run
 from storage.screen.terminal import visible
 from storage.views import charts
@@ -97,8 +98,8 @@ def _norms(data: ReportData) -> dict[str, list[tuple[float, float, float]]]:
     """Return mean and deviation of the vectors' Euclidean norms, by layer, of the two token representations."""
     groups: dict[str, list[tuple[float, float, float]]] = {}
     for name, vectors in data.vectors.items():
-        representation, _, layer = name.partition("/layer_")
-        if layer:
+        representation, layer = split_layer(name)
+        if layer is not None:
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
             norms = norms[np.isfinite(norms)]
             if len(norms):
@@ -108,11 +109,11 @@ def _norms(data: ReportData) -> dict[str, list[tuple[float, float, float]]]:
 
 def _pca_figures(data: ReportData) -> list[tuple[str, Markup]]:
     figures = []
-    layers = sorted({int(name.partition("/layer_")[2]) for name in data.vectors if "/layer_" in name})
-    chosen = {f"layer_{layer}" for layer in (*spread(layers, _PCA_LAYERS - 1), *layers[-1:])}
+    layers = sorted({layer for _, layer in map(split_layer, data.vectors) if layer is not None})
+    chosen = {*spread(layers, _PCA_LAYERS - 1), *layers[-1:]}
     for name, vectors in data.vectors.items():
-        layer = name.partition("/")[2]
-        if (layer and layer not in chosen) or len(vectors) < 3:
+        layer = split_layer(name)[1]
+        if (layer is not None and layer not in chosen) or len(vectors) < 3:
             continue
         points, shares = principal_components(vectors)
         groups = {
@@ -138,17 +139,12 @@ def principal_components(vectors: npt.NDArray[Any]) -> tuple[npt.NDArray[np.floa
     return bases[:, ::-1][:, :2] * np.sqrt(values), (shares[0], shares[1])
 
 
-def _in_order(field: str) -> tuple[str, int]:
-    representation, _, layer = field.partition("/layer_")
-    return representation, int(layer or 0)
-
-
 def _drift(data: ReportData) -> dict[str, Any] | None:
     """Return the certificates in one row a field: the median over the parts, and the worst; None where there are none."""
     if not data.certificates and not data.uncertified:
         return None
     rows = {}
-    for name in sorted({name for c in data.certificates for name in c["fields"]}, key=_in_order):
+    for name in sorted({name for c in data.certificates for name in c["fields"]}, key=in_order):
         drifts, floors = [], []
         for certificate in data.certificates:
             found = certificate["fields"].get(name) or {}

@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from storage.errors import UserError
+from storage.fields import in_words
 from storage.probing import experiment, score
 from storage.probing.answers import is_right, normalise
 from storage.probing.experiment import ProbeSettings, run_experiment
@@ -24,7 +25,7 @@ from storage.probing.figure import draw
 from storage.probing.finding import Margin, find, too_few
 from storage.probing.judge import Scored
 from storage.probing.labels import read_labels
-from storage.probing.report import closing_lines, experiment_json, field_words, finding_words, report_tables
+from storage.probing.report import closing_lines, experiment_json, finding_words, report_tables
 from storage.probing.score import Bootstrap, Estimate, auroc, best_threshold
 from storage.probing.split import grouped_split, published_order, published_split
 from storage.runs.pack import pack
@@ -423,7 +424,7 @@ def test_both_margins_are_shown(tmp_path: Path) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "(val.)" in shown
     lines = [line for line in shown.splitlines() if " linear " in line]
-    assert [line[3:].split("  ")[0] for line in lines] == [field_words(p.name) for p in worst.probes]
+    assert [line[3:].split("  ")[0] for line in lines] == [in_words(p.name) for p in worst.probes]
     best = next(p for p in worst.probes if p.name == QUERY)
     row = next(line for line in lines if "query token 3" in line)
     assert f"{best.above[other].value:.3f}".replace("0.", ".") in row.split()

@@ -1,9 +1,9 @@
 """A real S3-compatible server (moto) in a process of its own, with the faults that a network has.
 
-`python -m tests.support.s3_server PORT` serves. Requests are computed one after the other: S3 decides create-only PUTs atomically, while
-moto's threads check and then write; and a GET during a PUT of the same object fails there now and then. `/_control` tells how
-many requests of each kind there were, and sets faults: `lose`, so many answers to PUTs are lost after the object is written;
-`deny`, a method that is refused; `away`, every connection is cut.
+`python -m tests.support.s3_server PORT` serves. Requests are computed one after the other: S3 decides create-only PUTs
+atomically, while moto's threads check and then write; and a GET during a PUT of the same object fails there now and then.
+`/_control` tells how many requests of each kind there were, and sets faults: `lose`, so many answers to PUTs are lost after
+the object is written; `deny`, a method that is refused; `away`, every connection is cut.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ import torch
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
+
 
 class Reference:
     """Answer questions and return hidden states from a batch-1 forward, in float32 unless told otherwise.
@@ -73,11 +75,11 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        result["vision_encoder_representation"] = _array(seen["E"].mean(dim=0))  # (patches, E) -> (E,)
-        result["vision_only_representation"] = _array(seen["D"].mean(dim=0))  # (patches / 4, D) -> (D,)
+        result[VISION_ENCODER.name] = _array(seen["E"].mean(dim=0))  # (patches, E) -> (E,)
+        result[VISION_ONLY.name] = _array(seen["D"].mean(dim=0))  # (patches / 4, D) -> (D,)
         for i in layers:
-            result[f"vision_token_representation/layer_{i}"] = _array(seen[i][0, vision])  # (1, L, D) -> (D,)
-            result[f"query_token_representation/layer_{i}"] = _array(seen[i][0, query])
+            result[at_layer(VISION_TOKEN.name, i)] = _array(seen[i][0, vision])  # (1, L, D) -> (D,)
+            result[at_layer(QUERY_TOKEN.name, i)] = _array(seen[i][0, query])
 
         new = self._generate(inputs, max_new_tokens) if max_new_tokens else []
         result["answer_token_ids"] = new

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
 from storage.sample import Sample
 from workers.engine.interface import EngineSpec, ModelCard, Request
 from workers.engine.prompt import PromptParts, PromptStyle
@@ -115,12 +116,12 @@ class FakeEngine:
         head = request.recipe.head_ids
         question = image + repr(request.suffix_ids if head is None else (head, request.suffix_ids)).encode()
         vectors = {
-            "vision_only_representation": self._vector(image, "vision_only"),
-            "vision_encoder_representation": self._vector(image, "vision_encoder"),
+            VISION_ONLY.name: self._vector(image, "vision_only"),
+            VISION_ENCODER.name: self._vector(image, "vision_encoder"),
         }
         for layer in request.recipe.layers:
-            vectors[f"vision_token_representation/layer_{layer}"] = self._vector(image, f"vision {layer}")
-            vectors[f"query_token_representation/layer_{layer}"] = self._vector(question, f"query {layer}")
+            vectors[at_layer(VISION_TOKEN.name, layer)] = self._vector(image, f"vision {layer}")
+            vectors[at_layer(QUERY_TOKEN.name, layer)] = self._vector(question, f"query {layer}")
         facts = {
             "finish_reason": "eos",
             "batch_size": batch_size,

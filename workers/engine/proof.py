@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.hooks import outputs
@@ -110,9 +111,9 @@ def _forward(model: Any, inputs: Any, kernel: AbstractContextManager[Any]) -> Ve
     with kernel, outputs(modules, lambda out: out) as taken:
         model(**inputs)
     last = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[-1])
-    means = {"vision_only_representation": taken[-1].mean(0), "vision_encoder_representation": taken[-2].mean(0)}
-    vision = {f"vision_token_representation/layer_{i}": taken[i][0, last] for i in layers}  # (1, L, D) -> (D,)
-    query = {f"query_token_representation/layer_{i}": taken[i][0, -1] for i in layers}
+    means = {VISION_ONLY.name: taken[-1].mean(0), VISION_ENCODER.name: taken[-2].mean(0)}
+    vision = by_layer(VISION_TOKEN, {i: taken[i][0, last] for i in layers})  # (1, L, D) -> (D,)
+    query = by_layer(QUERY_TOKEN, {i: taken[i][0, -1] for i in layers})
     return {name: _array(vector) for name, vector in (means | vision | query).items()}
 
 

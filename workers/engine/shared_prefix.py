@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.engine.cache import Batch, Prefix, PrefixCache
 from workers.engine.decode import Answer, decode
@@ -107,7 +108,7 @@ class QwenEngine:
         samples = []
         for i, request in enumerate(requests):
             prefix = prefixes[request.image_key]
-            vectors = prefix.vectors | _fields("query_token_representation", {n: v[i] for n, v in taken.items()})
+            vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i] for n, v in taken.items()})
             facts = {
                 **self._positions(prefix.num_tokens, prefix.grid, prompts[i], request),
                 "batch_size": len(requests),
@@ -163,7 +164,7 @@ class QwenEngine:
                 image.grid,
                 len(image.tokens),
                 self._vision_fields(image, recipe)
-                | _fields("vision_token_representation", {n: v[i].clone() for n, v in taken.items()}),
+                | by_layer(VISION_TOKEN, {n: v[i].clone() for n, v in taken.items()}),
             )
             for i, (row, image) in enumerate(zip(batch.rows(), images))
         ]
@@ -202,8 +203,8 @@ class QwenEngine:
         [answer] = self._answer(batch, last, [prompt], recipe)
         vectors = (
             self._vision_fields(image, recipe)
-            | _fields("vision_token_representation", {n: v[0] for n, v in taken.items()})
-            | _fields("query_token_representation", {n: v[1] for n, v in taken.items()})
+            | by_layer(VISION_TOKEN, {n: v[0] for n, v in taken.items()})
+            | by_layer(QUERY_TOKEN, {n: v[1] for n, v in taken.items()})
         )
         return self._sample(vectors, answer, {**facts, "batch_size": 1, "image_prefix": "computed"})
 
@@ -271,9 +272,9 @@ class QwenEngine:
 
     def _vision_fields(self, image: Image, recipe: Recipe) -> dict[str, Tensor]:
         if recipe.halp_compat:
-            return {"vision_only_representation": image.encoder_mean}
-        merged = {"vision_only_representation": image.merged_mean}
-        return merged | ({"vision_encoder_representation": image.encoder_mean} if recipe.vision_encoder else {})
+            return {VISION_ONLY.name: image.encoder_mean}
+        merged = {VISION_ONLY.name: image.merged_mean}
+        return merged | ({VISION_ENCODER.name: image.encoder_mean} if recipe.vision_encoder else {})
 
     def _head(self, recipe: Recipe) -> tuple[int, ...]:
         return self.card.head_ids if recipe.head_ids is None else recipe.head_ids
@@ -311,10 +312,6 @@ class QwenEngine:
         """
         layers = {i: self._decoder.layers[i] for i in recipe.layers}
         return outputs(layers, lambda out: (out[:, -1] if at is None else out[0, list(at)]).clone())
-
-
-def _fields(name: str, vectors: dict[int, Tensor]) -> dict[str, Tensor]:
-    return {f"{name}/layer_{layer}": vector for layer, vector in vectors.items()}
 
 
 def _pad_left(rows: Sequence[Tensor]) -> Tensor:

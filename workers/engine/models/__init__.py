@@ -1,6 +1,6 @@
 """One module for each family of models: what differs from the others in the forward pass. Found by `model_type`.
 
-A module here has `MODEL`, transformers' class, and `VisionTower`. This one imports none of them: it is asked where torch is not.
+A module here has `MODEL`, transformers' class, and `VisionTower`. None is imported before it is asked for: torch is not everywhere.
 """
 
 from __future__ import annotations
