@@ -153,7 +153,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     """Return the seconds that the bare engine takes for the same questions, prepared beforehand."""
     import torch
 
-    from producer.dataset.table import read_questions
+    from producer.dataset.table import read_table
     from workers.engine.interface import EngineSpec, Recipe
     from workers.engine.shared_prefix import QwenEngine
     from workers.extract.preprocess import Preprocessor
@@ -168,7 +168,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
             q.question,
             Recipe(layers=layers, max_new_tokens=tokens),
         )
-        for q in read_questions(table)
+        for q in read_table(table).questions
     ]
     begun = time.monotonic()
     for start in range(0, len(requests), batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -140,3 +142,12 @@ def test_images() -> None:
     for row in table:
         assert 1 < float(row["here, images/s"]) < 10_000
         assert 0.1 < float(row["other, best ms"]) < 1000
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+def test_what_a_benchmark_imports_is_there(path: Path) -> None:
+    """Some of it is imported only when a section runs."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in {"producer", "workers", "storage"}:
+            module = importlib.import_module(str(node.module))
+            assert [a.name for a in node.names if not hasattr(module, a.name)] == []

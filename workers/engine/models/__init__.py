@@ -1,6 +1,6 @@
 """One module for each family of models: what differs from the others in the forward pass. Found by `model_type`.
 
-A module here has `MODEL`, transformers' class, and `VisionTower`. None is imported before it is asked for: torch is not everywhere.
+A module here has `MODEL`, transformers' class, and `VisionTower`; none is imported before it is asked for.
 """
 
 from __future__ import annotations
