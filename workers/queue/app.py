@@ -34,7 +34,7 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
             "unacked_restore_interval": 10,
             "unacked_restore_throttle": 1,  # else the sweep comes only every 100 s
             "socket_timeout": 60,
-            "socket_connect_timeout": 10,
+            "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "health_check_interval": 25,
             "queue_order_strategy": "workers.queue.queues:Rounds",

@@ -33,17 +33,27 @@ def tls(url: str, ca: Path | None) -> dict[str, Any] | None:
     return options | {name: value for name, value in said.items() if name != "ssl_cert_reqs"}
 
 
+# What the client's errors say to what it means; `…` is where the error itself is repeated.
+_MEANINGS = (
+    ("OOM|maxmemory", "is full: its memory has reached maxmemory. Give it more, or delete what else is in it"),
+    ("MISCONF|READONLY", "takes no writes (…)"),
+    (
+        "NOAUTH|Authentication required|WRONGPASS|invalid username-password",
+        "refuses the password, or wants one: set it in HALP_BROKER_URL, as in redis://:PASSWORD@HOST:6379/0",
+    ),
+    ("(?i)DB index", "has no database of that number: HALP_BROKER_URL ends with it, as in /0"),
+    ("NOPERM", "forbids what a worker must do (…): see the ACL in docs/operations.md"),
+    ("CERTIFICATE_VERIFY_FAILED", "has a certificate that is not trusted (…): name its CA in HALP_BROKER_CA"),
+    (
+        "(?i)WRONG_VERSION_NUMBER|handshake|record layer",
+        "speaks no TLS on that port (…): write redis:// in place of rediss://",
+    ),
+    ("closed by server|reset by peer", "closes the connection (…): a server that wants TLS is named rediss://"),
+)
+
+
 def trouble(error: BaseException) -> str:
     """Return what is wrong with the broker by an error of its client, without a URL's password."""
     text = _PASSWORD.sub(r"\1…@", str(error))
-    if "OOM" in text or "maxmemory" in text:
-        return "is full: its memory has reached maxmemory. Give it more, or delete what else is in it"
-    if "MISCONF" in text or "READONLY" in text:
-        return f"takes no writes ({text})"
-    if "NOAUTH" in text or "WRONGPASS" in text or "invalid username-password" in text:
-        return "refuses the password: set it in HALP_BROKER_URL"
-    if "NOPERM" in text:
-        return f"forbids what a worker must do ({text}): see the ACL in docs/operations.md"
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return f"has a certificate that is not trusted ({text}): name its CA in HALP_BROKER_CA"
-    return f"does not answer ({text})"
+    meaning = next((said for words, said in _MEANINGS if re.search(words, text)), "does not answer (…)")
+    return meaning.replace("…", text)

@@ -17,6 +17,7 @@ from kombu.exceptions import BatchPublishError
 from kombu.transport import redis
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
+from redis.connection import SSLConnection
 from redis.exceptions import ConnectionError as BrokerLostError
 from redis.exceptions import OutOfMemoryError, ResponseError
 
@@ -39,10 +40,24 @@ _PAUSE = 2.0  # seconds
 _REPLIES = "reply.celery.pidbox"
 
 
+class TLSConnection(SSLConnection):
+    """A connection whose TLS handshake takes no longer than connecting may: a server without TLS never answers one."""
+
+    def _wrap_socket_with_ssl(self, sock: Any) -> Any:
+        sock.settimeout(self.socket_connect_timeout)
+        try:
+            wrapped = super()._wrap_socket_with_ssl(sock)  # type: ignore[no-untyped-call]
+        except TimeoutError as error:
+            raise BrokerLostError("no answer to the TLS handshake") from error
+        wrapped.settimeout(self.socket_timeout)
+        return wrapped
+
+
 class Channel(redis.Channel):  # type: ignore[misc]
     """A channel that outlives what is no message, keys of another type, and a connection lost before it is closed."""
 
     QoS = QoS
+    connection_class_ssl = TLSConnection
     _kept: Any = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
