@@ -37,6 +37,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output directory or URL.")]
 
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where a hub model is kept. [default: ./model_cache, or the hub's cache where that has it]",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 @with_run_options
@@ -103,7 +111,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 @with_run_options
 def run(
     options: RunOptions,
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: CacheDir = None,
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
@@ -130,7 +138,9 @@ def run(
     raise SystemExit(run_to_end(planned, resumption, cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
+def run_to_end(
+    run: Run, resumption: Resumption, cache_dir: Path | None, *, quiet: bool = False, as_json: bool = False
+) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
     from producer.local.machine import RunStoppedError, run_locally
     from producer.show.display import account_json
@@ -173,7 +183,7 @@ def check(
     sample: Annotated[
         int, typer.Option(min=0, help="Questions to run through the model, for speed and memory. 0 loads no model.")
     ] = 0,
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: CacheDir = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

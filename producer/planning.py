@@ -30,7 +30,14 @@ from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
 from workers.checkpoint.files import check_files
-from workers.checkpoint.identity import checkpoint_digest, local_directory, local_num_layers, resolve_layers
+from workers.checkpoint.identity import (
+    checkpoint_digest,
+    file_digests,
+    former_digest,
+    local_directory,
+    local_num_layers,
+    resolve_layers,
+)
 
 _LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key in S3
 # Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
@@ -100,6 +107,7 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
+        model_files=file_digests(model),
         model_slug=model_slug(model),
         **options.computation.options(),
         prompt_columns=takes_columns(options, questions),
@@ -220,14 +228,28 @@ def _whose(run: Run, part: int) -> Verdict:
 
 def _refuse_differences(run: Run, settings: RunSettings) -> None:
     differing = run.settings.differences(settings)
+    if "model_digest" in differing and run.settings.model_digest == former_digest(settings.model, settings.revision):
+        del differing["model_digest"]  # of a version to which every file of the directory counted
     if differing:
         lines = "\n".join(
-            f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items()
+            f"  {_changed_files(run.settings, settings)}"
+            if name == "model_digest"
+            else f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now"
+            for name, (old, new) in differing.items()
         )
         raise UserError(
             f"{run.location} holds a run with other settings:\n{lines}\n"
             "Use the same settings to finish it, or another --output-dir for a new run."
         )
+
+
+def _changed_files(begun: RunSettings, now: RunSettings) -> str:
+    """Say which files of a checkpoint are others than when a run began."""
+    old, new = begun.model_files, now.model_files
+    changed = [f"{name} is {'another one' if name in old and name in new else 'new' if name in new else 'gone'}"
+               for name in sorted(old | new) if old.get(name) != new.get(name)]  # fmt: skip
+    said = ", ".join(changed) if old and changed else f"digest {begun.model_digest} in the run, {now.model_digest} now"
+    return f"the checkpoint's files: {said}"
 
 
 def _option(name: str) -> str:

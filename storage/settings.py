@@ -28,7 +28,15 @@ MAX_SETTINGS = 1 << 20  # bytes
 
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes. How a prompt is read
 # follows from the prompt.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "staged_identity", "prompt_columns"}
+_NOT_COMPARED = {
+    "run_id",
+    "created_at",
+    "software_version",
+    "dataset",
+    "staged_identity",
+    "prompt_columns",
+    "model_files",
+}
 
 
 def _absolute(place: str) -> str:
@@ -56,6 +64,8 @@ class RunSettings(Computation):
     model_digest: str = Field(
         pattern=r"^[0-9a-f]{1,64}$"
     )  # what the queue's name carries: of the revision, or of the local checkpoint's content
+    # Of a local checkpoint: each file's own digest.
+    model_files: dict[str, str] = Field(default_factory=dict)
     model_slug: str = Field(pattern=rf"^[a-z0-9_]{{1,{MAX_SLUG}}}$")
     prompt_columns: bool = False  # {name} is a column and {{ a brace; a run from before that knows {question} alone
 

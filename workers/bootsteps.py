@@ -40,14 +40,16 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Begin to tell; end the worker with the reason where the notes cannot be kept."""
-        from workers.queue.app import model_queues
+        from workers.queue.app import served_queues
         from workers.queue.feed import redis_client
 
         consumed = worker.app.amqp.queues.consume_from
         config = settings()
+        served = [queues.prefix for queues in served_queues(config)]
         first = replace(
             of_this_process(worker.hostname),
-            serves=model_queues(config).prefix if any(name != COLLECT for name in consumed) else "",
+            serves=served[0] if any(name != COLLECT for name in consumed) else "",
+            former=served[1] if any(name != COLLECT for name in consumed) and len(served) > 1 else "",
             collects=COLLECT in consumed,
         )
         if first.serves:

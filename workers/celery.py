@@ -10,7 +10,7 @@ from celery.signals import celeryd_init
 from storage.screen.terminal import guard_logs
 from workers.bootsteps import CollectorStep, EngineStep, PresenceStep
 from workers.monitor.metrics import MetricsStep
-from workers.queue.app import app, model_queues
+from workers.queue.app import app, served_queues
 from workers.queue.queues import declaration
 from workers.settings import settings
 
@@ -43,5 +43,6 @@ def _declare_queues(sender: str, **_: Any) -> None:
     from celery.worker.consumer.mingle import Mingle
 
     Gossip.compatible_transports = Mingle.compatible_transports = frozenset()
-    for name in model_queues(settings()).in_order_of(sender):
-        app.amqp.queues.select_add(declaration(name))
+    for queues in served_queues(settings()):
+        for name in queues.in_order_of(sender):
+            app.amqp.queues.select_add(declaration(name))

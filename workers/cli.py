@@ -19,6 +19,7 @@ from storage.errors import UserError
 from storage.screen.console import Console
 from storage.screen.terminal import echo, echo_json, one_line
 from storage.stores.location import is_url, join_roots, resolve_location
+from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec
 from workers.process.gpus import chosen_gpus
@@ -78,19 +79,19 @@ def extract(
         MAX_RETRIES=max_retries,
     )  # fmt: skip
     _set_roots(data_root)
-    from workers.queue.app import model_queues
+    from workers.queue.app import served_queues
     from workers.settings import settings
 
     if gpus is not None:
         if name is not None:
             raise UserError("--gpus names the workers by their GPU: leave out --name")
-        model_queues(settings())  # a mistake is said once, and not by each worker
+        served_queues(settings())  # a mistake is said once, and not by each worker
         threads = () if concurrency is None else ("--concurrency", str(concurrency))
         arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
         raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
 
     node = _node(name or f"extract-{os.getpid()}")
-    queues = model_queues(settings()).in_order_of(node)
+    queues = [name for served in served_queues(settings()) for name in served.in_order_of(node)]
     number = concurrency or 2 * settings().batch_size
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", str(number), "--hostname", node, "--queues", ",".join(queues),
@@ -192,7 +193,13 @@ def health(
 def selfcheck(
     model: Annotated[str, typer.Option(help="Model to check: a hub name or a directory.")],
     revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a hub model is kept. [default: ./model_cache, or the hub's cache where that has it]",
+            show_default=False,
+        ),
+    ] = None,
     table: Annotated[
         Path | None, typer.Option("--csv", help="Questions to ask in place of the bundled ones; needs --images-dir.")
     ] = None,
@@ -221,7 +228,7 @@ def selfcheck(
 
         verdicts = [
             check(
-                EngineSpec("qwen", model, revision, name, str(cache_dir)),
+                EngineSpec("qwen", model, revision, name, cache_of(model, cache_dir)),
                 cases,
                 max_new_tokens,
                 lambda line: None if quiet else echo(line, err=True),

@@ -60,7 +60,7 @@ class WorkerSettings(BaseSettings):
     model: str = Field(DEFAULT_MODEL, description="Model that a worker preloads: a hub name or a local directory.")
     revision: str = Field("main", description="Revision of a hub model.")
     dtype: Dtype = Field("bfloat16", description="Dtype that the model computes in.")
-    cache_dir: Path = Field(Path("model_cache"), description="Where a hub model is kept.")
+    cache_dir: Path | None = Field(None, description="Where a hub model is kept.")
     engine: str = Field(
         "qwen",
         pattern=r"^(qwen|fake(:\d+(\.\d+)?)?)$",

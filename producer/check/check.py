@@ -23,6 +23,7 @@ from storage.fields import FIELDS, split_layer, widths
 from storage.question import Question
 from storage.stores.location import is_url, resolve_location
 from storage.wording import asked
+from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
 from workers.checkpoint.shapes import Shape, shape_of
 from workers.checks.trial import Trial, TrialCase, run_trial
@@ -96,7 +97,9 @@ class Checked:
         return self.trial.questions_per_second * self.images / self.questions * self.decode_seconds
 
 
-def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path, phases: Phases = silent) -> Checked:
+def check(
+    options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | None, phases: Phases = silent
+) -> Checked:
     """Look at everything that a run with these options would use, and write nothing.
 
     Raises UserError where the run would be refused before its images are looked at.
@@ -218,7 +221,7 @@ def _trial(
     questions: Sequence[Question],
     seen: Survey,
     sample: int,
-    cache_dir: Path,
+    cache_dir: Path | None,
     columns: bool,
 ) -> Trial:
     """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions."""
@@ -230,7 +233,7 @@ def _trial(
     number = max(1, round(sample * len(groups) / sum(map(len, groups))))
     chosen = [question for group in spread(groups, number) for question in group][:sample]
     asked_of, own = options.computation, settings()
-    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, str(cache_dir))
+    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache_of(options.model, cache_dir))
     cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
     return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
 

@@ -19,6 +19,7 @@ from storage.runs.run import Run
 from storage.runs.soundness import check_private_files
 from storage.screen.terminal import echo
 from storage.stores.location import is_url, join_roots
+from workers.checkpoint.hub import cache_of
 from workers.process.children import Child, on_gpu
 from workers.process.gpus import visible_gpus
 
@@ -35,7 +36,9 @@ class RunStoppedError(Exception):
     """The run cannot go on by itself; what is finished is kept, and the same command resumes."""
 
 
-def run_locally(run: Run, resumption: Resumption, *, cache_dir: Path, show: Callable[[Account], None]) -> Account:
+def run_locally(
+    run: Run, resumption: Resumption, *, cache_dir: Path | None, show: Callable[[Account], None]
+) -> Account:
     """Compute a run with everything that it needs on this machine; `show` is called with the account as it grows.
 
     Raises UserError where the model cannot be loaded or another `run` works on the directory, DamagedError where a file is
@@ -60,7 +63,7 @@ def run_locally(run: Run, resumption: Resumption, *, cache_dir: Path, show: Call
             "HALP_MODEL": _model(run, server.directory),
             "HALP_REVISION": run.settings.revision,
             "HALP_DTYPE": run.settings.dtype,
-            "HALP_CACHE_DIR": str(cache_dir),
+            "HALP_CACHE_DIR": cache_of(run.settings.model, cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
         logs = _local_state(run) / "logs"

@@ -39,7 +39,7 @@ def serving_workers(run: Run) -> list[Presence]:
 
     try:
         with redis_client() as client:
-            return [presence for presence in present(client) if presence.serves == queues_of(run).prefix]
+            return [presence for presence in present(client) if presence.serves_queues(queues_of(run).prefix)]
     except (OperationalError, RedisError, OSError):
         return []
 
@@ -72,7 +72,7 @@ def listening_workers(run: Run) -> Listeners:
     except (OperationalError, RedisError, OSError) as error:
         return Listeners([], [*disk, f"The broker {address} {trouble(error)}; the account is from the files."])
     full = broker_trouble()
-    serving = [presence for presence in everybody if presence.serves == queues_of(run).prefix]
+    serving = [presence for presence in everybody if presence.serves_queues(queues_of(run).prefix)]
     strange = [sentence(name, kind) for name, kind in foreign.items()]
     problems = [*disk, *([f"The broker {full}"] if full else []), *strange]
     if copied:

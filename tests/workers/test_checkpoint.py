@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import UserError
-from workers.checkpoint.identity import checkpoint_digest, local_num_layers, resolve_layers
+from workers.checkpoint.hub import cache_of
+from workers.checkpoint.identity import checkpoint_digest, former_digest, local_num_layers, resolve_layers
 
 SAMPLE = 1 << 16
 BIG = 40 * SAMPLE + 12_345  # more than sixteen samples cover
@@ -99,7 +100,7 @@ def test_changed_size(checkpoint, change):
 
 @pytest.mark.parametrize("size", [1, SAMPLE * 16 - 1, SAMPLE * 16])
 def test_small_files_are_read_whole(checkpoint, size):
-    path = checkpoint / "small.bin"
+    path = checkpoint / "vocab.txt"
     path.write_bytes(bytes(size))
     before = digest(checkpoint)
     flip(path, size // 3)
@@ -115,9 +116,9 @@ def test_changed_settings(checkpoint, name):
 
 def test_renamed_added_and_removed_files(checkpoint):
     digests = [digest(checkpoint)]
-    (checkpoint / "tokenizer.json").rename(checkpoint / "other.json")
+    (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.json")
     digests.append(digest(checkpoint))
-    (checkpoint / "empty").touch()
+    (checkpoint / "merges.txt").touch()
     digests.append(digest(checkpoint))
     (checkpoint / "model.safetensors").unlink()
     digests.append(digest(checkpoint))
@@ -127,6 +128,18 @@ def test_renamed_added_and_removed_files(checkpoint):
 def test_hidden_files_and_directories_are_no_part_of_it(checkpoint):
     """Such as .gitattributes, and what a download leaves beside the files."""
     before = digest(checkpoint)
+    assert former_digest(str(checkpoint), "main") == before
+    for name in (
+        "README.md",
+        "training_log.jsonl",
+        "events.out.tfevents.1",
+        "optimizer.pt",
+        "model.onnx",
+        "notes.json",
+    ):
+        (checkpoint / name).write_text("something")
+    assert digest(checkpoint) == before
+    assert former_digest(str(checkpoint), "main") != before
     (checkpoint / ".gitattributes").touch()
     (checkpoint / ".cache").mkdir()
     (checkpoint / "figures").mkdir()
@@ -169,11 +182,39 @@ def test_digest_of_a_hub_name_does_not_change_between_versions():
 # Bad directories
 
 
-@pytest.mark.parametrize("model", ["/absent/model", "./model", "../model"])
+@pytest.mark.parametrize(
+    "model",
+    ["/absent/model", "./model", "../model", "models/qwen/Qwen2.5-VL-7B", "checkpoints/Tnyi", "tiny/", "~/model"],
+)
 def test_directory_that_is_not_there(tmp_path, monkeypatch, model):
+    (tmp_path / "checkpoints/Tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"--model {model}: no such directory"):
+    with pytest.raises(UserError, match=rf"--model {model}: no such directory") as caught:
         checkpoint_digest(model, "main")
+    if model == "checkpoints/Tnyi":
+        assert str(caught.value).endswith("; checkpoints has Tiny")
+
+
+def test_the_cache_that_holds_a_model_is_found(tmp_path, monkeypatch):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    model, snapshot = "acme/Tiny", "models--acme--Tiny/snapshots/0123/config.json"
+
+    def put(cache: Path) -> str:
+        (cache / snapshot).parent.mkdir(parents=True)
+        (cache / snapshot).touch()
+        return str(cache)
+
+    assert cache_of(model) == "model_cache"  # it will be fetched into it
+    assert cache_of(model, tmp_path / "given") == str(tmp_path / "given")
+    assert put(tmp_path / "home/hub") == cache_of(model)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert cache_of(model) == "model_cache"
+    assert put(tmp_path / "cache") == cache_of(model)
+    put(tmp_path / "model_cache")
+    assert cache_of(model) == "model_cache"
 
 
 def test_directory_without_a_checkpoint(tmp_path):

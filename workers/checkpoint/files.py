@@ -21,6 +21,14 @@ _JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
 )  # fmt: skip
 _TEXT = ("merges.txt", "chat_template.jinja")
+# Looked into by the library alone: other processors', and other tokenizers' vocabularies.
+_OTHERS = (
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+)
 # The order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -39,6 +47,15 @@ def check_files(directory: Path) -> None:
     problem = next(_problems(directory), None)
     if problem is not None:
         raise UserError(f"--model {directory}: {problem}")
+
+
+def loaded_files(directory: Path) -> list[Path]:
+    """Return the files that a model and its processor are loaded from: not the notes, logs and other forms beside them."""
+    weights = next((name for name in _WEIGHTS if (directory / name).is_file()), None)
+    names = {*_JSON, *_TEXT, *_OTHERS, "adapter_config.json", *([weights] if weights else [])}
+    if weights is not None and weights.endswith(".index.json"):
+        names |= set(map(str, _read(directory / weights).get("weight_map", {}).values()))
+    return sorted(path for path in map(directory.joinpath, names) if path.is_file() and path.parent == directory)
 
 
 def adapter_problem(directory: Path) -> str | None:

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file
 
+from storage.errors import UserError
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec, ModelCard
@@ -60,7 +61,7 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     """
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
-    config = AutoConfig.from_pretrained(spec.model, **source)
+    config = _config(spec, source)
     found = family(config.model_type)
     refuse_unserved(config)
     placement: dict[str, Any] = {}
@@ -80,6 +81,20 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     refuse_unmerged(report["unexpected_keys"])
     refuse_unfinite(model)
     return model.eval()
+
+
+def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(spec.model, **source)
+    except (OSError, ValueError) as error:
+        if "revision" not in source:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {spec.model}: there is no such directory here, and as a hub model it is neither in {spec.cache_dir} nor "
+            f"to be had ({reason}). Where there is no network: `hf download {spec.model}` elsewhere, and name its cache with "
+            "--cache-dir or HF_HOME"
+        ) from error
 
 
 def model_card(

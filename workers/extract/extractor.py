@@ -16,6 +16,7 @@ from storage.sample import Sample
 from storage.settings import AS_ASKED, HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
 from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
+from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.interface import EngineSpec, ModelCard, Recipe, Request
 from workers.engine.process import EngineProcess
@@ -73,7 +74,9 @@ class Extractor:
 
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
-        spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, str(config.cache_dir))
+        spec = EngineSpec(
+            config.engine, config.model, config.revision, config.dtype, cache_of(config.model, config.cache_dir)
+        )
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
         self.preprocess = Preprocessor(self.card)

@@ -49,6 +49,7 @@ class Presence:
     started: Time
     seen: Time = 0.0
     serves: Line = ""  # the prefix of a model's queues; empty without an engine
+    former: Line = ""  # that of the same model's queues in runs from before 0.2, where it is another
     collects: bool = False
     model: Line = ""
     dtype: Line = ""
@@ -71,6 +72,10 @@ class Presence:
     gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever
     gpu_memory_total: Number | None = None
     gpu_busy: Time | None = None  # of the last second or so
+
+    def serves_queues(self, prefix: str) -> bool:
+        """Tell whether this process serves the queues that begin so."""
+        return prefix in {self.serves, self.former} - {""}
 
     @property
     def state(self) -> str:

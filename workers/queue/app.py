@@ -5,13 +5,14 @@ The settings were measured; those that differ from Celery's defaults say why. A 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
-from workers.checkpoint.identity import checkpoint_digest
+from workers.checkpoint.identity import checkpoint_digest, former_digest
 from workers.queue.broker import tls
 from workers.queue.queues import COLLECT, ModelQueues
 from workers.settings import WorkerSettings, settings
@@ -20,6 +21,13 @@ from workers.settings import WorkerSettings, settings
 def model_queues(config: WorkerSettings) -> ModelQueues:
     """Return the queues of the model that this process is configured for. Raises UserError."""
     return ModelQueues(model_slug(config.model), config.dtype, checkpoint_digest(config.model, config.revision))
+
+
+def served_queues(config: WorkerSettings) -> tuple[ModelQueues, ...]:
+    """Return the model's queues, and beside them those of runs from before 0.2, if they have another name. Raises UserError."""
+    ours = model_queues(config)
+    former = replace(ours, digest=former_digest(config.model, config.revision))
+    return (ours,) if former == ours else (ours, former)
 
 
 def _configuration(config: WorkerSettings) -> dict[str, Any]:
