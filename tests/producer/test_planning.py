@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
-from producer.options import RunOptions, _run_options
+from producer.options import RunOptions, _parameters, _run_options
 from producer.planning import plan_run
+from storage.computation import Computation
 from storage.errors import UserError
+from storage.hdf5.part import write_part
 from storage.runs.run import Run
+from tests.support.builders import make_facts, make_questions, make_sample, make_settings
 from tests.support.processes import write_csv
 from workers.checkpoint.identity import former_digest
 from workers.queue.app import model_queues, served_queues
@@ -60,3 +64,16 @@ def test_a_run_from_before_to_which_notes_counted_goes_on(options: RunOptions, m
     config = WorkerSettings(model=str(model))
     assert queues_of(Run.open(begun.output_dir)) in served_queues(config)
     assert queues_of(Run.open(begun.output_dir)) != model_queues(config)
+
+
+def test_every_field_of_a_computation_is_an_option_and_in_a_part(tmp_path: Path) -> None:
+    parameters = _parameters()
+    for name, field in Computation.model_fields.items():
+        [option] = parameters[name].annotation.__metadata__
+        assert option.help == field.description
+        assert parameters[name].default == field.default
+    path = tmp_path / "part.h5"
+    question = make_questions(1)[0]
+    write_part(path, make_settings(), make_facts(), 1, [(question, make_sample(question))], [])
+    with h5py.File(path) as file:
+        assert set(make_settings().recorded()) <= set(file.attrs)
