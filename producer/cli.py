@@ -60,6 +60,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 
     from producer.planning import plan_run
     from producer.resuming import Resumption
+    from producer.show.listeners import workers_kept_out
     from producer.show.progress import bars
     from storage.runs.account import Bookkeeper
     from storage.runs.soundness import check_private_files
@@ -89,10 +90,11 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
+    problems = [] if account.finished else workers_kept_out(run)
     if as_json:
         from producer.show.display import account_json
 
-        echo_json({**account_json(run, account), "queued": number, "lost_parts": lost})
+        echo_json({**account_json(run, account), "queued": number, "lost_parts": lost, "problems": problems})
     elif not quiet:
         echo(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
@@ -102,6 +104,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             )
             echo(f"The collector feeds the rest, at most {most}.")
         echo(f"Watch: {shlex.join(['producer', 'status', options.output_dir, '--watch'])}")
+        _print_hints(Console(stderr=True), problems)
     if lost:
         _print_lost(lost)
         raise SystemExit(4)
@@ -241,7 +244,9 @@ def status(
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
-                    _print_hints(console, listening_workers(run).problems)
+                    found = listening_workers(run)
+                    note = [found.note] if found.note and looked < 0 else []
+                    _print_hints(console, [*note, *found.problems])
                     looked = time.monotonic()
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
@@ -254,6 +259,7 @@ def status(
         body["workers"] = listeners.names if listeners else []
         body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
         body["problems"] = listeners.problems if listeners else []
+        body["note"] = (listeners.note if listeners else "") or None
         body["problem"] = "\n".join(body["problems"]) or None
         echo_json(body)
         return
@@ -261,6 +267,8 @@ def status(
     if listeners is not None:
         if listeners.workers:
             Console().print(workers_table(listeners.workers))
+        if listeners.note:
+            echo(listeners.note, err=True)
         _print_hints(Console(stderr=True), listeners.problems)
     _print_lost(lost)
     for worker, message in run.refusals().items():

@@ -18,7 +18,7 @@ from workers.current import current
 from workers.errors import EngineStartError
 from workers.extract import attempts
 from workers.monitor.metrics import tally
-from workers.monitor.presence import Announcer, Presence, of_this_process
+from workers.monitor.presence import Announcer, Presence, of_this_process, telling
 from workers.monitor.troubles import troubles
 from workers.process.gpus import GpuWatch
 from workers.queue.queues import COLLECT, EXTRACT
@@ -51,6 +51,7 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
             serves=served[0] if any(name != COLLECT for name in consumed) else "",
             former=served[1] if any(name != COLLECT for name in consumed) and len(served) > 1 else "",
             collects=COLLECT in consumed,
+            data_roots=telling(config.data_roots),
         )
         if first.serves:
             first = replace(first, model=config.model, dtype=config.dtype)

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from producer.local.server import EmbeddedServer
+from producer.local_state import LOCK, local_state
 from producer.resuming import Resumption
 from storage.errors import UserError
 from storage.naming import model_slug
@@ -28,7 +29,7 @@ _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked 
 _REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
 _SILENCE = 10.0  # seconds without a finished question after which the run's files are looked at
 _LOOKED_AT = 20  # slices of the plan that are next
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS without a lock manager, Lustre without `-o flock`
+_NOLOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS without a lock manager, Lustre without `-o flock`
 _MAX_DEATHS = 3  # of one process without a finished question in between
 
 
@@ -66,7 +67,7 @@ def run_locally(
             "HALP_CACHE_DIR": cache_of(run.settings.model, cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
-        logs = _local_state(run) / "logs"
+        logs = local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]
         workers = {on_gpu("worker", gpu): {"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()} or {"worker": {}}
@@ -162,24 +163,16 @@ def _end(processes: list[_Logged], grace: float = _GRACE) -> None:
 @contextmanager
 def _only_one(run: Run) -> Iterator[None]:
     """Hold the run's lock on this machine, which the kernel releases with this process."""
-    with (_local_state(run) / "lock").open("w") as file:
+    state = local_state(run)
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another `producer run` is at work on {run.location}: wait for it, or stop it") from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _NOLOCKS:
                 raise
             reason = os.strerror(error.errno)
             echo(f"{run.location} has no file locks ({reason}): a second `producer run` on it goes unnoticed", err=True)
         yield
-
-
-def _local_state(run: Run) -> Path:
-    """Return the directory for what only this machine needs of a run: its lock and its logs."""
-    if not is_url(run.location):
-        return run.output_dir / ".run"
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    directory = state / "halp-extractor" / run.run_id
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory

@@ -6,7 +6,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from producer.local_state import begun_here
 from producer.show.display import tried_again
+from producer.show.roots import kept_out
 from storage.errors import DamagedError
 from storage.runs.run import Run, part_names
 from storage.runs.soundness import check_private_files
@@ -14,6 +16,10 @@ from storage.stores.space import obstacle
 from workers.monitor.presence import Presence
 
 _LOOKED_AT = 20  # slices of the plan that are next
+_ALONE = (
+    "The account is from the files. The queue was not asked: `producer run` brings its own; if it was stopped, the same "
+    "command goes on."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Listeners:
 
     workers: list[Presence]
     problems: list[str]
+    note: str = ""  # why the queue was not asked, where that is as it should be
 
     @property
     def names(self) -> list[str]:
@@ -31,21 +38,35 @@ class Listeners:
 
 def serving_workers(run: Run) -> list[Presence]:
     """Return the workers that serve a run's model; none while the broker does not answer."""
+    from workers.queue.feed import queues_of
+
+    return [presence for presence in _everybody() if presence.serves_queues(queues_of(run).prefix)]
+
+
+def workers_kept_out(run: Run) -> list[str]:
+    """Return a sentence on those who would work on a run and may not touch it; none while the broker does not answer."""
+    return list(kept_out(run, _everybody()))
+
+
+def _everybody() -> list[Presence]:
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
     from workers.monitor.presence import present
-    from workers.queue.feed import queues_of, redis_client
+    from workers.queue.feed import redis_client
 
     try:
         with redis_client() as client:
-            return [presence for presence in present(client) if presence.serves_queues(queues_of(run).prefix)]
+            return present(client)
     except (OperationalError, RedisError, OSError):
         return []
 
 
 def listening_workers(run: Run) -> Listeners:
-    """Ask the broker who serves the run, and look for what stalls it."""
+    """Ask the broker who serves the run, and look for what stalls it.
+
+    A run of `producer run` had a broker of its own: where ours is away, or was never told of the run, nothing is amiss.
+    """
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
@@ -54,7 +75,7 @@ def listening_workers(run: Run) -> Listeners:
     from workers.queue.broker import trouble
     from workers.queue.feed import broker_trouble, queues_of, redis_client
     from workers.queue.foreign import foreign_keys, sentence
-    from workers.queue.home import other_home
+    from workers.queue.home import is_known, other_home
     from workers.queue.queues import COLLECT
 
     disk = [f"Nothing can be written: {text}. Workers wait until it can." for text in [obstacle(run.location)] if text]
@@ -62,15 +83,20 @@ def listening_workers(run: Run) -> Listeners:
         check_private_files(run, _LOOKED_AT)
     except DamagedError as error:
         disk.append(f"The run cannot go on: {error}")
-    address = app.connection_for_write().as_uri()
+    address, alone = app.connection_for_write().as_uri(), begun_here(run)
     try:
         with redis_client() as client:
+            if alone and not is_known(client, run):
+                return Listeners([], disk, _ALONE)
             everybody = present(client)
             copied = other_home(client, run)
             queues = queues_of(run)
             foreign = foreign_keys(client, [COLLECT, queues.retry, *queues.lanes])
     except (OperationalError, RedisError, OSError) as error:
-        return Listeners([], [*disk, f"The broker {address} {trouble(error)}; the account is from the files."])
+        if alone:
+            return Listeners([], disk, _ALONE)
+        asked = f"The account is from the files. The queue was not asked: the broker {address} {trouble(error)}"
+        return Listeners([], [*disk, asked])
     full = broker_trouble()
     serving = [presence for presence in everybody if presence.serves_queues(queues_of(run).prefix)]
     strange = [sentence(name, kind) for name, kind in foreign.items()]
@@ -94,6 +120,7 @@ def _problems(run: Run, address: str, serving: list[Presence], everybody: list[P
         yield f"No worker at {address} serves this run's model. Start one: {command}"
     elif not any(presence.collects for presence in everybody):
         yield f"No collector at {address} packs this run. Start one: workers collect {run.location}"
+    yield from kept_out(run, everybody)
     if again := tried_again(run.run_id, serving):
         yield again
     for worker in serving:

@@ -25,14 +25,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from redis.exceptions import RedisError
 
 from storage.errors import UserError
+from storage.stores.location import is_within
 
 logger = logging.getLogger(__name__)
 KEY = "halp:worker:"
 _MAX_NOTE = 1 << 20  # bytes; a note of ours has a thousandth of it
 _MAX_PROCESSES = 10_000
 _PAGE = 20  # notes in one round trip
+_MOST_ROOTS = 50  # that are told
 # What somebody else wrote may be anything: it is shown to people, and counted with.
-Line = Annotated[str, Field(max_length=4096)]
+_LONGEST = 4096  # characters
+Line = Annotated[str, Field(max_length=_LONGEST)]
 Number = Annotated[int, Field(ge=0, le=1 << 62)]
 Ticks = Annotated[int, Field(ge=-1, le=1 << 62)]
 Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
@@ -69,6 +72,7 @@ class Presence:
         default_factory=dict
     )  # run id to why one was last tried again: `(3 of 6): engine_error: …`
     waits: dict[Line, Line] = field(default_factory=dict)  # runs that do not go on here: location to the reason
+    data_roots: tuple[Line, ...] | None = None  # that it keeps to; None where it does not say, as an earlier version
     gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever
     gpu_memory_total: Number | None = None
     gpu_busy: Time | None = None  # of the last second or so
@@ -84,6 +88,10 @@ class Presence:
             return "loading"
         return "busy" if self.busy_since is not None else "ready"
 
+    def may_touch(self, location: str) -> bool:
+        """Tell whether a resolved location lies in its data roots, as far as it says which they are."""
+        return self.data_roots is None or any(is_within(location, root) for root in self.data_roots)
+
 
 _presence = TypeAdapter(Presence)
 
@@ -91,6 +99,17 @@ _presence = TypeAdapter(Presence)
 def of_this_process(name: str) -> Presence:
     """Return the beginning of this process's presence."""
     return Presence(name, os.getpid(), ticks_of(os.getpid()), time.time())
+
+
+def telling(roots: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return data roots as they are announced; None where they are too many, or not text: nobody could read the note."""
+    if len(roots) > _MOST_ROOTS or any(len(root) > _LONGEST or not _is_text(root) for root in roots):
+        return None
+    return roots
+
+
+def _is_text(path: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in path)  # of a path that is not UTF-8
 
 
 def ticks_of(pid: int) -> int:

@@ -37,6 +37,11 @@ def claim(client: Any, run: Run) -> bool:
     return True
 
 
+def is_known(client: Any, run: Run) -> bool:
+    """Tell whether a run was ever fed through this Redis, as far as that remembers."""
+    return _noted(client, run) is not None
+
+
 def other_home(client: Any, run: Run) -> str | None:
     """Return where a run is worked on, if that is elsewhere and holds it still."""
     noted = _noted(client, run)
