@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from producer.options import RunOptions, with_run_options
-from storage.command import run_command
+from storage.command import Version, run_command
 from storage.errors import UserError
 from storage.screen.console import Console
-from storage.screen.terminal import echo, echo_json, one_line
+from storage.screen.terminal import amount, echo, echo_json, one_line
 
 if TYPE_CHECKING:
     from producer.resuming import Resumption
@@ -44,6 +44,11 @@ CacheDir = Annotated[
         show_default=False,
     ),
 ]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command()
@@ -96,7 +101,8 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 
         echo_json({**account_json(run, account), "queued": number, "lost_parts": lost, "problems": problems})
     elif not quiet:
-        echo(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
+        planned = f"{amount(account.planned, 'question')} in {amount(account.parts_planned, 'part')}"
+        echo(f"{planned}; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
             most = (
@@ -169,7 +175,7 @@ def run_to_end(
         echo_json({**account_json(run, account), "lost_parts": lost})
     elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        echo(f"{questions} written into {account.parts_published:,} parts: {run.location}")
+        echo(f"{questions} written into {amount(account.parts_published, 'part')}: {run.location}")
     if account.failed:
         _print_failures(run, account)
     if lost:

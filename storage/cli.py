@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from storage.command import run_command
+from storage.command import Version, run_command
 from storage.errors import UserError
 from storage.screen.console import Console, Text
 from storage.screen.terminal import echo, echo_json, one_line
@@ -23,6 +23,11 @@ app = typer.Typer(
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from storage.command import child_environment, run_command
+from storage.command import Version, child_environment, run_command
 from storage.errors import UserError
 from storage.screen.console import Console
 from storage.screen.terminal import echo, echo_json, one_line
@@ -38,6 +38,11 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print what fails only.")]
 LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command(context_settings=_PASS_ON)

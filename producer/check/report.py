@@ -11,7 +11,7 @@ from rich.table import Table
 
 from producer.check.check import Checked, in_bytes
 from storage.screen.console import Console, Text
-from storage.screen.terminal import one_line
+from storage.screen.terminal import amount, one_line
 
 _BAR = 30
 _MEGAPIXELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -66,7 +66,7 @@ def print_check(checked: Checked, console: Console) -> None:
         if finding.number > len(finding.examples) > 0:
             console.print(Text(f"  and {finding.number - len(finding.examples):,} more"))
     if not checked.findings:
-        console.print("Nothing to look at before the run.")
+        console.print("Nothing was found that you need to look at before the run.")
 
 
 def _overview(checked: Checked) -> Table:
@@ -75,7 +75,10 @@ def _overview(checked: Checked) -> Table:
     table.add_column(overflow="fold")
     per_image = checked.questions / checked.images
     rows = [
-        ("questions", f"{checked.questions:,} in {checked.parts:,} parts; {checked.without_answer:,} have no answer"),
+        (
+            "questions",
+            f"{checked.questions:,} in {amount(checked.parts, 'part')}; {checked.without_answer:,} have no answer",
+        ),
         ("images", f"{checked.images:,}, {in_bytes(checked.file_bytes)}; {per_image:.2f} questions an image"),
         ("questions per image", ", ".join(f"{n:,} images x {k}" for k, n in checked.per_image.most_common(6))),
         ("texts", checked.texts.words()),
@@ -111,7 +114,7 @@ def _decoding(checked: Checked) -> str:
         return "not known: no image could be decoded"
     text = f"{checked.decode_seconds * 1e3:.1f} ms of a core for an image"
     if checked.decode_cores is not None:
-        text += f"; {checked.decode_cores:.1f} cores at the trial's speed"
+        text += f"; at the trial's speed that takes {checked.decode_cores:.1f} cores"
     return text
 
 

@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else _IN_LINE.sub(_escape, text)
 
 
+def amount(number: int, noun: str) -> str:
+    """Return how many there are of something: `1 part`, `2,000 parts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -17,6 +17,7 @@ from storage.reading.source import OpenPart, Source
 from storage.runs.account import Account, Bookkeeper
 from storage.screen.console import Console
 from storage.screen.tables import WIDE, Sentence, Table
+from storage.screen.terminal import amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,9 @@ def overview(path: str | Path, *, progress: bool = False) -> Overview:
 
 def overview_tables(found: Overview) -> list[Table]:
     """Return the overview as tables for a terminal."""
-    head = Table(found.source, f"{found.questions:,} questions in {found.parts:,} parts", show_header=False)
+    head = Table(
+        found.source, f"{amount(found.questions, 'question')} in {amount(found.parts, 'part')}", show_header=False
+    )
     for name, value in found.settings.items():
         head.row((name, Sentence(str(value))))
     tables = [head]

@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,12 @@ def test_json_is_one_object_and_quiet_is_silent(tmp_path: Path) -> None:
     health = command("workers", "health", "--quiet", **nowhere)
     assert health.returncode == 1
     assert {line.split()[0] for line in health.stdout.splitlines()} == {"FAILING"}
+
+
+@pytest.mark.parametrize("tool", COMMANDS)
+def test_version(tool: str) -> None:
+    shown = subprocess.run([BIN / tool, "--version"], capture_output=True, text=True, check=True, env=environment())
+    assert shown.stdout == f"halp-extractor {version('halp-extractor')}\n"
 
 
 @pytest.mark.parametrize("tool", COMMANDS)
@@ -289,4 +296,4 @@ def test_planning_and_feeding_have_bars_on_a_terminal_alone(table: Path, tmp_pat
     assert phases_shown(*call("run", "four"), **variables)[:4] == planning
     piped = command(*call("enqueue", "five"), **variables)
     assert piped.stderr == ""
-    assert piped.stdout.startswith("1 questions in 1 parts; 1 put into the queue now.")
+    assert piped.stdout.startswith("1 question in 1 part; 1 put into the queue now.")

@@ -71,7 +71,7 @@ def test_inspect(storage_command, home: Path, at: int) -> None:
     code, out, _ = storage_command("inspect", run.output_dir, width=at)
     assert code == 0
     check_lines(out, at)
-    assert "5 questions in 1 parts" in out
+    assert "5 questions in 1 part" in out
     assert re.search(rf"│ {VISION} +│", out)
     code, out, _ = storage_command("inspect", run.part_path(1), width=at)
     assert code == 0

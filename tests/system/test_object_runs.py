@@ -289,7 +289,7 @@ def test_a_run_on_this_machine_into_an_object_store(
     state = {"XDG_STATE_HOME": str(tmp_path / "state"), "HALP_ENGINE": "fake"}
     result = command("producer", "run", table, *options, **state)
     assert result.returncode == 1, result.stderr
-    assert result.stdout == f"9 of 10 questions written into 1 parts: {s3_url}/run\n"
+    assert result.stdout == f"9 of 10 questions written into 1 part: {s3_url}/run\n"
     assert f"all of them are in {s3_url}/run/failures.csv" in result.stderr
     assert f"{images}/gone.png does not exist" in s3_server.read(f"{s3_url}/run/failures.csv").decode()
     [run_id] = (tmp_path / "state" / "halp-extractor").iterdir()
