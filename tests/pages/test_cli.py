@@ -182,7 +182,9 @@ def test_the_layers_are_kept() -> None:
 def test_the_wheel_has_every_package_and_all_their_data() -> None:
     root = Path(__file__).parents[2]
     setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = {name: root / name.replace(".", "/") for name in setuptools["packages"]}
+    assert setuptools["packages"]["find"] == {"include": ["producer*", "workers*", "storage*"]}
+    roots = [path.parent for name in ("storage", "workers", "producer") for path in (root / name).rglob("__init__.py")]
+    packages = {".".join(path.relative_to(root).parts): path for path in roots}  # what setuptools finds
     wanted = {path for name in ("storage", "workers", "producer") for path in (root / name).rglob("*.py")}
     wanted |= {path for path in (root / "workers" / "data").rglob("*") if path.is_file()}
     shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
