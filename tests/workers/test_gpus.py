@@ -111,7 +111,7 @@ def test_sigkill_leaves_no_worker(supervisor: Supervisor) -> None:
 
 def test_a_worker_that_keeps_dying_is_given_up() -> None:
     code = (
-        "import sys; from workers import per_gpu; per_gpu._LONGEST_PAUSE = 0.05; "
+        "import sys; from workers.process import per_gpu; per_gpu._LONGEST_PAUSE = 0.05; "
         "sys.exit(per_gpu.run_workers(['0', '1'], ['--no-such-option']))"
     )
     result = subprocess.run(

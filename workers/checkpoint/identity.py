@@ -61,10 +61,10 @@ def _nearest(directory: Path) -> str:
     above = next(place for place in directory.parents if place.is_dir())
     wanted = directory.parts[len(above.parts) if above.parts else 0]
     try:
-        names = sorted(path.name for path in above.iterdir() if path.is_dir())
+        names = sorted(path.name for path in above.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
         return ""
-    near = get_close_matches(wanted, names, _SHOWN, 0.6) or names[:_SHOWN]
+    near = get_close_matches(wanted, names, _SHOWN, 0.6) or (names[:_SHOWN] if above != Path() else [])
     return f"; {above} has {', '.join(near)}" if near else ""
 
 
