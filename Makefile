@@ -35,9 +35,9 @@ demo: install  ## Run the main job on real questions with a small model, on this
 	$(BIN)/producer demo $(ARGS)
 
 demo-model: install  ## Train the demo's model anew, in build/ (minutes on one core; a GPU is used) [ARGS='--seed 1']
-	$(BIN)/python -m workers.demo_model build/Qwen2.5-VL-Demo $(ARGS)
+	$(BIN)/python -m workers.demo.model build/Qwen2.5-VL-Demo $(ARGS)
 
-test: install tools check  ## Check, then run the tests [ARGS='tests/test_table.py -x']
+test: install tools check  ## Check, then run the tests [ARGS='tests/producer/test_table.py -x']
 	$(BIN)/python -m pytest $(ARGS)
 
 quick: install tools check  ## The everyday tests: those that are not marked slow
@@ -75,7 +75,7 @@ tools:
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)
-	$(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
 	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done

@@ -31,11 +31,11 @@ from PIL import Image
 from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from workers.checkpoint import resolve_layers
-from workers.engine import EngineSpec, Recipe, Request
-from workers.preprocess import Preprocessor
-from workers.qwen import QwenEngine
-from workers.small_model import BENCH, TEST, build_small_model
+from workers.checkpoint.identity import resolve_layers
+from workers.demo.small_model import BENCH, TEST, build_small_model
+from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.shared_prefix import QwenEngine
+from workers.extract.preprocess import Preprocessor
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
 QUESTIONS = (
@@ -61,7 +61,7 @@ class Case:
 def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
     """Return `images` x `questions` cases; more images than photographs are crops of them."""
     preprocess = Preprocessor(engine.card)
-    recipe = Recipe(resolve_layers(None, engine.card.num_hidden_layers), 0)
+    recipe = Recipe(layers=resolve_layers(None, engine.card.num_hidden_layers), max_new_tokens=0)
     cases = []
     for number in range(images):
         image = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
@@ -104,7 +104,9 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
 def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
     engine.forget()  # the image prefixes of an earlier run of this cell
-    requests = [replace(c.request, recipe=replace(c.request.recipe, max_new_tokens=tokens)) for c in cases]
+    requests = [
+        replace(c.request, recipe=c.request.recipe.model_copy(update={"max_new_tokens": tokens})) for c in cases
+    ]
     for start in range(0, len(requests), size):
         engine.extract(requests[start : start + size])
 

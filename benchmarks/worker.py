@@ -153,10 +153,10 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     """Return the seconds that the bare engine takes for the same questions, prepared beforehand."""
     import torch
 
-    from producer.table import read_table
-    from workers.engine import EngineSpec, Recipe
-    from workers.preprocess import Preprocessor
-    from workers.qwen import QwenEngine
+    from producer.dataset.table import read_table
+    from workers.engine.interface import EngineSpec, Recipe
+    from workers.engine.shared_prefix import QwenEngine
+    from workers.extract.preprocess import Preprocessor
 
     torch.set_num_threads(1)
     engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", ""))
@@ -166,7 +166,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
         preprocess.request(
             preprocess.image(q.image_id, images, (), (engine.card.min_pixels, MAX_PIXELS)),
             q.question,
-            Recipe(layers, tokens),
+            Recipe(layers=layers, max_new_tokens=tokens),
         )
         for q in read_table(table).questions
     ]
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model and few questions: does it run at all")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables")
     options = parser.parse_args()
-    from workers.small_model import BENCH, TEST, build_small_model
+    from workers.demo.small_model import BENCH, TEST, build_small_model
 
     with tempfile.TemporaryDirectory() as scratch:
         model = build_small_model(Path(scratch) / "model", TEST if options.quick else BENCH)

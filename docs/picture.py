@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from storage.inspect import describe_part, part_tables
+from storage.views.inspect import describe_part, part_tables
 
 
 def main() -> None:

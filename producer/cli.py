@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from producer.options import RunOptions, with_run_options
-from storage.command import run_command
-from storage.console import Console
+from storage.command import Version, run_command
 from storage.errors import UserError
-from storage.terminal import echo, echo_json, one_line
+from storage.screen.console import Console
+from storage.screen.terminal import amount, echo, echo_json, one_line
 
 if TYPE_CHECKING:
     from producer.resuming import Resumption
-    from storage.account import Account
-    from storage.run import Run
+    from storage.runs.account import Account
+    from storage.runs.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +36,19 @@ _LISTENERS_INTERVAL = 10.0
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="The run's output directory or URL.")]
+
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where a hub model is kept. [default: ./model_cache, or the hub's cache where that has it]",
+        show_default=False,
+    ),
+]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command()
@@ -51,11 +64,12 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     from redis.exceptions import RedisError
 
     from producer.planning import plan_run
-    from producer.progress import bars
     from producer.resuming import Resumption
-    from storage.account import Bookkeeper
-    from storage.soundness import check_private_files
-    from workers.feed import feed, forget
+    from producer.show.listeners import workers_kept_out
+    from producer.show.progress import bars
+    from storage.runs.account import Bookkeeper
+    from storage.runs.soundness import check_private_files
+    from workers.queue.feed import feed, forget
     from workers.settings import settings
 
     resumption = Resumption.of(options.output_dir)
@@ -81,12 +95,14 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     except (OperationalError, RedisError) as error:
         again = "the same command feeds it, and so does a collector that sees it"
         raise UserError(f"{_unreachable(error)} The run is planned in {run.location}; {again}.") from None
+    problems = [] if account.finished else workers_kept_out(run)
     if as_json:
-        from producer.display import account_json
+        from producer.show.display import account_json
 
-        echo_json({**account_json(run, account), "queued": number, "lost_parts": lost})
+        echo_json({**account_json(run, account), "queued": number, "lost_parts": lost, "problems": problems})
     elif not quiet:
-        echo(f"{account.planned:,} questions in {account.parts_planned:,} parts; {number:,} put into the queue now.")
+        planned = f"{amount(account.planned, 'question')} in {amount(account.parts_planned, 'part')}"
+        echo(f"{planned}; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
             most = (
@@ -94,6 +110,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             )
             echo(f"The collector feeds the rest, at most {most}.")
         echo(f"Watch: {shlex.join(['producer', 'status', options.output_dir, '--watch'])}")
+        _print_hints(Console(stderr=True), problems)
     if lost:
         _print_lost(lost)
         raise SystemExit(4)
@@ -103,7 +120,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 @with_run_options
 def run(
     options: RunOptions,
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: CacheDir = None,
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
@@ -119,8 +136,8 @@ def run(
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
     from producer.planning import plan_run
-    from producer.progress import bars
     from producer.resuming import Resumption
+    from producer.show.progress import bars
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
@@ -130,13 +147,15 @@ def run(
     raise SystemExit(run_to_end(planned, resumption, cache_dir, quiet=quiet, as_json=as_json))
 
 
-def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool = False, as_json: bool = False) -> int:
+def run_to_end(
+    run: Run, resumption: Resumption, cache_dir: Path | None, *, quiet: bool = False, as_json: bool = False
+) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code."""
-    from producer.display import account_json
-    from producer.listeners import serving_workers
-    from producer.live import LiveAccount
-    from producer.local import RunStoppedError, run_locally
-    from storage.account import Bookkeeper
+    from producer.local.machine import RunStoppedError, run_locally
+    from producer.show.display import account_json
+    from producer.show.listeners import serving_workers
+    from producer.show.live import LiveAccount
+    from storage.runs.account import Bookkeeper
 
     console = Console(stderr=True, quiet=quiet or as_json)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -156,7 +175,7 @@ def run_to_end(run: Run, resumption: Resumption, cache_dir: Path, *, quiet: bool
         echo_json({**account_json(run, account), "lost_parts": lost})
     elif not quiet:
         questions = f"{account.written:,} of {account.planned:,} questions"
-        echo(f"{questions} written into {account.parts_published:,} parts: {run.location}")
+        echo(f"{questions} written into {amount(account.parts_published, 'part')}: {run.location}")
     if account.failed:
         _print_failures(run, account)
     if lost:
@@ -173,7 +192,7 @@ def check(
     sample: Annotated[
         int, typer.Option(min=0, help="Questions to run through the model, for speed and memory. 0 loads no model.")
     ] = 0,
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: CacheDir = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -183,10 +202,10 @@ def check(
 
     Example: producer check vqa.csv --images-dir images/ --sample 64
     """
-    from producer.check import check as look
-    from producer.check_report import check_json, print_check
-    from producer.progress import bars
-    from workers.trial import TRIAL_ERRORS
+    from producer.check.check import check as look
+    from producer.check.report import check_json, print_check
+    from producer.show.progress import bars
+    from workers.checks.trial import TRIAL_ERRORS
 
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
@@ -213,11 +232,11 @@ def status(
 
     Example: producer status output/ --watch
     """
-    from producer.display import account_json, account_table, workers_table
-    from producer.listeners import listening_workers, serving_workers
-    from producer.live import LiveAccount
-    from storage.account import Bookkeeper
-    from storage.run import Run
+    from producer.show.display import account_json, account_table, workers_table
+    from producer.show.listeners import listening_workers, serving_workers
+    from producer.show.live import LiveAccount
+    from storage.runs.account import Bookkeeper
+    from storage.runs.run import Run
 
     run = Run.open(directory)
     if failed:
@@ -231,7 +250,9 @@ def status(
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             while not (account.finished or run.is_cancelled()):
                 if time.monotonic() - looked > _LISTENERS_INTERVAL:
-                    _print_hints(console, listening_workers(run).problems)
+                    found = listening_workers(run)
+                    note = [found.note] if found.note and looked < 0 else []
+                    _print_hints(console, [*note, *found.problems])
                     looked = time.monotonic()
                 live.show(account)
                 time.sleep(_WATCH_INTERVAL)
@@ -244,6 +265,7 @@ def status(
         body["workers"] = listeners.names if listeners else []
         body["presence"] = [asdict(worker) for worker in listeners.workers] if listeners else []
         body["problems"] = listeners.problems if listeners else []
+        body["note"] = (listeners.note if listeners else "") or None
         body["problem"] = "\n".join(body["problems"]) or None
         echo_json(body)
         return
@@ -251,6 +273,8 @@ def status(
     if listeners is not None:
         if listeners.workers:
             Console().print(workers_table(listeners.workers))
+        if listeners.note:
+            echo(listeners.note, err=True)
         _print_hints(Console(stderr=True), listeners.problems)
     _print_lost(lost)
     for worker, message in run.refusals().items():
@@ -277,8 +301,8 @@ def retry(
     from redis.exceptions import RedisError
 
     from producer.retrying import plan_retry
-    from storage.run import Run
-    from workers.feed import feed
+    from storage.runs.run import Run
+    from workers.queue.feed import feed
 
     run = Run.open(directory)
     planned = plan_retry(run, reason or [], question_id or [])
@@ -306,9 +330,9 @@ def cancel(directory: Directory, as_json: AsJson = False, quiet: Quiet = False) 
 
     Example: producer cancel output/
     """
-    from storage.account import Bookkeeper
-    from storage.run import Run
-    from storage.space import describe
+    from storage.runs.account import Bookkeeper
+    from storage.runs.run import Run
+    from storage.stores.space import describe
 
     run = Run.open(directory)
     account = Bookkeeper(run).account()
@@ -339,7 +363,7 @@ def demo(
 
     Example: producer demo --questions 50
     """
-    from producer.demo import plan_demo, show_demo
+    from producer.demo.demo import plan_demo, show_demo
     from producer.resuming import Resumption
 
     resumption = Resumption.of(output_dir)
@@ -351,7 +375,7 @@ def demo(
 
 
 def _print_failures(run: Run, account: Account) -> None:
-    from storage.failures import published_failures
+    from storage.runs.failures import published_failures
 
     failures = [failed.failure for failed in published_failures(run)]
     echo(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", err=True)
@@ -376,8 +400,8 @@ def _print_hints(console: Console, problems: list[str]) -> None:
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:
-    from producer.display import failed_json, failed_list
-    from storage.failures import published_failures, staged_failures
+    from producer.show.display import failed_json, failed_list
+    from storage.runs.failures import published_failures, staged_failures
 
     failures = [*published_failures(run), *staged_failures(run)]
     if as_json:
@@ -389,8 +413,8 @@ def _print_failed(run: Run, *, as_json: bool) -> None:
 
 
 def _unreachable(error: Exception) -> str:
-    from workers.broker import trouble
-    from workers.celery import app as celery_app
+    from workers.queue.app import app as celery_app
+    from workers.queue.broker import trouble
 
     broker, what = celery_app.connection_for_write().as_uri(), trouble(error)
     if "does not answer" not in what:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from annotated_types import Ge
+from pydantic.fields import FieldInfo
 
+from storage.computation import QUESTION, Computation
 from storage.errors import UserError
-from storage.settings import QUESTION, Dtype, Order, SpecialTokens
-from workers.prompt import PLACEHOLDERS
+from storage.settings import Order
+from workers.engine.prompt import PLACEHOLDERS
 from workers.settings import DEFAULT_MODEL
 
 _COLUMN = re.compile(r"\{[^{}]+\}")
@@ -32,26 +35,13 @@ class RunOptions:
     image_roots: tuple[str, ...]
     model: str
     revision: str
-    dtype: Dtype
-    layers: tuple[int, ...] | Literal["all"] | None
-    vision_encoder: bool
-    prompt: str
-    repetition_penalty: float | None
-    exact: bool
-    halp_compat: bool
-    exif_rotation: bool
-    max_new_tokens: int
-    min_pixels: int | None
-    max_pixels: int | None
+    computation: Computation
     checkpoint_interval: int
     order: Order
     limit: int | None
     test: bool
     allow_missing: bool
     repair: bool = False
-    system_prompt: str | None = None
-    chat_template: str | None = None  # its text
-    special_tokens: SpecialTokens = "text"
 
 
 def _run_options(
@@ -70,63 +60,6 @@ def _run_options(
     ] = None,
     model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
     revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
-    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = "bfloat16",
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Decoder layers to keep, as in 0,7,14, or all. [default: 0, n/4, n/2, 3n/4, n-1]", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer; 0 keeps the vectors only.")] = 200,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            help="What the model is asked, as in '{question} A: {A} B: {B}': {name} is the row's text in a column, {{ a brace."
-        ),
-    ] = QUESTION,
-    system_prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="The system message, as in 'Answer in one word.' [default: the template's]", show_default=False
-        ),
-    ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A Jinja template, or a chat_template.json, in place of the checkpoint's; read now, and kept with the run.",
-            show_default=False,
-        ),
-    ] = None,
-    special_tokens: Annotated[
-        SpecialTokens,
-        typer.Option(
-            help="Of the model's special tokens in the prompt: take them as text, or parse them as the processor does."
-        ),
-    ] = "text",
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(min=0.01, help="Of generated and prompt tokens. [default: the checkpoint's]", show_default=False),
-    ] = None,
-    vision_encoder: Annotated[bool, typer.Option(help="Keep the vision tower's mean before the merger too.")] = True,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Batch 1, nothing shared: slow, free of batch effects.")
-    ] = False,
-    halp_compat: Annotated[
-        bool, typer.Option("--halp-compat", help="The published features and positions: see docs/format.md.")
-    ] = False,
-    exif_rotation: Annotated[
-        bool,
-        typer.Option("--exif-rotation", help="Turn images as their EXIF data say; the reference recipe does not."),
-    ] = False,
-    min_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Smaller images are enlarged. [default: the checkpoint's]", show_default=False),
-    ] = None,
-    max_pixels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Larger images are shrunk. [default: the checkpoint's]", show_default=False),
-    ] = None,
     checkpoint_interval: Annotated[int, typer.Option(min=1, help="Questions in one part.")] = 1000,
     order: Annotated[
         Order, typer.Option(help="Keep the questions of an image together, or the file's order.")
@@ -145,14 +78,12 @@ def _run_options(
     repair: Annotated[
         bool, typer.Option("--repair", help="Compute parts again that `storage verify` finds damaged or gone.")
     ] = False,
+    **asked: Any,
 ) -> RunOptions:
     """Collect the options that `enqueue` and `run` share."""
-    if halp_compat and (min_pixels is not None or max_pixels is not None):
-        raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
-    if halp_compat and exif_rotation:
-        raise UserError("--halp-compat takes images as the published scripts do: leave out --exif-rotation")
     if (csv is None) == (vqa_dataset is None):
         raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
+    computation = _computation(asked)
     return RunOptions(
         csv=csv or vqa_dataset,  # type: ignore[arg-type]
         images_dir=images_dir,
@@ -160,33 +91,19 @@ def _run_options(
         image_roots=tuple(image_root or ()),
         model=model,
         revision=revision,
-        dtype=dtype,
-        layers=_parse_layers(layers),
-        vision_encoder=vision_encoder and not halp_compat,
-        prompt=_checked_prompt(prompt),
-        repetition_penalty=repetition_penalty,
-        exact=exact,
-        halp_compat=halp_compat,
-        exif_rotation=exif_rotation,
-        max_new_tokens=max_new_tokens,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
+        computation=computation,
         checkpoint_interval=checkpoint_interval,
-        order="csv" if halp_compat else order,
+        order="csv" if computation.halp_compat else order,
         limit=limit,
         test=test,
         allow_missing=allow_missing,
         repair=repair,
-        system_prompt=_checked_system_prompt(system_prompt),
-        chat_template=None if chat_template is None else _read_template(chat_template),
-        special_tokens=special_tokens,
     )
 
 
 def with_run_options(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
     """Give a command the shared options, but those of `leave_out`: it is called with one RunOptions in their place."""
-    every = signature(_run_options, eval_str=True).parameters
-    shared = {name: parameter for name, parameter in every.items() if name not in leave_out}
+    shared = {name: parameter for name, parameter in _parameters().items() if name not in leave_out}
     own = {n: p for n, p in signature(command, eval_str=True).parameters.items() if n != "options"}
 
     @wraps(command)
@@ -230,12 +147,57 @@ def _read_template(path: Path) -> str:
     return text
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
-    if text is None:
-        return None
+def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"]:
     if text == "all":
         return "all"
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise UserError(f"--layers {text}: give numbers separated by commas, as in 0,7,14") from None
+
+
+# Where the command line takes something else than the field holds: its type there, and what reads it.
+_READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "layers": (str | None, _parse_layers),
+    "prompt": (str, _checked_prompt),
+    "system_prompt": (str | None, _checked_system_prompt),
+    "chat_template": (Path | None, _read_template),
+}
+
+
+def _computation(asked: dict[str, Any]) -> Computation:
+    """Return how the questions are computed. Raises UserError."""
+    values = {n: _READERS[n][1](v) if n in _READERS and v is not None else v for n, v in asked.items()}
+    computation = Computation(**values)
+    if not computation.halp_compat:
+        return computation
+    if computation.min_pixels is not None or computation.max_pixels is not None:
+        raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
+    if computation.exif_rotation:
+        raise UserError("--halp-compat takes images as the published scripts do: leave out --exif-rotation")
+    return computation.model_copy(update={"vision_encoder": False})
+
+
+def _parameters() -> dict[str, Parameter]:
+    """Return the command line's parameters; those of the computation, made from its fields, follow the model's."""
+    found: dict[str, Parameter] = {}
+    for name, parameter in signature(_run_options, eval_str=True).parameters.items():
+        if name != "asked":
+            found[name] = parameter
+        if name == "revision":
+            found |= {n: _parameter(n, field) for n, field in Computation.model_fields.items()}
+    return found
+
+
+def _parameter(name: str, field: FieldInfo) -> Parameter:
+    kind = _READERS[name][0] if name in _READERS else field.annotation
+    spelling = [f"--{name.replace('_', '-')}"] if field.default is False else []  # no --no-exact
+    least = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
+    option = typer.Option(
+        *spelling,
+        help=field.description,
+        min=least if isinstance(least, int | float) else None,
+        metavar="FILE" if kind == Path | None else None,
+        show_default=field.default is not None,
+    )
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option])

@@ -11,25 +11,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from producer.faults import short
-from producer.images import check_images, with_found_images
+from producer.dataset.faults import short
+from producer.dataset.images import check_images, with_found_images
+from producer.dataset.selection import cut, order_by_image, select
+from producer.dataset.table import Table, read_table
 from producer.options import RunOptions
-from producer.progress import Phases, counted, silent
-from producer.selection import cut, order_by_image, select
-from producer.table import Table, read_table
+from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
 from storage.errors import UserError
-from storage.location import is_url, resolve_location
+from storage.hdf5.identify import Verdict, whose
 from storage.naming import model_slug, part_name
-from storage.plan import Question, write_generation
-from storage.probe import Verdict, whose
-from storage.repair import repair
-from storage.run import Run, is_run, part_names
+from storage.question import Question
+from storage.runs.plan import write_generation
+from storage.runs.repair import repair
+from storage.runs.run import Run, is_run, part_names
+from storage.runs.verify import Finding
+from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
-from storage.terminal import echo, one_line
-from storage.verify import Finding
-from workers.checkpoint import checkpoint_digest, local_directory, local_num_layers, resolve_layers
-from workers.checkpoint_files import check_files
+from storage.stores.location import is_url, resolve_location
+from workers.checkpoint.files import check_files
+from workers.checkpoint.identity import (
+    checkpoint_digest,
+    file_digests,
+    former_digest,
+    local_directory,
+    local_num_layers,
+    resolve_layers,
+)
 
 _LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key in S3
 # Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
@@ -99,22 +107,10 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         model=_model(options),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
+        model_files=file_digests(model),
         model_slug=model_slug(model),
-        dtype=options.dtype,
-        layers=options.layers,
-        vision_encoder=options.vision_encoder,
-        prompt=options.prompt,
+        **options.computation.options(),
         prompt_columns=takes_columns(options, questions),
-        system_prompt=options.system_prompt,
-        chat_template=options.chat_template,
-        special_tokens=options.special_tokens,
-        repetition_penalty=options.repetition_penalty,
-        exact=options.exact,
-        halp_compat=options.halp_compat,
-        exif_rotation=options.exif_rotation,
-        max_new_tokens=options.max_new_tokens,
-        min_pixels=options.min_pixels,
-        max_pixels=options.max_pixels,
         dataset=options.csv.name,
         dataset_sha256=table.sha256,
         images_dir=resolve_location(options.images_dir),
@@ -133,7 +129,7 @@ def _refuse_not_utf8(options: RunOptions) -> None:
     roots = map(resolve_location, options.image_roots)
     for option, text in (
         ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
-        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.prompt),
+        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.computation.prompt),
         *(("--image-root", root) for root in roots),
     ):  # fmt: skip
         try:
@@ -151,9 +147,15 @@ def _check_layers(options: RunOptions) -> None:
         check_files(directory)  # else the run would be bound to files that must be replaced
     number = local_num_layers(options.model)
     if number is not None:
-        resolve_layers(options.layers, number)
-    if options.min_pixels is not None and options.max_pixels is not None and options.min_pixels > options.max_pixels:
-        raise UserError(f"--min-pixels {options.min_pixels} is above --max-pixels {options.max_pixels}")
+        resolve_layers(options.computation.layers, number)
+    if (
+        options.computation.min_pixels is not None
+        and options.computation.max_pixels is not None
+        and options.computation.min_pixels > options.computation.max_pixels
+    ):
+        raise UserError(
+            f"--min-pixels {options.computation.min_pixels} is above --max-pixels {options.computation.max_pixels}"
+        )
 
 
 def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int) -> None:
@@ -226,14 +228,28 @@ def _whose(run: Run, part: int) -> Verdict:
 
 def _refuse_differences(run: Run, settings: RunSettings) -> None:
     differing = run.settings.differences(settings)
+    if "model_digest" in differing and run.settings.model_digest == former_digest(settings.model, settings.revision):
+        del differing["model_digest"]  # of a version to which every file of the directory counted
     if differing:
         lines = "\n".join(
-            f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now" for name, (old, new) in differing.items()
+            f"  {_changed_files(run.settings, settings)}"
+            if name == "model_digest"
+            else f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now"
+            for name, (old, new) in differing.items()
         )
         raise UserError(
             f"{run.location} holds a run with other settings:\n{lines}\n"
             "Use the same settings to finish it, or another --output-dir for a new run."
         )
+
+
+def _changed_files(begun: RunSettings, now: RunSettings) -> str:
+    """Say which files of a checkpoint are others than when a run began."""
+    old, new = begun.model_files, now.model_files
+    changed = [f"{name} is {'another one' if name in old and name in new else 'new' if name in new else 'gone'}"
+               for name in sorted(old | new) if old.get(name) != new.get(name)]  # fmt: skip
+    said = ", ".join(changed) if old and changed else f"digest {begun.model_digest} in the run, {now.model_digest} now"
+    return f"the checkpoint's files: {said}"
 
 
 def _option(name: str) -> str:

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.location import resolve_location
-from storage.run import Cancellation, Run, is_run
+from storage.runs.run import Cancellation, Run, is_run
+from storage.stores.location import resolve_location
 
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 

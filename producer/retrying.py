@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from producer.faults import short
-from producer.selection import cut
+from producer.dataset.faults import short
+from producer.dataset.selection import cut
 from storage.errors import UserError
-from storage.failures import Failed, published_failures, staged_failures
-from storage.plan import write_generation
-from storage.run import Run
+from storage.runs.failures import Failed, published_failures, staged_failures
+from storage.runs.plan import write_generation
+from storage.runs.run import Run
 
 _MAX_NAMED = 10
 

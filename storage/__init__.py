@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from storage.errors import DamagedError, UnfinishedWarning, UserError
-    from storage.reading import Loaded, StoredSample, iter_chunks, iter_samples, load, load_frame
-    from storage.torch_adapter import torch_dataset
+    from storage.reading.load import Loaded, StoredSample, iter_chunks, iter_samples, load, load_frame
+    from storage.reading.torch_adapter import torch_dataset
 
 _HOMES = {
-    "load": "storage.reading",
-    "load_frame": "storage.reading",
-    "iter_chunks": "storage.reading",
-    "iter_samples": "storage.reading",
-    "Loaded": "storage.reading",
-    "StoredSample": "storage.reading",
-    "torch_dataset": "storage.torch_adapter",
+    "load": "storage.reading.load",
+    "load_frame": "storage.reading.load",
+    "iter_chunks": "storage.reading.load",
+    "iter_samples": "storage.reading.load",
+    "Loaded": "storage.reading.load",
+    "StoredSample": "storage.reading.load",
+    "torch_dataset": "storage.reading.torch_adapter",
     "UserError": "storage.errors",
     "DamagedError": "storage.errors",
     "UnfinishedWarning": "storage.errors",

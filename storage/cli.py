@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from storage.command import run_command
-from storage.console import Console, Text
+from storage.command import Version, run_command
 from storage.errors import UserError
-from storage.terminal import echo, echo_json, one_line
+from storage.screen.console import Console, Text
+from storage.screen.terminal import echo, echo_json, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,11 @@ app = typer.Typer(
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command()
@@ -55,11 +60,11 @@ def inspect(
     """
     if colour_by is not None and plot is None:
         raise UserError("--colour-by needs --plot, as in: --plot run.png")
-    from storage.inspect import describe_part, part_json, part_tables
-    from storage.overview import overview, overview_tables
-    from storage.plot import plot as draw
-    from storage.source import is_home
-    from storage.store import local_file
+    from storage.reading.source import is_home
+    from storage.stores.store import local_file
+    from storage.views.inspect import describe_part, part_json, part_tables
+    from storage.views.overview import overview, overview_tables
+    from storage.views.plot import plot as draw
 
     whole = None
     if is_home(file):
@@ -96,10 +101,10 @@ def verify(
 
     Example: storage verify output/ --deep
     """
-    from storage.account import Bookkeeper
-    from storage.repair import repair_command
-    from storage.run import Run
-    from storage.verify import verify as findings_of
+    from storage.runs.account import Bookkeeper
+    from storage.runs.repair import repair_command
+    from storage.runs.run import Run
+    from storage.runs.verify import verify as findings_of
 
     run = Run.open(directory)
     findings = list(findings_of(run, deep=deep))
@@ -128,9 +133,9 @@ def report(
 
     Example: storage report output/
     """
-    from storage.report import write_report
-    from storage.run import Run
-    from storage.space import describe
+    from storage.runs.run import Run
+    from storage.stores.space import describe
+    from storage.views.report import write_report
 
     run = Run.open(directory)
     try:
@@ -170,7 +175,7 @@ def export_command(
 
     Example: storage export output/ --to npz --field query_token_representation --layer 21
     """
-    from storage.export import FORMATS, export
+    from storage.reading.export import FORMATS, export
 
     if to not in FORMATS:
         raise UserError(f"--to {to}: the formats are {', '.join(FORMATS)}")
@@ -193,7 +198,7 @@ def diff(
 
     Example: storage diff output/ output-exact/
     """
-    from storage.diff import compare, difference_tables
+    from storage.reading.diff import compare, difference_tables
 
     difference = compare(first, second, progress=not quiet and sys.stderr.isatty())
     if as_json:

@@ -8,17 +8,33 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from types import TracebackType
+from typing import Annotated
+
+import typer
 
 from storage.errors import DamagedError, UserError
-from storage.space import reason
-from storage.terminal import echo, guard_logs
+from storage.screen.terminal import echo, guard_logs
+from storage.stores.space import reason
 
+PROJECT = "halp-extractor"
 # What a file system says of itself; other errors of the system are our own mistakes, and have a traceback.
 _OF_THE_PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EMFILE, errno.ENFILE,
 }  # fmt: skip
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        echo(f"{PROJECT} {version(PROJECT)}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and end.")
+]
 
 
 def run_command(command: Callable[[], object]) -> None:

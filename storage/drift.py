@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage.layout import Part
+from storage.hdf5.layout import Part
 from storage.sample import Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs

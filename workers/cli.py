@@ -14,16 +14,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from storage.command import child_environment, run_command
-from storage.console import Console
+from storage.command import Version, child_environment, run_command
 from storage.errors import UserError
-from storage.location import is_url, join_roots, resolve_location
-from storage.terminal import echo, echo_json, one_line
-from workers.checkpoint import local_directory
-from workers.engine import EngineSpec
-from workers.gpus import chosen_gpus
-from workers.parent import die_with_named_parent
-from workers.per_gpu import run_workers
+from storage.screen.console import Console
+from storage.screen.terminal import echo, echo_json, one_line
+from storage.stores.location import is_url, join_roots, resolve_location
+from workers.checkpoint.hub import cache_of
+from workers.checkpoint.identity import local_directory
+from workers.engine.interface import EngineSpec
+from workers.process.gpus import chosen_gpus
+from workers.process.parent import die_with_named_parent
+from workers.process.per_gpu import run_workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,11 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": False}
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print what fails only.")]
 LogLevel = Annotated[str, typer.Option("--loglevel", "-l", help="Celery's log level.")]
+
+
+@app.callback()
+def _every_command(version: Version = False) -> None:
+    pass
 
 
 @app.command(context_settings=_PASS_ON)
@@ -78,19 +84,19 @@ def extract(
         MAX_RETRIES=max_retries,
     )  # fmt: skip
     _set_roots(data_root)
-    from workers.celery import model_queues
+    from workers.queue.app import served_queues
     from workers.settings import settings
 
     if gpus is not None:
         if name is not None:
             raise UserError("--gpus names the workers by their GPU: leave out --name")
-        model_queues(settings())  # a mistake is said once, and not by each worker
+        served_queues(settings())  # a mistake is said once, and not by each worker
         threads = () if concurrency is None else ("--concurrency", str(concurrency))
         arguments = [*threads, "--loglevel", loglevel, *(["--", *context.args] if context.args else [])]
         raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
 
     node = _node(name or f"extract-{os.getpid()}")
-    queues = model_queues(settings()).in_order_of(node)
+    queues = [name for served in served_queues(settings()) for name in served.in_order_of(node)]
     number = concurrency or 2 * settings().batch_size
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", str(number), "--hostname", node, "--queues", ",".join(queues),
@@ -117,7 +123,7 @@ def collect(
     Example: workers collect /data/runs
     """
     _set_roots(directory)
-    from workers.queues import COLLECT
+    from workers.queue.queues import COLLECT
     from workers.settings import settings
 
     settings()  # a faulty variable is named here, and not in a traceback of Celery's
@@ -157,7 +163,7 @@ def flower(
         )
     kept = [] if db is None else ["--persistent=True", f"--db={db}", f"--state_save_interval={_SAVE_INTERVAL}"]
     _become_celery(
-        "flower", f"--conf={Path(__file__).with_name('flowerconfig.py')}", f"--address={address}", f"--port={port}",
+        "flower", f"--conf={Path(__file__).parent / 'monitor' / 'flowerconfig.py'}", f"--address={address}", f"--port={port}",
         f"--max_tasks={max_tasks}", *kept, *context.args,
     )  # fmt: skip
 
@@ -172,9 +178,9 @@ def health(
 
     Example: workers health
     """
-    from workers.feed import broker_trouble
-    from workers.health import checks
-    from workers.presence import present_here
+    from workers.monitor.health import checks
+    from workers.monitor.presence import present_here
+    from workers.queue.feed import broker_trouble
     from workers.settings import settings
 
     here = present_here(settings().runtime_dir)
@@ -192,7 +198,13 @@ def health(
 def selfcheck(
     model: Annotated[str, typer.Option(help="Model to check: a hub name or a directory.")],
     revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
-    cache_dir: Annotated[Path, typer.Option(help="Where a hub model is kept.")] = Path("model_cache"),
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where a hub model is kept. [default: ./model_cache, or the hub's cache where that has it]",
+            show_default=False,
+        ),
+    ] = None,
     table: Annotated[
         Path | None, typer.Option("--csv", help="Questions to ask in place of the bundled ones; needs --images-dir.")
     ] = None,
@@ -214,22 +226,22 @@ def selfcheck(
     local_directory(model)
     dtypes = ("float32", "bfloat16") if dtype == "both" else (dtype,)
     with TemporaryDirectory() as folder:
-        from workers.selfcheck_questions import bundled, given
+        from workers.checks.questions import bundled, given
 
         cases = given(table, images_dir, questions) if table and images_dir else bundled(Path(folder), questions)
-        from workers.selfcheck import check
+        from workers.checks.selfcheck import check
 
         verdicts = [
             check(
-                EngineSpec("qwen", model, revision, name, str(cache_dir)),
+                EngineSpec("qwen", model, revision, name, cache_of(model, cache_dir)),
                 cases,
                 max_new_tokens,
                 lambda line: None if quiet else echo(line, err=True),
             )
             for name in dtypes
         ]
-    from workers.selfcheck_report import as_json as report
-    from workers.selfcheck_report import summary, verdict_table
+    from workers.checks.report import as_json as report
+    from workers.checks.report import summary, verdict_table
 
     if as_json:
         echo_json(report(model, verdicts))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from storage.computation import Dtype
 from storage.errors import UserError
-from storage.location import resolve_location, split_roots
-from storage.settings import Dtype
+from storage.stores.location import resolve_location, split_roots
+from workers.broker_url import parse_broker_url
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -32,7 +34,7 @@ def _runtime_dir() -> Path:
 class WorkerSettings(BaseSettings):
     """What a process on this machine needs to know besides the run."""
 
-    model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True, hide_input_in_errors=True)
 
     broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
     broker_ca: Path | None = Field(None, description="Certificates (PEM) that a `rediss://` server must be signed by.")
@@ -58,7 +60,7 @@ class WorkerSettings(BaseSettings):
     model: str = Field(DEFAULT_MODEL, description="Model that a worker preloads: a hub name or a local directory.")
     revision: str = Field("main", description="Revision of a hub model.")
     dtype: Dtype = Field("bfloat16", description="Dtype that the model computes in.")
-    cache_dir: Path = Field(Path("model_cache"), description="Where a hub model is kept.")
+    cache_dir: Path | None = Field(None, description="Where a hub model is kept.")
     engine: str = Field(
         "qwen",
         pattern=r"^(qwen|fake(:\d+(\.\d+)?)?)$",
@@ -85,6 +87,11 @@ class WorkerSettings(BaseSettings):
         """Questions in one batch at most."""
         return self.max_batch_size or (_GPU_BATCH_SIZE if sees_gpu() else _CPU_BATCH_SIZE)
 
+    @field_validator("broker_url")
+    @classmethod
+    def _parse_broker_url(cls, value: str) -> str:
+        return parse_broker_url(value)
+
     @field_validator("data_roots", mode="before")
     @classmethod
     def _split_roots(cls, value: object) -> object:
@@ -108,5 +115,11 @@ def settings() -> WorkerSettings:
     try:
         return WorkerSettings()
     except ValidationError as error:
-        faults = [f"HALP_{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()]
-        raise UserError("\n".join(faults)) from None
+        raise UserError("\n".join(map(_fault, error.errors()))) from None
+
+
+def _fault(error: ErrorDetails) -> str:
+    """Say what is wrong with a variable. A broker's URL holds a password: it is not repeated."""
+    name, message = str(error["loc"][0]), error["msg"].removeprefix("Value error, ")
+    shown = "" if name == "broker_url" else f"={error['input']}"
+    return f"HALP_{name.upper()}{shown}: {message}"

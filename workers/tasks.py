@@ -18,11 +18,9 @@ from celery import Task
 from celery.exceptions import Ignore, Reject
 
 from storage.errors import DamagedError, ReplacedError
-from storage.run import Run
+from storage.runs.run import Run
 from storage.sample import Failure
-from workers import attempts
-from workers.bootsteps import current_collector, current_extractor
-from workers.celery import app, model_queues
+from workers.current import current_collector, current_extractor
 from workers.errors import (
     BatchFailedError,
     EngineStartError,
@@ -35,17 +33,19 @@ from workers.errors import (
     WorkerEndsError,
     in_a_line,
 )
-from workers.extractor import open_run_in_roots
-from workers.feed import hint_collector
-from workers.message import QuestionMessage, RunMessage
-from workers.queues import EXTRACT, declaration
+from workers.extract import attempts
+from workers.extract.extractor import open_run_in_roots
+from workers.extract.patience import goes_on, keep, note_refusal
+from workers.monitor.troubles import troubles
+from workers.queue.app import app, model_queues
+from workers.queue.feed import hint_collector
+from workers.queue.message import QuestionMessage, RunMessage
+from workers.queue.queues import EXTRACT, declaration
 from workers.settings import settings
-from workers.staging import goes_on, keep, note_refusal
-from workers.troubles import troubles
 
 logger = logging.getLogger(__name__)
 MAX_COUNTDOWN = 60  # seconds; a countdown above the visibility timeout would multiply the task
-MAX_DISK_RETRIES = 3  # of a question whose run cannot be read or written; then feeding brings it back
+MAX_DISK_RETRIES = 3  # of a question whose run cannot be read or written; then the collector queues it again
 PUT_OFF = "put off"  # how a task ends whose run cannot be read or written now
 MAX_PASSES = 20  # of a question from a worker that refuses its run, or does not see it yet: for five minutes or so
 _LONGEST_PASS = 30.0  # seconds
@@ -169,7 +169,7 @@ def _dropped(why: str) -> Exception:
 def _pass_on(task: Task, error: Exception) -> Exception:
     """Put off a question of which this worker can compute nothing, and offer it to others: again and again, for some minutes.
 
-    It counts as no attempt. A question whose last offer fails is dropped; where its run is fed, feeding brings it back.
+    It counts as no attempt. A question whose last offer fails is dropped; the collector of its run queues it again.
 
     Where this worker and another wait for questions it is this one that gets it every second time, so the first pauses are
     short: 40 questions went over in 143 s with pauses of 15 to 30 s, in 41 s with these.

@@ -22,8 +22,8 @@ from storage.probing.labels import Labels, read_labels
 from storage.probing.probes import ProbeName, fit
 from storage.probing.score import Bools, Floats
 from storage.probing.split import Rows, Split, SplitName, check_classes, grouped_split, published_split
-from storage.reading import load, load_frame
-from storage.source import OpenPart, Source
+from storage.reading.load import load, load_frame
+from storage.reading.source import OpenPart, Source
 
 _EXACT_MATCH = "exact match with the ground truth, after normalisation"
 _MAX_VALUES = 50  # of a column that a breakdown is made by

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from storage.location import join, resolve_location
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, in_words
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.judge import Scored
-from storage.probing.report import field_words
-from storage.source import is_home
-from storage.store import open_store
+from storage.reading.source import is_home
+from storage.stores.location import join, resolve_location
+from storage.stores.store import open_store
 
 # Okabe and Ito's palette, told apart with any colour vision; the marks differ too.
 _STYLES = {
-    "query_token_representation": ("query token", "#0072B2", "o"),
-    "vision_token_representation": ("vision token", "#D55E00", "s"),
-    "vision_only_representation": ("vision only", "#009E73", "D"),
-    "vision_encoder_representation": ("vision encoder", "#CC79A7", "^"),
+    QUERY_TOKEN.name: ("#0072B2", "o"),
+    VISION_TOKEN.name: ("#D55E00", "s"),
+    VISION_ONLY.name: ("#009E73", "D"),
+    VISION_ENCODER.name: ("#CC79A7", "^"),
 }
 _FIGURE = "probe.svg"
 _LINES = ("dotted", "dashed", "dashdot", (0, (1, 3)), (0, (5, 5)), (0, (3, 1, 1, 1)))
@@ -88,7 +88,8 @@ def _panel(panel: Any, probes: list[Scored]) -> None:
 
 
 def _errorbar(panel: Any, places: list[int], scored: list[Scored]) -> None:
-    label, colour, mark = _STYLES.get(scored[0].representation, (scored[0].representation, "#555555", "x"))
+    label = in_words(scored[0].representation)
+    colour, mark = _STYLES.get(scored[0].representation, ("#555555", "x"))
     values = [s.auroc.value for s in scored]
     spans = [[s.auroc.value - s.auroc.low for s in scored], [s.auroc.high - s.auroc.value for s in scored]]
     shift = 0.08 * (list(_STYLES).index(scored[0].representation) - 1) if scored[0].representation in _STYLES else 0
@@ -122,5 +123,5 @@ def _label(baseline: str, experiment: Experiment) -> str:
 def _headline(finding: Finding) -> str:
     above = finding.margin.above
     margin = f"{above.value:+.3f} ({above.low:+.3f} to {above.high:+.3f})"
-    probe = f"{field_words(finding.field)}, {finding.probe}: AUROC {finding.auroc.value:.3f}"
+    probe = f"{in_words(finding.field)}, {finding.probe}: AUROC {finding.auroc.value:.3f}"
     return f"{probe}\n{margin} over {finding.margin.baseline}"

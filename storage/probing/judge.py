@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from storage.naming import field_order
+from storage.fields import split_layer
 from storage.probing.score import Bools, Bootstrap, Estimate, Floats, auroc, best_threshold
 from storage.probing.split import Split
 
@@ -32,13 +32,12 @@ class Scored:
     @property
     def representation(self) -> str:
         """The field without its layer."""
-        return field_order(self.name)[0]
+        return split_layer(self.name)[0]
 
     @property
     def layer(self) -> int | None:
         """The layer, if the field has one."""
-        layer = field_order(self.name)[1]
-        return None if layer < 0 else layer
+        return split_layer(self.name)[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from storage.console import Text
+from storage.fields import in_words
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.score import Estimate
+from storage.screen.console import Text
 
 
 def report_lines(experiment: Experiment) -> Iterator[str]:
@@ -48,7 +49,7 @@ def report_tables(experiment: Experiment) -> Iterator[Table]:
         auprc = show(scored.auprc)
         last = (_short(over_validation, 3), auprc) if differ else (auprc, _short(f1, 3))
         cells = (scored.probe, show(scored.auroc), show(above, 2 if differ else 3), *last)
-        field = f"{'*' if scored.chosen else ' '} {field_words(scored.name)}"
+        field = f"{'*' if scored.chosen else ' '} {in_words(scored.name)}"
         probes.add_row(field, *cells, style="bold" if scored.chosen else None)
     yield probes
     if experiment.breakdown:
@@ -56,7 +57,7 @@ def report_tables(experiment: Experiment) -> Iterator[Table]:
         table = _table(f"the best probes by {by}", (by, "field", "probe", "questions", "wrong", "AUROC"))
         for piece in experiment.breakdown:
             numbers = (f"{piece.questions:,}", f"{piece.wrong:,}", show(piece.auroc))
-            table.add_row(Text(piece.value), field_words(piece.field), piece.probe, *numbers)
+            table.add_row(Text(piece.value), in_words(piece.field), piece.probe, *numbers)
         yield table
 
 
@@ -85,14 +86,9 @@ def finding_words(finding: Finding) -> str:
     perhaps = "" if above.low > 0 else ", which may be nothing,"
     said = f"{size} below" if above.value < 0 else f"{size} above{perhaps}"
     return (
-        f"{field_words(finding.field)}, {finding.probe}, the best on the {finding.chosen_on} side, has AUROC "
+        f"{in_words(finding.field)}, {finding.probe}, the best on the {finding.chosen_on} side, has AUROC "
         f"{finding.auroc.value:.3f}, {said} {finding.margin.baseline}, the best baseline on the test side."
     )
-
-
-def field_words(field: str) -> str:
-    """Return a HALP field in words: `query token 3`."""
-    return field.replace("_representation", "").replace("/layer_", " ").replace("_", " ")
 
 
 def experiment_json(experiment: Experiment) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""The pre-flight check of a dataset: what `producer run` with the same options would meet, and about what it would cost."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from producer.check.findings import Finding, image_findings, long_prompts, table_findings
+from producer.check.survey import Gallery, Survey, spread, survey
+from producer.check.texts import Texts, look_at_texts
+from producer.dataset.images import check_images, with_found_images
+from producer.dataset.selection import order_by_image, select
+from producer.dataset.table import read_table
+from producer.options import RunOptions
+from producer.planning import refuse_faults
+from producer.show.progress import Phases, silent
+from producer.wording import takes_columns
+from storage.fields import FIELDS, split_layer, widths
+from storage.question import Question
+from storage.stores.location import is_url, resolve_location
+from storage.wording import asked
+from workers.checkpoint.hub import cache_of
+from workers.checkpoint.identity import resolve_layers
+from workers.checkpoint.shapes import Shape, shape_of
+from workers.checks.trial import Trial, TrialCase, run_trial
+from workers.engine.interface import EngineSpec
+from workers.extract.preprocess import limits_of
+from workers.settings import DEFAULT_MODEL, settings
+
+_WHAT_IFS = (1280, 768, 512, 256)  # vision tokens of an image, as --max-pixels might bound them
+# Bytes of a part per stored number and per question (names, texts, attributes): benchmarks/RESULTS.md, "Storage".
+_BYTES_PER_NUMBER = {"bfloat16": 1.5, "float32": 3.7}
+_BYTES_PER_QUESTION = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """What a bound on pixels would do: images that it shrinks, and vision tokens of all questions under it."""
+
+    max_pixels: int
+    shrunk_images: int
+    vision_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes that a run would leave, at its peak in the staging area, and what is free there; an object store has no end."""
+
+    parts: int
+    staging: int
+    free: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """All that the check found."""
+
+    options: RunOptions
+    questions: int
+    images: int
+    parts: int
+    extra_columns: tuple[str, ...]
+    without_answer: int
+    texts: Texts
+    turned: tuple[str, ...]  # images that are stored turned, by their EXIF data
+    per_image: Counter[int]  # questions of an image to how many images have so many
+    sizes: tuple[tuple[int, int], ...]  # of the good images
+    tokens: tuple[int, ...]  # of the same images
+    vision_tokens: int  # of all questions together
+    file_bytes: int
+    shape: Shape | None
+    what_ifs: tuple[WhatIf, ...]
+    disk: Disk | None
+    decode_seconds: float | None
+    trial: Trial | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing found. 1: something to look at, or questions that would fail. 2: the run would be refused."""
+        return 2 if any(f.level == "refused" for f in self.findings) else int(bool(self.findings))
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of one such device for all questions, by the trial."""
+        return None if self.trial is None else self.questions / self.trial.questions_per_second / 3600
+
+    @property
+    def decode_cores(self) -> float | None:
+        """Cores that decoding keeps busy at the trial's speed."""
+        if self.trial is None or self.decode_seconds is None:
+            return None
+        return self.trial.questions_per_second * self.images / self.questions * self.decode_seconds
+
+
+def check(
+    options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | None, phases: Phases = silent
+) -> Checked:
+    """Look at everything that a run with these options would use, and write nothing.
+
+    Raises UserError where the run would be refused before its images are looked at.
+    """
+    table = read_table(options.csv, phases)
+    questions = select(table.questions, limit=options.limit, test=options.test)
+    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
+    check_images(questions, options.images_dir, options.image_roots, allow_missing=True, phases=phases)
+    refuse_faults(options, table, questions)
+    shape = shape_of(options.model)
+    gallery = _gallery(options, shape or _default_shape())
+    asked_of = Counter(question.image_id for question in questions)
+    seen = survey(gallery, list(asked_of), decode=decode, done=phases("opening images", len(asked_of)))
+    tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
+    disk = _disk(options, shape, len(questions), len(asked_of)) if shape else None
+    columns = takes_columns(options, questions)
+    texts = look_at_texts(options, questions, columns=columns)
+    findings = [
+        *table_findings(questions),
+        *image_findings(options, seen, asked_of),
+        *long_prompts(questions, tokens, options.computation.prompt),
+        *texts.findings(),
+    ]
+    if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
+        findings.append(
+            Finding(
+                "look",
+                "disk",
+                1,
+                f"the run needs about {in_bytes(disk.parts + disk.staging)}; {in_bytes(disk.free)} are free",
+            )
+        )
+    return Checked(
+        options=options,
+        questions=len(questions),
+        images=len(asked_of),
+        parts=-(-len(questions) // options.checkpoint_interval),
+        extra_columns=tuple(questions[0].extra),
+        without_answer=sum(not question.ground_truth_answer for question in questions),
+        texts=texts,
+        turned=seen.turned,
+        per_image=Counter(asked_of.values()),
+        sizes=tuple(seen.sizes.values()),
+        tokens=tuple(tokens.values()),
+        vision_tokens=sum(tokens.get(image_id, 0) * number for image_id, number in asked_of.items()),
+        file_bytes=seen.file_bytes,
+        shape=shape,
+        what_ifs=_what_ifs(gallery, seen, asked_of),
+        disk=disk,
+        decode_seconds=seen.decode_seconds,
+        trial=_trial(options, gallery, questions, seen, sample, cache_dir, columns) if sample and seen.sizes else None,
+        findings=tuple(sorted(findings, key=lambda finding: ("refused", "fails", "look").index(finding.level))),
+    )
+
+
+def _default_shape() -> Shape:
+    shape = shape_of(DEFAULT_MODEL)
+    assert shape is not None
+    return shape
+
+
+def _gallery(options: RunOptions, shape: Shape) -> Gallery:
+    return Gallery(
+        images_dir=resolve_location(options.images_dir),
+        roots=tuple(map(resolve_location, options.image_roots)),
+        limits=limits_of((options.computation.min_pixels, options.computation.max_pixels), shape),
+        factor=shape.factor,
+        halp_compat=options.computation.halp_compat,
+        exif_rotation=options.computation.exif_rotation,
+    )
+
+
+def _what_ifs(gallery: Gallery, seen: Survey, asked: Counter[str]) -> tuple[WhatIf, ...]:
+    found: list[WhatIf] = []
+    for bound in (gallery.limits[1], *(tokens * gallery.factor**2 for tokens in _WHAT_IFS)):
+        if bound > gallery.limits[1] or bound < gallery.limits[0]:
+            continue
+        limits = (gallery.limits[0], bound)
+        shrunk = sum(width * height > bound for width, height in seen.sizes.values())
+        tokens = sum(gallery.tokens(size, limits) * asked[image_id] for image_id, size in seen.sizes.items())
+        if not found or (shrunk, tokens) != (found[-1].shrunk_images, found[-1].vision_tokens):
+            found.append(WhatIf(bound, shrunk, tokens))
+    return tuple(found)
+
+
+def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Disk:
+    """Estimate the bytes of the parts. The questions of an image share its vectors, unless the file's order parts them."""
+    asked_of = options.computation
+    found = widths(
+        shape.hidden_size,
+        shape.vision_hidden_size,
+        resolve_layers(asked_of.layers, shape.num_hidden_layers),
+        vision_encoder=asked_of.vision_encoder,
+        published=asked_of.halp_compat,
+    )
+    of_image = sum(width for name, width in found.items() if FIELDS[split_layer(name)[0]].of_image)
+    # In compat mode the vision position moves with the question's length.
+    shared = images if options.order == "image" and not asked_of.halp_compat else questions
+    numbers = shared * of_image + questions * (sum(found.values()) - of_image)
+    width = 2 if asked_of.dtype == "bfloat16" else 4
+    staged = min(questions, options.checkpoint_interval + settings().queue_limit)
+    return Disk(
+        parts=round(numbers * _BYTES_PER_NUMBER[asked_of.dtype]) + questions * _BYTES_PER_QUESTION,
+        staging=staged * sum(found.values()) * width,
+        free=_free(options.output_dir),
+    )
+
+
+def _free(output_dir: str) -> int | None:
+    if is_url(output_dir):
+        return None
+    path = Path(output_dir).resolve()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+
+
+def _trial(
+    options: RunOptions,
+    gallery: Gallery,
+    questions: Sequence[Question],
+    seen: Survey,
+    sample: int,
+    cache_dir: Path | None,
+    columns: bool,
+) -> Trial:
+    """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions."""
+    by_image: dict[str, list[Question]] = {}
+    for question in order_by_image(questions):
+        if question.image_id in seen.sizes:
+            by_image.setdefault(question.image_id, []).append(question)
+    groups = list(by_image.values())
+    number = max(1, round(sample * len(groups) / sum(map(len, groups))))
+    chosen = [question for group in spread(groups, number) for question in group][:sample]
+    asked_of, own = options.computation, settings()
+    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache_of(options.model, cache_dir))
+    cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
+    return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
+
+
+def in_bytes(number: float) -> str:
+    """Return a number of bytes as text: `1.2 GB`."""
+    power = min(4, int(math.log10(max(1, number))) // 3)
+    return f"{number:.0f} bytes" if power == 0 else f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -1,0 +1,135 @@
+"""The survey of a dataset's images: every file's size by its header, or by decoding it whole, many at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from producer.show.progress import Done, counted
+from storage.images.decoders import decoders
+from storage.images.lookup import OutsideRootError, resolve_image
+from storage.stores.location import is_url
+from workers.errors import PermanentError, TransientError
+from workers.extract.preprocess import image_header, load_image, smart_resize, vision_tokens
+
+T = TypeVar("T")
+_TIMED = 32  # images that are decoded for the time it takes
+_THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk, and decoders release the interpreter's lock
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProblem:
+    """Why an image's questions would fail: a reason as a run's failures have it, and a message."""
+
+    image_id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of the images: (width, height) of each good one, and the others' problems."""
+
+    sizes: dict[str, tuple[int, int]]
+    problems: tuple[ImageProblem, ...]
+    file_bytes: int  # of the files on this machine
+    decode_seconds: float | None  # of one core for one image: read, decoded and resized; None where none could be
+    turned: tuple[str, ...]  # good images that are stored turned, by their EXIF data
+
+    def pixels(self) -> list[int]:
+        """Return the good images' numbers of pixels."""
+        return [width * height for width, height in self.sizes.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Where a run's images are and how they are read."""
+
+    images_dir: str  # a resolved location, as are the roots
+    roots: tuple[str, ...]
+    limits: tuple[int, int]
+    factor: int
+    halp_compat: bool
+    exif_rotation: bool
+
+    def place(self, image_id: str) -> str:
+        """Return an image's location. Raises OutsideRootError."""
+        return resolve_image(image_id, self.images_dir, self.roots)
+
+    def decode(self, image_id: str) -> tuple[int, int]:
+        """Decode and resize an image as a worker does; return its size. Raises PermanentError, TransientError."""
+        image = load_image(
+            self.place(image_id),
+            self.factor,
+            self.limits,
+            halp_compat=self.halp_compat,
+            exif_rotation=self.exif_rotation,
+        )
+        return image.original_size
+
+    def tokens(self, size: tuple[int, int], limits: tuple[int, int] | None = None) -> int:
+        """Return the vision tokens of an image of a size, within these pixel limits or others."""
+        width, height = size
+        return vision_tokens(*smart_resize(height, width, self.factor, *(limits or self.limits)), self.factor)
+
+
+def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
+    """Look at each image; `done` is told after each how many were."""
+    sizes: dict[str, tuple[int, int]] = {}
+    problems, all_turned = [], []
+
+    def look(image_id: str) -> tuple[tuple[int, int], int, bool] | ImageProblem:
+        try:
+            place = gallery.place(image_id)
+            size, turned = image_header(place, exif_rotation=gallery.exif_rotation)
+            if decode:
+                size = gallery.decode(image_id)
+            return size, 0 if is_url(place) else os.path.getsize(place), turned
+        except OutsideRootError as error:
+            return ImageProblem(image_id, "image_outside_root", str(error))
+        except PermanentError as error:
+            return ImageProblem(image_id, error.reason, error.message)
+        except (TransientError, OSError) as error:
+            return ImageProblem(image_id, "transient_error", str(error))
+
+    file_bytes = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for image_id, found in counted(zip(image_ids, pool.map(look, image_ids)), done, step=1):
+                if isinstance(found, ImageProblem):
+                    problems.append(found)
+                else:
+                    sizes[image_id], number, is_turned = found
+                    file_bytes += number
+                    all_turned += [image_id] * is_turned
+        except KeyboardInterrupt:
+            decoders.end(0)  # or the pool would wait for the slowest image
+            raise
+    return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)), tuple(all_turned))
+
+
+def _decode_seconds(gallery: Gallery, image_ids: Sequence[str]) -> float | None:
+    """Time one core on images spread evenly over the dataset. What cannot be decoded after all does not count.
+
+    On the wall clock: some formats are decoded in another process, and nothing else is done here meanwhile.
+    """
+    seconds, decoded = 0.0, 0
+    for image_id in spread(image_ids, _TIMED):
+        begun = time.perf_counter()
+        try:
+            gallery.decode(image_id)
+        except (PermanentError, TransientError):
+            continue
+        seconds += time.perf_counter() - begun
+        decoded += 1
+    return seconds / decoded if decoded else None
+
+
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """Return at most `number` items, evenly from the first on."""
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]

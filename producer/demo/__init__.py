@@ -1,0 +1,1 @@
+"""The demo: real questions about real images, the whole way."""

@@ -1,0 +1,1 @@
+"""A whole run on this machine: an embedded server, workers and a collector, supervised."""

@@ -1,0 +1,1 @@
+"""How a run looks on a terminal while it goes on and afterwards."""

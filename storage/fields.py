@@ -1,0 +1,73 @@
+"""The fields: the vectors that a part has of a question, by name, with what they are of and how wide they are.
+
+A field with layers is stored as one vector for each: `query_token_representation/layer_21`. A new field is one entry here, its
+width, and the engine's line that takes it; what reads parts goes by these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Vector = TypeVar("Vector")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What is known of a field beforehand."""
+
+    name: str
+    words: str
+    has_layers: bool
+    of_image: bool  # the same for all questions of an image, unless the published positions are asked for
+
+
+VISION_ONLY = Field("vision_only_representation", "vision only", has_layers=False, of_image=True)
+VISION_ENCODER = Field("vision_encoder_representation", "vision encoder", has_layers=False, of_image=True)
+VISION_TOKEN = Field("vision_token_representation", "vision token", has_layers=True, of_image=True)
+QUERY_TOKEN = Field("query_token_representation", "query token", has_layers=True, of_image=False)
+FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TOKEN, QUERY_TOKEN)}
+
+
+def widths(
+    hidden_size: int, vision_hidden_size: int, layers: Iterable[int], *, vision_encoder: bool, published: bool = False
+) -> dict[str, int]:
+    """Return the vectors that a question has: name to width.
+
+    `published`: as the published scripts have it, `vision_only` is the tower's mean before the merger.
+    """
+    found = {VISION_ONLY.name: vision_hidden_size if published else hidden_size}
+    if vision_encoder and not published:
+        found[VISION_ENCODER.name] = vision_hidden_size
+    chosen = tuple(layers)
+    return found | {at_layer(f.name, k): hidden_size for f in (VISION_TOKEN, QUERY_TOKEN) for k in chosen}
+
+
+def at_layer(name: str, layer: int | None) -> str:
+    """Return the name of a field's vector at a layer: `query_token_representation` and 21 are `…/layer_21`."""
+    return name if layer is None else f"{name}/layer_{layer}"
+
+
+def by_layer(field: Field, vectors: Mapping[int, Vector]) -> dict[str, Vector]:
+    """Return a field's vectors by the names that they have in a part."""
+    return {at_layer(field.name, layer): vector for layer, vector in vectors.items()}
+
+
+def split_layer(name: str) -> tuple[str, int | None]:
+    """Return the field and the layer of a vector's name: the inverse of `at_layer`."""
+    field, _, layer = name.rpartition("/layer_")
+    return (field, int(layer)) if layer.isdecimal() else (name, None)
+
+
+def in_order(name: str) -> tuple[str, int]:
+    """Return what sorts vectors by field and then by layer: `layer_7` comes before `layer_14`."""
+    field, layer = split_layer(name)
+    return field, -1 if layer is None else layer
+
+
+def in_words(name: str) -> str:
+    """Return a vector's name in words: `query token 21`."""
+    field, layer = split_layer(name)
+    said = FIELDS[field].words if field in FIELDS else field.replace("_representation", "").replace("_", " ")
+    return said if layer is None else f"{said} {layer}"

@@ -1,0 +1,1 @@
+"""Reading finished parts: arrays, frames, exports, comparisons. Writes nothing into a run."""

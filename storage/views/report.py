@@ -1,0 +1,157 @@
+"""The report of a run: one HTML page that fetches nothing. Whatever comes from the dataset or the model is escaped."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from storage.fields import in_order, split_layer
+from storage.runs.run import Run
+from storage.screen.terminal import visible
+from storage.views import charts
+from storage.views.report_data import ReportData, clipped, gather, spread
+
+REPORT = "report.html"
+_PCA_LAYERS = 5
+_HIDDEN_SETTINGS = {"format_version", "model_slug", "part_digits"}
+
+
+def write_report(run: Run) -> str:
+    """Write the report of a run as far as it is, in place of an older one. Return its path or URL."""
+    run.store.put(REPORT, visible(render(gather(run))).encode())
+    return run.store.address(REPORT)
+
+
+def render(data: ReportData) -> str:
+    """Return the page."""
+    environment = Environment(
+        loader=PackageLoader("storage", "data"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    run, account = data.run, data.account
+    return environment.get_template("report.html.jinja").render(
+        title=run.location.rpartition("/")[2] or run.location,
+        now=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=_settings(data),
+        account=account,
+        reasons=account.reasons,
+        figures=[(name, figure) for name, figure in _figures(data) if figure],
+        drift=_drift(data),
+        answers_equal=data.answers_equal,
+        shared=data.shared_prefixes,
+        looked=len(data.prompt_tokens),
+        vectors=len(data.groups),
+        pca=_pca_figures(data),
+        pca_groups=sorted(set(data.groups)),
+        failures=[
+            {"question_id": clipped(f.question_id), "reason": f.reason, "message": clipped(f.message)}
+            for f in data.failures
+        ],
+        shown=data.shown,
+    )
+
+
+def _settings(data: ReportData) -> dict[str, str]:
+    """Return the provenance: what the run was told, what the first worker recorded, what the parts name."""
+    rows = {name: value for name, value in data.run.settings.model_dump().items() if name not in _HIDDEN_SETTINGS}
+    facts = data.run.model_facts()
+    if facts is not None:
+        rows |= facts.model_dump()
+    rows |= {name: ", ".join(sorted(values)) for name, values in data.environments.items()}
+    return {name: clipped(_plain(value)) for name, value in rows.items() if value not in (None, "", ())}
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _figures(data: ReportData) -> list[tuple[str, Markup | None]]:
+    def when(values: Any, draw: Any, label: str) -> Markup | None:
+        return draw(values, label=label) if values else None
+
+    return [
+        ("Throughput", _throughput(data.progress) if len(data.progress) > 1 else None),
+        ("Prompt tokens", when(data.prompt_tokens, charts.histogram, "tokens of a prompt, the image's among them")),
+        ("Answer length", when(data.answer_tokens, charts.histogram, "tokens of an answer")),
+        ("Batch size", when(data.batch_sizes, charts.histogram, "questions computed together")),
+        ("Norms by layer", when(_norms(data), charts.means, "decoder layer")),
+    ]
+
+
+def _throughput(progress: list[tuple[float, float]]) -> Markup:
+    """Return questions over time, in the largest unit of which there are two."""
+    hours = progress[-1][0]
+    units = [("hours", 1), ("minutes", 60), ("seconds", 3600)]
+    unit, number = next((u for u in units if hours * u[1] >= 2), units[-1])
+    return charts.line([(time * number, done) for time, done in progress], label=f"{unit} since the plan")
+
+
+def _norms(data: ReportData) -> dict[str, list[tuple[float, float, float]]]:
+    """Return mean and deviation of the vectors' Euclidean norms, by layer, of the two token representations."""
+    groups: dict[str, list[tuple[float, float, float]]] = {}
+    for name, vectors in data.vectors.items():
+        representation, layer = split_layer(name)
+        if layer is not None:
+            norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            norms = norms[np.isfinite(norms)]
+            if len(norms):
+                groups.setdefault(representation, []).append((float(layer), float(norms.mean()), float(norms.std())))
+    return {name: sorted(points) for name, points in groups.items()}
+
+
+def _pca_figures(data: ReportData) -> list[tuple[str, Markup]]:
+    figures = []
+    layers = sorted({layer for _, layer in map(split_layer, data.vectors) if layer is not None})
+    chosen = {*spread(layers, _PCA_LAYERS - 1), *layers[-1:]}
+    for name, vectors in data.vectors.items():
+        layer = split_layer(name)[1]
+        if (layer is not None and layer not in chosen) or len(vectors) < 3:
+            continue
+        points, shares = principal_components(vectors)
+        groups = {
+            group: [tuple(p) for p, g in zip(points.tolist(), data.groups) if g == group]
+            for group in sorted(set(data.groups))
+        }
+        label = f"first two components: {shares[0]:.0%} and {shares[1]:.0%} of the variance"
+        figures.append((name, charts.scatter(groups, label=label)))
+    return figures
+
+
+def principal_components(vectors: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
+    """Return [n, 2] coordinates along the first two principal components, and their shares of the variance.
+
+    By the n x n Gram matrix, which is smaller than D x D. Dimensions that are not finite count as zero.
+    """
+    centred = np.nan_to_num(vectors.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    centred -= centred.mean(axis=0)
+    values, bases = np.linalg.eigh(centred @ centred.T)  # ascending
+    values = np.maximum(values[::-1][:2], 0.0)
+    total = float((centred**2).sum())
+    shares = tuple((values / total).tolist()) if total > 0 else (0.0, 0.0)
+    return bases[:, ::-1][:, :2] * np.sqrt(values), (shares[0], shares[1])
+
+
+def _drift(data: ReportData) -> dict[str, Any] | None:
+    """Return the certificates in one row a field: the median over the parts, and the worst; None where there are none."""
+    if not data.certificates and not data.uncertified:
+        return None
+    rows = {}
+    for name in sorted({name for c in data.certificates for name in c["fields"]}, key=in_order):
+        drifts, floors = [], []
+        for certificate in data.certificates:
+            found = certificate["fields"].get(name) or {}
+            if found.get("drift") and found.get("noise_floor"):
+                drifts.append(found["drift"]["rms"])
+                floors.append(found["noise_floor"]["rms"])
+        if drifts:
+            rows[name] = (float(np.median(drifts)), max(drifts), float(np.median(floors)))
+    agree = sum(bool(certificate["answers_agree"]) for certificate in data.certificates)
+    return {"rows": rows, "agree": agree, "parts": len(data.certificates), "absent": data.uncertified.most_common()}

@@ -1,0 +1,230 @@
+"""What a run's report shows, read from its files alone: bounded numbers of parts, questions, vectors and images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from storage.drift import read_certificate
+from storage.errors import DamagedError, UserError
+from storage.hdf5.layout import Part, open_part
+from storage.hdf5.stored import TEXTS, StoredQuestion
+from storage.images.bounded import on_image
+from storage.images.lookup import resolve_image
+from storage.naming import question_id
+from storage.runs.account import Account, Bookkeeper
+from storage.runs.failures import published_failures
+from storage.runs.pack import Sidecar, sidecars
+from storage.runs.run import Run
+from storage.sample import Failure
+from storage.stores.location import is_url
+
+T = TypeVar("T")
+_PARTS = 200  # looked into for their times and certificates
+_QUESTIONS = 5_000  # whose attributes are read, from at most
+_QUESTION_PARTS = 40
+_FETCHED = 10
+_VECTOR_PARTS = 10
+_VECTORS = 400  # questions whose vectors are read: 0.3 ms each
+_SAMPLES = 12
+_FAILURES = 20
+_TEXT = 300  # characters shown of a text
+_THUMBNAIL = (160, 120)
+_LARGEST = 50_000_000  # pixels of an image that a thumbnail is made of
+_SECONDS = 2.0  # of CPU for one, besides those for its pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One question as the report shows it. `thumbnail` is a data URI, empty where the image cannot be read here."""
+
+    question_id: str
+    image_id: str
+    question: str
+    answer: str
+    ground_truth: str
+    thumbnail: str
+
+
+@dataclass(slots=True)
+class ReportData:
+    """Everything that the page is made of."""
+
+    run: Run
+    account: Account
+    progress: list[tuple[float, float]] = field(default_factory=list)  # hours since the plan, questions published
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+    uncertified: Counter[str] = field(default_factory=Counter)  # parts without one, by the reason
+    environments: dict[str, set[str]] = field(default_factory=dict)
+    prompt_tokens: list[int] = field(default_factory=list)
+    answer_tokens: list[int] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
+    shared_prefixes: int = 0
+    answers_equal: dict[str, int] = field(default_factory=dict)
+    vectors: dict[str, npt.NDArray[np.float32]] = field(
+        default_factory=dict
+    )  # field: [n, D], of one order of questions
+    groups: list[str] = field(default_factory=list)  # of the same questions
+    failures: list[Failure] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+
+
+def gather(run: Run) -> ReportData:
+    """Read what the report shows, each part once. A part that cannot be read is left out."""
+    parts = list(sidecars(run))
+    data = ReportData(run, Bookkeeper(run).account())
+    data.failures = [failed.failure for failed in published_failures(run)[:_FAILURES]]
+    written = [part for part in parts if part.question_ids]
+    bound = _FETCHED if is_url(run.location) else _PARTS  # an object store's parts are fetched whole
+    counted, shown = spread(written, min(bound, _QUESTION_PARTS)), spread(written, _VECTOR_PARTS)
+    looked = {part.part for part in (*spread(parts, bound), *counted, *shown)}
+    fields = _fields(run)
+    rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in fields}
+    published: list[tuple[float | None, int]] = []
+    for part in parts:
+        hours = None
+        if part.part in looked:
+            # ValueError and TypeError: a stranger's file, whose attributes have our names and other values.
+            with suppress(OSError, UserError, DamagedError, ValueError, TypeError), _opened(run, part) as file:
+                hours = _read_attributes(data, file)
+                if part in counted:
+                    for key in spread(file.keys, -(-_QUESTIONS // len(counted))):
+                        _count_question(data, file.question(key))
+                if part in shown:
+                    _read_vectors(data, file, rows, -(-_VECTORS // len(shown)))
+                    _show(data, file, -(-_SAMPLES // len(shown)))
+        published.append((hours, len(part.question_ids)))
+    data.progress = _cumulative(published)
+    data.vectors = {name: np.stack(vectors) for name, vectors in rows.items() if vectors}
+    return data
+
+
+def compare(answer: str, ground_truth: str) -> str:
+    """Tell whether an answer is its ground truth, but for case, space and a final point."""
+    if not ground_truth.strip():
+        return "no ground truth"
+    same = answer.strip().rstrip(".").casefold() == ground_truth.strip().rstrip(".").casefold()
+    return "answer equals the ground truth" if same else "answer differs"
+
+
+def spread(items: Sequence[T], number: int) -> list[T]:
+    """Return at most `number` items, evenly from the first on."""
+    number = min(number, len(items))
+    return [items[i * len(items) // number] for i in range(number)]
+
+
+@contextmanager
+def _opened(run: Run, part: Sidecar) -> Iterator[Part]:
+    with run.local_part(part.part) as path, open_part(path) as file:
+        yield file
+
+
+def _read_attributes(data: ReportData, file: Part) -> float:
+    """Note what a part says of itself; return the hours from the plan to its publication."""
+    if (certificate := read_certificate(file)) is not None:
+        data.certificates.append(certificate)
+    if (reason := file.text("drift_absent")) is not None:
+        data.uncertified[reason] += 1
+    for name in ("device", "gpu", "attention_implementation", "library_versions"):
+        if value := file.text(name):
+            data.environments.setdefault(name, set()).add(value)
+    created, begun = (datetime.fromisoformat(t) for t in (file.text("created_at") or "", data.run.settings.created_at))
+    return (created - begun).total_seconds() / 3600
+
+
+def _read_vectors(data: ReportData, file: Part, rows: dict[str, list[npt.NDArray[np.float32]]], number: int) -> None:
+    facts = data.run.model_facts()
+    widths = {} if facts is None else facts.field_widths()
+    for key in spread(file.keys, number):
+        question = file.question(key)
+        stored = {name: question.vector(name) for name in rows}
+        vectors = {name: v.read() for name, v in stored.items() if v is not None and v.width == widths.get(name)}
+        if len(vectors) == len(rows):
+            for name, vector in vectors.items():
+                rows[name].append(vector)
+            texts = question.texts()
+            data.groups.append(compare(texts.get("answer", ""), texts.get("ground_truth_answer", "")))
+
+
+def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[float, float]]:
+    """Return (hours, questions) growing: a part whose time was not looked up counts with the next one that was."""
+    known = sorted((hours, number) for hours, number in published if hours is not None)
+    unknown = sum(number for hours, number in published if hours is None)
+    points, total = [(0.0, 0.0)], 0.0
+    for index, (hours, number) in enumerate(known, start=1):
+        total += number
+        points.append((max(0.0, hours), total + unknown * index / len(known)))
+    return points
+
+
+def _count_question(data: ReportData, question: StoredQuestion) -> None:
+    attributes, texts = question.attributes(), question.texts()
+    for name, values in (
+        ("seq_len", data.prompt_tokens),
+        ("num_answer_tokens", data.answer_tokens),
+        ("batch_size", data.batch_sizes),
+    ):
+        if name in attributes:
+            values.append(int(attributes[name]))
+    data.shared_prefixes += attributes.get("image_prefix") == "shared"
+    kind = compare(texts.get("answer", ""), texts.get("ground_truth_answer", ""))
+    data.answers_equal[kind] = data.answers_equal.get(kind, 0) + 1
+
+
+def _fields(run: Run) -> list[str]:
+    facts = run.model_facts()
+    return [] if facts is None else list(facts.field_widths())
+
+
+def _show(data: ReportData, file: Part, number: int) -> None:
+    for key in spread(file.keys, min(number, _SAMPLES - len(data.shown))):
+        texts = dict.fromkeys(TEXTS, "") | file.question(key).texts()
+        image_id = texts["image_id"]
+        data.shown.append(
+            Shown(
+                question_id=clipped(question_id(key)),
+                image_id=clipped(image_id),
+                question=clipped(texts["question"]),
+                answer=clipped(texts["answer"]),
+                ground_truth=clipped(texts["ground_truth_answer"]),
+                thumbnail=_thumbnail(data.run, image_id),
+            )
+        )
+
+
+def clipped(text: str) -> str:
+    """Return a text cut to what the page shows."""
+    return text if len(text) <= _TEXT else text[:_TEXT] + "…"
+
+
+def _thumbnail(run: Run, image_id: str) -> str:
+    try:
+        location = resolve_image(image_id, run.settings.images_dir, run.settings.image_roots)
+        small = on_image(location, _small, seconds=_SECONDS).array
+    except Exception:  # noqa: BLE001  (no image is worth a report; the images may not even be on this machine)
+        return ""
+    if small is None:
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(small.tobytes()).decode()
+
+
+def _small(image: Image.Image) -> tuple[list[int], npt.NDArray[np.uint8] | None]:
+    """Return an open image's thumbnail, as the bytes of a JPEG; none of one that is too large for it."""
+    if image.width * image.height > _LARGEST:
+        return [], None
+    image.draft("RGB", _THUMBNAIL)
+    small = image.convert("RGB")
+    small.thumbnail(_THUMBNAIL)
+    jpeg = io.BytesIO()
+    small.save(jpeg, "JPEG", quality=70)
+    return [], np.frombuffer(jpeg.getvalue(), np.uint8)

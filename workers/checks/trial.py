@@ -1,0 +1,128 @@
+"""A trial: some of a dataset's questions through the real engine, timed, before anything is planned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.computation import Computation
+from workers.checkpoint.identity import resolve_layers
+from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.process import EngineProcess
+from workers.engine.prompt import PromptStyle
+from workers.errors import (
+    BatchFailedError,
+    EngineDiedError,
+    EngineStartError,
+    PermanentError,
+    RunRefusedError,
+    TransientError,
+)
+from workers.extract.preprocess import Preprocessor, limits_of
+from workers.process.gpus import gpu_use, visible_gpus
+from workers.settings import settings
+
+
+@dataclass(frozen=True, slots=True)
+class TrialCase:
+    """A question as the model is asked it, about an image."""
+
+    image_id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a trial measured."""
+
+    questions: int  # that the engine computed
+    images: int
+    device: str
+    gpu: str
+    load_seconds: float
+    questions_per_second: float  # of the engine, the first batch apart where there are more
+    memory_bytes: int | None  # on a GPU what is in use on it, on the CPU the engine's peak; None where unknown
+
+
+TRIAL_ERRORS = (
+    EngineStartError,
+    RunRefusedError,
+    BatchFailedError,
+    EngineDiedError,
+    PermanentError,
+)  # what keeps a trial from its end
+
+
+def run_trial(
+    spec: EngineSpec, cases: Sequence[TrialCase], places: tuple[str, tuple[str, ...]], computation: Computation
+) -> Trial:
+    """Load the engine and compute the cases in batches as a worker forms them.
+
+    `places` are the images directory and the further roots. Cases that cannot be prepared are left out.
+
+    Raises UserError; EngineStartError; RunRefusedError where the prompt cannot be rendered; BatchFailedError,
+    EngineDiedError where a batch fails; PermanentError where no case can be prepared.
+    """
+    engine = EngineProcess(spec, settings().engine_timeout)
+    begun = time.monotonic()
+    card = engine.start()
+    loaded = time.monotonic() - begun
+    try:
+        style = PromptStyle(computation.system_prompt, computation.chat_template)
+        prompt = card.prompt() if style == PromptStyle() else engine.prompt(style)
+        layers = resolve_layers(computation.layers, card.num_hidden_layers)
+        recipe = Recipe(**computation.options() | {"layers": layers}, head_ids=prompt.head_ids)
+        prepare = Preprocessor(card)
+        limits = limits_of((computation.min_pixels, computation.max_pixels), card)
+
+        def request(case: TrialCase) -> Request | None:
+            options = {"halp_compat": recipe.halp_compat, "exif_rotation": recipe.exif_rotation}
+            try:
+                image = prepare.image(case.image_id, *places, limits, **options)
+                return prepare.request(image, case.text, recipe, prompt)
+            except (PermanentError, TransientError):
+                return None
+
+        requests = [r for case in cases if (r := request(case))]
+        if not requests:
+            raise PermanentError("trial", "none of the sampled questions can be prepared")
+        times = []
+        for batch in _batches(requests, 1 if recipe.exact else settings().batch_size, card.max_batch_tokens):
+            started = time.monotonic()
+            engine.extract(batch)
+            times.append((len(batch), time.monotonic() - started))
+        measured = times[1:] or times  # the first batch warms the device up
+        return Trial(
+            questions=len(requests),
+            images=len({request.image_key for request in requests}),
+            device=card.environment["device"],
+            gpu=card.environment["gpu"],
+            load_seconds=loaded,
+            questions_per_second=sum(n for n, _ in measured) / max(1e-9, sum(s for _, s in measured)),
+            memory_bytes=_memory(card.environment["device"], engine.pid),
+        )
+    finally:
+        engine.stop()
+
+
+def _batches(requests: Sequence[Request], size: int, tokens: int) -> Iterator[list[Request]]:
+    batch: list[Request] = []
+    for request in requests:
+        if batch and (len(batch) == size or sum(r.num_tokens for r in batch) + request.num_tokens > tokens):
+            yield batch
+            batch = []
+        batch.append(request)
+    yield batch
+
+
+def _memory(device: str, pid: int | None) -> int | None:
+    if device.startswith("cuda"):
+        uses = gpu_use(next(iter(visible_gpus()), None))
+        return uses[0].memory_used if uses else None
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)

@@ -1,0 +1,1 @@
+"""The sweeps: which runs there are, what is packed, fed and reported."""

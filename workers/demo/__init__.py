@@ -1,0 +1,1 @@
+"""The small models and easy-vqa: what the demo, the tests and benchmarks run on."""

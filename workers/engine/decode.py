@@ -1,0 +1,87 @@
+"""Greedy decoding of a batch: tokens by the checkpoint's rules, finished rows dropped, probabilities kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.engine.cache import Batch
+from workers.engine.generation import Rules
+
+_DROP_SHARE = 0.125  # of the batch: dropping copies the cache, so finished rows leave together
+
+
+@dataclass(slots=True)
+class Answer:
+    """A generated answer. Log-probabilities and the first token's entropy are the model's, before any rule, in nats."""
+
+    ids: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    entropy: float | None = None
+    finish_reason: str = "none"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is kept beside the text."""
+        if self.entropy is None:
+            return {"finish_reason": self.finish_reason}
+        return {
+            "finish_reason": self.finish_reason,
+            "num_answer_tokens": len(self.ids),
+            "answer_token_ids": self.ids,
+            "answer_token_logprobs": self.log_probabilities,
+            "first_token_entropy": self.entropy,
+        }
+
+
+def decode(
+    batch: Batch,
+    last: Tensor,
+    *,
+    rules: Rules,
+    head: torch.nn.Linear,
+    forward: Callable[[Batch, Tensor], Tensor],
+    eos: Sequence[int],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Continue every prompt; `last` holds the last prompt tokens' final states, (B, D).
+
+    `forward` runs one token per sequence, (B,) to (B, D), and extends the batch. The tokens are those of
+    `generate(do_sample=False)`, by the rules that it has from the checkpoint.
+    """
+    answers = [Answer(finish_reason="length") for _ in last]
+    ends = torch.tensor(list(eos), device=last.device)
+    alive = list(range(len(answers)))  # sequences in the batch
+    running = set(alive)  # of these, the ones that have not ended
+    for step in range(max_new_tokens):
+        logits = head(last).to(last.device).float()  # (B, V); of a model on several GPUs, the head may be on another
+        distribution = logits.log_softmax(-1)
+        tokens = rules.scores(logits).argmax(-1)
+        taken = distribution.gather(1, tokens[:, None])[:, 0]
+        entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
+        for row, entropy in zip(alive, entropies):
+            answers[row].entropy = entropy
+        for row, token, log_probability, end in zip(
+            alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()
+        ):
+            if row in running:
+                answers[row].ids.append(token)
+                answers[row].log_probabilities.append(log_probability)
+                if end:
+                    answers[row].finish_reason = "eos"
+                    running.discard(row)
+        if step + 1 == max_new_tokens or not running:
+            break
+        if len(alive) - len(running) >= max(1, _DROP_SHARE * len(alive)):
+            keep = torch.tensor([i for i, row in enumerate(alive) if row in running], device=last.device)
+            batch.select(keep)
+            rules.select(keep)
+            tokens = tokens[keep]
+            alive = [row for row in alive if row in running]
+        rules.append(tokens)
+        last = forward(batch, tokens)
+    return answers

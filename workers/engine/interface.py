@@ -1,0 +1,106 @@
+"""The engine's interface: what goes in, what comes out, what it says of its model. Knows neither torch nor queues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.computation import Computation
+from storage.sample import Sample
+from workers.engine.prompt import PromptParts, PromptStyle
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine's process is started with."""
+
+    kind: str
+    model: str
+    revision: str
+    dtype: str
+    cache_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What an engine has loaded, as far as others must know it."""
+
+    model_type: str
+    revision: str  # of a hub model the commit, where it is known
+    config_sha256: str
+    template_sha256: str
+    num_hidden_layers: int
+    hidden_size: int
+    vision_hidden_size: int
+    max_position_embeddings: int
+    repetition_penalty: float
+    tokenizer_json: str
+    head_ids: tuple[int, ...]  # the prompt up to the image tokens
+    after_image_ids: tuple[int, ...]  # between the image tokens and the question
+    tail_ids: tuple[int, ...]  # after the question, up to the answer
+    lead: str  # what of the prompt is tokenised with the question: see PromptParts
+    trail: str
+    stripped: bool
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
+    environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
+
+    def prompt(self) -> PromptParts:
+        """Return the prompt of the checkpoint's own template."""
+        return PromptParts(
+            self.head_ids,
+            self.after_image_ids,
+            self.tail_ids,
+            self.template_sha256,
+            self.lead,
+            self.trail,
+            self.stripped,
+        )
+
+
+class Recipe(Computation):
+    """A computation as a loaded checkpoint does it: its layers are numbers. A batch has one recipe."""
+
+    layers: tuple[int, ...]
+    math_kernel: bool = False  # another attention kernel than the usual one, for the noise floor of `exact`
+    head_ids: tuple[int, ...] | None = None  # the prompt up to the image tokens; None: the checkpoint's template's
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question, ready for the model.
+
+    pixels: uint8 [H, W, 3], resized: H and W are multiples of patch size x merge size. Requests of one image hold one array.
+    suffix_ids: token ids of everything after the image tokens.
+    """
+
+    image_key: str
+    pixels: npt.NDArray[np.uint8]
+    suffix_ids: tuple[int, ...]
+    num_tokens: int  # of the whole prompt
+    recipe: Recipe
+
+
+class Engine(Protocol):
+    """Computes samples. One method, synchronous; a batch has one recipe."""
+
+    card: ModelCard
+
+    def extract(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return a sample per request, in their order; facts hold what the model alone knows."""
+        ...
+
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
+        ...
+
+    def forget(self) -> None:
+        """Free what is kept between batches."""
+        ...

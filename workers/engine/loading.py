@@ -1,0 +1,168 @@
+"""Loading a checkpoint, and what differs between versions of transformers in doing so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import cached_file
+
+from storage.errors import UserError
+from workers.checkpoint.files import check_files
+from workers.checkpoint.identity import local_directory
+from workers.engine.interface import EngineSpec, ModelCard
+from workers.engine.models import family
+from workers.engine.prompt import PromptParts
+from workers.engine.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
+from workers.errors import EngineStartError, in_a_line
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
+    """Return a checkpoint's model, its processor and its config.json.
+
+    Raises UserError for files that are missing or damaged, EngineStartError for a checkpoint that cannot be served.
+    """
+    source: dict[str, Any] = {"cache_dir": spec.cache_dir}
+    if (directory := local_directory(spec.model)) is not None:
+        check_files(directory)
+    else:
+        source["revision"] = spec.revision
+    model = _load_model(spec, source)
+    try:
+        processor = AutoProcessor.from_pretrained(spec.model, **source)
+    except Exception as error:
+        # Whatever transformers and tokenizers raise for files that are not what they should be.
+        raise EngineStartError(
+            f"its processor cannot be loaded ({in_a_line(error)}): restore tokenizer.json, "
+            "tokenizer_config.json, preprocessor_config.json and the chat template of the base checkpoint"
+        ) from error
+    if processor.chat_template is None:
+        raise EngineStartError(
+            "it has no chat template: put the base checkpoint's chat_template.json (or chat_template.jinja) beside its "
+            "config.json; the processor does not read one in tokenizer_config.json"
+        )
+    refuse_foreign_tokenizer(model.config, processor.tokenizer, model.get_input_embeddings().weight.shape[0])
+    return model, processor, Path(cached_file(spec.model, "config.json", **source))
+
+
+def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
+    """Load the weights on the GPU, on several where there are several, or on the CPU.
+
+    Raises EngineStartError for another kind of model, and where transformers would warn and fill in random weights.
+    """
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
+    config = _config(spec, source)
+    found = family(config.model_type)
+    refuse_unserved(config)
+    placement: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
+        placement["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}
+    model, report = found.MODEL.from_pretrained(
+        spec.model,
+        dtype=_DTYPES[spec.dtype],
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **placement,
+        **source,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise EngineStartError(f"the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    refuse_unmerged(report["unexpected_keys"])
+    refuse_unfinite(model)
+    return model.eval()
+
+
+def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(spec.model, **source)
+    except (OSError, ValueError) as error:
+        if "revision" not in source:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {spec.model}: there is no such directory here, and as a hub model it is neither in {spec.cache_dir} nor "
+            f"to be had ({reason}). Where there is no network: `hf download {spec.model}` elsewhere, and name its cache with "
+            "--cache-dir or HF_HOME"
+        ) from error
+
+
+def model_card(
+    model: Any,
+    processor: Any,
+    prompt: PromptParts,
+    config_file: Path,
+    revision: str,
+    penalty: float,
+    max_batch_tokens: int,
+) -> ModelCard:
+    """Return what others must know of a loaded checkpoint."""
+    config = model.config
+    text, vision = config.get_text_config(), config.vision_config
+    minimum, maximum = pixel_limits(processor.image_processor)
+    return ModelCard(
+        model_type=config.model_type,
+        revision=getattr(config, "_commit_hash", None) or revision,
+        config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),
+        template_sha256=prompt.sha256,
+        num_hidden_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vision_hidden_size=vision.hidden_size,
+        max_position_embeddings=text.max_position_embeddings,
+        repetition_penalty=penalty,
+        tokenizer_json=processor.tokenizer.backend_tokenizer.to_str(),
+        head_ids=prompt.head_ids,
+        after_image_ids=prompt.after_image_ids,
+        tail_ids=prompt.tail_ids,
+        lead=prompt.lead,
+        trail=prompt.trail,
+        stripped=prompt.stripped,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        min_pixels=minimum,
+        max_pixels=maximum,
+        max_batch_tokens=max_batch_tokens,
+        environment=environment(model.get_input_embeddings().weight.device, config._attn_implementation),
+    )
+
+
+def pixel_limits(processor: Any) -> tuple[int, int]:
+    """Return the image processor's pixel limits; they moved into `size` in transformers 5."""
+    size = processor.size
+    minimum = getattr(processor, "min_pixels", None) or size["shortest_edge"]
+    maximum = getattr(processor, "max_pixels", None) or size["longest_edge"]
+    return int(minimum), int(maximum)
+
+
+def environment(device: torch.device, attention: str) -> dict[str, str]:
+    """Return what computes, as a part records it."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "",
+        "attention_implementation": attention,
+        "library_versions": json.dumps(versions),
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Return the size of one token in the KV cache of all layers: 57 KB for 7B in bfloat16."""
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    return int(2 * config.num_hidden_layers * width * dtype.itemsize)

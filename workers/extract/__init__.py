@@ -1,0 +1,1 @@
+"""One question in a task's thread: its image and prompt prepared, a batch joined, its result staged."""

@@ -1,0 +1,208 @@
+"""Dynamic batching: task threads hand in single requests, one thread runs batches of them.
+
+Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
+together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
+was in flight runs alone; only a death while it runs alone counts against it. Where deaths are counted is the caller's
+business: `Deaths` of a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from storage.sample import Sample
+from workers.engine.interface import Request
+from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
+
+logger = logging.getLogger(__name__)
+MAX_DEATHS_ALONE = 3
+
+
+class Deaths(Protocol):
+    """The deaths of the engine under one request."""
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it was in flight at one: then it runs alone from its start."""
+        ...
+
+    def note(self, error: EngineDiedError, *, alone: bool) -> int:
+        """Record one. Return how many were with the request alone in the engine. An OSError fails the request."""
+        ...
+
+
+class DeathsInMemory:
+    """Counts deaths as long as the request waits."""
+
+    suspect = False
+
+    def __init__(self) -> None:
+        self._alone = 0
+
+    def note(self, _: EngineDiedError, *, alone: bool) -> int:
+        """Count a death."""
+        self._alone += alone
+        return self._alone
+
+
+@dataclass(slots=True)
+class _Entry:
+    group: Hashable
+    request: Request
+    deaths: Deaths
+    future: Future[Sample] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+
+
+class DynamicBatcher:
+    """Forms batches of submitted requests and runs them one after the other in a thread of its own."""
+
+    def __init__(
+        self,
+        run_batch: Callable[[Sequence[Request]], list[Sample]],
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_queue_delay: float,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._run_batch = run_batch
+        self._max_size = max_batch_size
+        self._max_tokens = max_batch_tokens
+        self._max_delay = max_queue_delay
+        self._on_fatal = on_fatal
+        self._waiting: list[_Entry] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._fatal: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, group: Hashable, request: Request, deaths: Deaths | None = None) -> Future[Sample]:
+        """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
+        entry = _Entry(group, request, deaths or DeathsInMemory())
+        with self._changed:
+            if self._fatal is not None or self._closed:
+                raise EngineStartError(str(self._fatal or "the batcher is closed"))
+            self._waiting.append(entry)
+            self._changed.notify()
+        return entry.future
+
+    def close(self) -> None:
+        """Run what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        batch: list[_Entry] = []
+        try:
+            while batch := self._next_batch():
+                self._run(batch)
+        except BaseException as error:  # without this thread every task would wait for ever
+            logger.exception("the batcher ends")
+            with self._changed:
+                self._fatal = error
+                lost = batch + self._waiting
+                self._waiting = []
+            for entry in lost:
+                if not entry.future.done():
+                    entry.future.set_exception(EngineStartError(str(error)))
+            self._on_fatal(error)
+
+    def _next_batch(self) -> list[_Entry]:
+        """Wait for a full batch, or for the oldest request to have waited long enough. Empty when closed and done."""
+        with self._changed:
+            while True:
+                if self._waiting:
+                    batch, full = self._select()
+                    remaining = self._waiting[0].arrived + self._max_delay - time.monotonic()
+                    if full or remaining <= 0 or self._closed:
+                        chosen = {id(entry) for entry in batch}
+                        self._waiting = [entry for entry in self._waiting if id(entry) not in chosen]
+                        return batch
+                    self._changed.wait(remaining)
+                elif self._closed:
+                    return []
+                else:
+                    self._changed.wait()
+
+    def _select(self) -> tuple[list[_Entry], bool]:
+        """Choose a batch around the oldest request: its group, whole images in order of arrival. Tell whether it is full.
+
+        A suspect is a full batch by itself.
+        """
+        if self._waiting[0].deaths.suspect:
+            return self._waiting[:1], True
+        group = self._waiting[0].group
+        images: dict[str, list[_Entry]] = {}
+        for entry in self._waiting:
+            if entry.group == group and not entry.deaths.suspect:
+                images.setdefault(entry.request.image_key, []).append(entry)
+        batch: list[_Entry] = []
+        tokens = 0
+        for entry in (e for entries in images.values() for e in entries):
+            if batch and (len(batch) == self._max_size or tokens + entry.request.num_tokens > self._max_tokens):
+                return batch, True
+            batch.append(entry)
+            tokens += entry.request.num_tokens
+        return batch, len(batch) == self._max_size
+
+    def _run(self, batch: list[_Entry]) -> None:
+        try:
+            samples = self._run_batch([entry.request for entry in batch])
+            if len(samples) != len(batch):
+                raise BatchFailedError(f"the engine returned {len(samples)} samples for {len(batch)} questions", "")
+        except EngineDiedError as error:
+            logger.error("%s, with %d questions in flight", error, len(batch))
+            self._after_death(batch, error)
+        except BatchFailedError as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(_no_room(error) if error.out_of_memory else error)
+                return
+            logger.warning("a batch of %d failed (%s); halving it", len(batch), error)
+            middle = len(batch) // 2
+            self._run(batch[:middle])
+            self._run(batch[middle:])
+        else:
+            for entry, sample in zip(batch, samples):
+                entry.future.set_result(sample)
+
+    def _after_death(self, batch: list[_Entry], error: EngineDiedError) -> None:
+        # All are noted before one runs again: the worker may not live to see its end.
+        going_on = [entry for entry in batch if self._noted(entry, error, alone=len(batch) == 1)]
+        for entry in going_on:
+            self._run([entry])
+
+    def _noted(self, entry: _Entry, error: EngineDiedError, *, alone: bool) -> bool:
+        """Note a death for one of its requests; tell whether it may be tried again now."""
+        try:
+            number = entry.deaths.note(error, alone=alone)
+        except OSError as fault:  # a full disk: uncounted, it would run for ever
+            entry.future.set_exception(fault)
+            return False
+        if number < MAX_DEATHS_ALONE:
+            return True
+        entry.future.set_exception(killed_worker(f"{error}; that was death {number}"))
+        return False
+
+
+def killed_worker(what: str) -> PermanentError:
+    """Return the failure of a question that has killed the engine too often."""
+    return PermanentError("killed_worker", f"{what} with this question alone in the engine")
+
+
+def _no_room(error: BatchFailedError) -> PermanentError:
+    failure = PermanentError(
+        "out_of_memory",
+        f"the question does not fit into memory even alone ({error}): lower --max-pixels, or use a larger GPU",
+    )
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,260 @@
+"""What a GPU worker does for one question: open its run, prepare it, have the engine compute it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+
+from storage.computation import Computation
+from storage.errors import ReplacedError, UserError
+from storage.runs.run import Run
+from storage.sample import Sample
+from storage.settings import AS_ASKED, HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
+from storage.stores.location import is_within, resolve_location
+from storage.wording import asked
+from workers.checkpoint.hub import cache_of
+from workers.checkpoint.identity import resolve_layers
+from workers.engine.interface import EngineSpec, ModelCard, Recipe, Request
+from workers.engine.process import EngineProcess
+from workers.engine.prompt import PromptParts, PromptStyle
+from workers.errors import (
+    EngineDiedError,
+    EngineStartError,
+    MessageRefusedError,
+    PermanentError,
+    RunRefusedError,
+    TransientError,
+)
+from workers.extract.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
+from workers.extract.certificate import Certifier
+from workers.extract.preprocess import Preprocessor, limits_of
+from workers.monitor.metrics import measured
+from workers.settings import WorkerSettings
+
+# Far above the time that a question can take; reached only if the batcher's thread is gone.
+_RESULT_TIMEOUT = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run that this worker has agreed to compute."""
+
+    run: Run
+    facts: ModelFacts
+    prompt: PromptParts
+    recipe: Recipe
+
+
+class _DeathsInFiles:
+    """The deaths of the engine under one question, as marks beside its staged file: every worker sees them."""
+
+    def __init__(self, run: Run, part: int, sequence: int, worker: str) -> None:
+        self._run, self._part, self._sequence, self._worker = run, part, sequence, worker
+        self.alone = run.deaths_alone(part, sequence)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the question was in flight at a death."""
+        return self.alone is not None
+
+    def note(self, error: EngineDiedError, *, alone: bool) -> int:
+        """Record a death."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = {"error": str(error), "worker": self._worker, "time": time}
+        self.alone = self._run.note_death(self._part, self._sequence, alone=alone, **facts)
+        return self.alone
+
+
+class Extractor:
+    """One preloaded engine with its preprocessor and batcher. Its methods are called from many task threads."""
+
+    def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
+        self._worker = worker
+        spec = EngineSpec(
+            config.engine, config.model, config.revision, config.dtype, cache_of(config.model, config.cache_dir)
+        )
+        self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
+        self.card: ModelCard = self.engine.start()
+        self.preprocess = Preprocessor(self.card)
+        self._batcher = DynamicBatcher(
+            measured(self.engine.extract),
+            max_batch_size=config.batch_size,
+            max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
+            max_queue_delay=config.max_queue_delay,
+            on_fatal=on_fatal,
+        )
+        self._certifier = Certifier(self._compute)
+        self._roots = config.data_roots
+        self._runs: dict[tuple[str, str], OpenRun] = {}
+        self._prompts: dict[PromptStyle, PromptParts | RunRefusedError] = {}
+        self._lock = threading.Lock()
+
+    def open_run(self, run_dir: str, run_id: str) -> OpenRun:
+        """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there.
+
+        One that is open is known by what its run.json says now: the directory may have been removed, and hold another.
+        """
+        with self._lock:
+            opened = self._runs.get((run_dir, run_id))
+        if opened is not None:
+            try:
+                opened.run.store.check()
+                return opened
+            except ReplacedError:
+                with self._lock:
+                    self._runs.pop((run_dir, run_id), None)
+        with self._lock:
+            if (run_dir, run_id) not in self._runs:
+                self._runs[run_dir, run_id] = self._agree(open_run_in_roots(run_dir, run_id, self._roots))
+            return self._runs[run_dir, run_id]
+
+    def extract(self, opened: OpenRun, part: int, sequence: int) -> Sample:
+        """Compute one question. With one of each part come its exact results: the part keeps how far they are.
+
+        Raises PermanentError, TransientError, BatchFailedError, EngineStartError.
+        """
+        settings, facts = opened.run.settings, opened.facts
+        question = opened.run.questions(part)[sequence]
+        deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
+        if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
+            raise killed_worker(f"the engine died {deaths.alone} times")
+        with self.preprocess.hold(
+            question.image_id,
+            settings.images_dir,
+            settings.image_roots,
+            (facts.min_pixels, facts.max_pixels),
+            halp_compat=settings.halp_compat,
+            exif_rotation=settings.exif_rotation,
+        ) as image:
+            text = asked(settings.prompt, question, columns=settings.prompt_columns)
+            request = self.preprocess.request(image, text, opened.recipe, opened.prompt)
+            sample = self._compute(settings.run_id, request, deaths)
+            _refuse_unfinite(sample)
+            if not settings.exact and not settings.halp_compat:
+                sample = self._certifier.add(opened.run, part, request, sample)
+        facts_of_image = {
+            "image_sha256": image.sha256,
+            "image_size": list(image.original_size),
+            "resized_size": list(image.resized_size),
+        }
+        return replace(sample, facts={**sample.facts, **facts_of_image})
+
+    def _compute(self, run_id: str, request: Request, deaths: Deaths) -> Sample:
+        return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
+
+    def close(self) -> None:
+        """Finish what waits and stop the engine."""
+        self._batcher.close()
+        self.engine.stop()
+
+    def _agree(self, run: Run) -> OpenRun:
+        try:
+            prompt = self._prompt(prompt_style(run.settings))
+            facts = self._facts(run, prompt)
+            opened = OpenRun(run, facts, prompt, _recipe(run.settings, facts, prompt))
+        except RunRefusedError as error:
+            run.note_refusal(self._worker, str(error))
+            raise
+        run.withdraw_refusal(self._worker)
+        return opened
+
+    def _prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a run's style; what was refused once is not tried again, as it may cost the engine's time."""
+        if style == PromptStyle():
+            return self.card.prompt()
+        if style not in self._prompts:
+            try:
+                self._prompts[style] = self.engine.prompt(style)
+            except RunRefusedError as error:
+                self._prompts[style] = error
+            except EngineDiedError as error:  # a template that does not end
+                self._prompts[style] = RunRefusedError(f"the run's chat template cannot be rendered: {error}")
+            except EngineStartError as error:
+                raise TransientError(str(error)) from error
+        found = self._prompts[style]
+        if isinstance(found, RunRefusedError):
+            raise found
+        return found
+
+    def _facts(self, run: Run, prompt: PromptParts) -> ModelFacts:
+        settings, card = run.settings, self.card
+        try:
+            layers = resolve_layers(settings.layers, card.num_hidden_layers)
+        except UserError as error:
+            raise RunRefusedError(str(error)) from error
+        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), card)
+        facts = ModelFacts(
+            model_type=card.model_type,
+            revision=card.revision,
+            config_sha256=card.config_sha256,
+            template_sha256=prompt.sha256,
+            num_hidden_layers=card.num_hidden_layers,
+            hidden_size=card.hidden_size,
+            vision_hidden_size=card.vision_hidden_size,
+            layers=layers,
+            chat_template_sha256=settings.chat_template_sha256(),
+            **{name: getattr(settings, name) for name in AS_ASKED},
+            positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
+            vision_only_definition="encoder" if settings.halp_compat else "merged",
+            min_pixels=minimum,
+            max_pixels=maximum,
+            repetition_penalty=(
+                card.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
+            ),
+        )
+        if facts.min_pixels > facts.max_pixels:
+            raise RunRefusedError(f"--min-pixels {facts.min_pixels} is above --max-pixels {facts.max_pixels}")
+        recorded = run.agree_on_model(facts)
+        if recorded != facts:
+            ours, theirs = facts.model_dump(), recorded.model_dump()
+            differing = ", ".join(
+                f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k]
+            )
+            raise RunRefusedError(f"this worker's model is not the one that the run began with ({differing})")
+        return facts
+
+
+def prompt_style(settings: Computation) -> PromptStyle:
+    """Return what a computation has rendered otherwise than the checkpoint would."""
+    return PromptStyle(settings.system_prompt, settings.chat_template)
+
+
+def _recipe(settings: RunSettings, facts: ModelFacts, prompt: PromptParts) -> Recipe:
+    resolved = {name: getattr(facts, name) for name in ("layers", "repetition_penalty", "min_pixels", "max_pixels")}
+    head = None if prompt_style(settings) == PromptStyle() else prompt.head_ids
+    return Recipe(**settings.options() | resolved, head_ids=head)
+
+
+def _refuse_unfinite(sample: Sample) -> None:
+    """Raise PermanentError for vectors that no probe can use; computed again they would be the same."""
+    for name, vector in sample.vectors.items():
+        if not np.isfinite(vector).all():
+            raise PermanentError(
+                "not_finite",
+                f"the model gives {name} values that are not finite for it: try --dtype float32, or another image",
+            )
+
+
+def open_run_in_roots(run_dir: str, run_id: str, roots: tuple[str, ...]) -> Run:
+    """Open the run that a message names if it lies under a data root, links followed.
+
+    Raises RunRefusedError, MessageRefusedError, TransientError.
+    """
+    try:
+        location = resolve_location(run_dir)
+    except UserError as error:
+        raise MessageRefusedError(str(error)) from error
+    if not any(is_within(location, root) for root in roots):
+        places = ", ".join(roots)
+        raise RunRefusedError(f"{location} is outside this worker's data roots ({places}): set HALP_DATA_ROOTS")
+    try:
+        run = Run.open(location)
+    except UserError as error:
+        raise TransientError(str(error)) from error
+    if run.run_id != run_id:
+        raise MessageRefusedError(f"{location} holds run {run.run_id}, not {run_id}: it is of a run that was deleted")
+    return run

@@ -1,0 +1,1 @@
+"""Processes and GPUs: children that end with their parent, one worker for each GPU."""

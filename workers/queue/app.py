@@ -1,0 +1,73 @@
+"""The Celery app and its configuration: what everything that sends a message needs.
+
+The settings were measured; those that differ from Celery's defaults say why. A worker's own parts are added in celery.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from celery import Celery
+from kombu.transport import TRANSPORT_ALIASES
+
+from storage.naming import model_slug
+from workers.checkpoint.identity import checkpoint_digest, former_digest
+from workers.queue.broker import tls
+from workers.queue.queues import COLLECT, ModelQueues
+from workers.settings import WorkerSettings, settings
+
+
+def model_queues(config: WorkerSettings) -> ModelQueues:
+    """Return the queues of the model that this process is configured for. Raises UserError."""
+    return ModelQueues(model_slug(config.model), config.dtype, checkpoint_digest(config.model, config.revision))
+
+
+def served_queues(config: WorkerSettings) -> tuple[ModelQueues, ...]:
+    """Return the model's queues, and beside them those of runs from before 0.2, if they have another name. Raises UserError."""
+    ours = model_queues(config)
+    former = replace(ours, digest=former_digest(config.model, config.revision))
+    return (ours,) if former == ours else (ours, former)
+
+
+def _configuration(config: WorkerSettings) -> dict[str, Any]:
+    return {
+        "broker_url": config.broker_url,
+        "broker_use_ssl": tls(config.broker_url, config.broker_ca),
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # a broker that is away for an hour costs an hour, not the worker
+        "broker_transport_options": {
+            # Each consumer of one Redis database sweeps the shared index of unacknowledged messages with its own value.
+            "visibility_timeout": config.visibility_timeout,
+            "unacked_restore_interval": 10,
+            "unacked_restore_throttle": 1,  # else the sweep comes only every 100 s
+            "socket_timeout": 60,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "queue_order_strategy": "workers.queue.queues:Rounds",
+            "priority_steps": [0],  # one Redis key per lane instead of four
+        },
+        "task_acks_late": True,
+        "task_acks_on_failure": True,
+        "task_acks_on_timeout": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        "task_ignore_result": True,  # results are files
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "task_create_missing_queues": False,
+        "task_default_queue": COLLECT,
+        "worker_send_task_events": True,  # Flower
+        "task_send_sent_event": False,
+        "worker_eta_task_limit": 256,
+        "worker_disable_rate_limits": True,
+        "worker_hijack_root_logger": True,
+        "imports": ["workers.tasks"],
+    }
+
+
+# `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
+TRANSPORT_ALIASES.update(redis="workers.queue.transport:Transport", rediss="workers.queue.transport:Transport")
+app = Celery("workers")
+app.conf.update(_configuration(settings()))
