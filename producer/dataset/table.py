@@ -22,6 +22,7 @@ from producer.dataset.faults import Faults, short
 from producer.show.progress import Done, Phases, counted, silent
 from storage.errors import UserError
 from storage.hdf5.part import QUESTION_ATTRIBUTES
+from storage.images.filetype import refuse_pointer
 from storage.question import Question
 
 # Accepted names of each column, the preferred one first; the other is carried where a table has both.
@@ -74,6 +75,7 @@ def read_table(csv_path: Path, phases: Phases = silent) -> Table:
     limit = csv.field_size_limit(_MAX_FIELD)  # a setting of the whole process, so it is put back
     try:
         with csv_path.open("rb", buffering=0) as raw, io.BufferedReader(digested := _Digested(raw), _BUFFER) as data:
+            refuse_pointer(data.peek(), csv_path)
             done = phases(f"reading {csv_path.name}", os.path.getsize(csv_path))
             with _text(data, csv_path) as file:
                 # By the file's bytes: how many rows it has is known at its end.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from storage.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs"  # how the stand-in begins that a clone without Git LFS has of a large file
 _CONVERT = "convert it to JPEG or PNG"
 _FETCH = "fetch the real file"
 _BRANDS = {  # of ISO base media files, ISO/IEC 14496-12 and 23008-12
@@ -9,7 +12,7 @@ _BRANDS = {  # of ISO base media files, ISO/IEC 14496-12 and 23008-12
     b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF", b"avis": "AVIF", b"crx ": "a camera's raw file (CR3)",
 }  # fmt: skip
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    (LFS_POINTER, "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     (b"%PDF-", "a PDF", _CONVERT),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", _CONVERT),
     (b"\xff\x0a", "JPEG XL", _CONVERT),
@@ -31,6 +34,12 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"PAR1", "a Parquet file", _FETCH),
     (b"\x93NUMPY", "a NumPy array", "save it as PNG"),
 )
+
+
+def refuse_pointer(data: bytes, name: object) -> None:
+    """Raise UserError where a file's first bytes say that it is a Git LFS pointer."""
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`")
 
 
 def what_it_is(data: bytes) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.errors import UserError
+from storage.images.filetype import refuse_pointer
 from storage.probing.answers import normalise
 
 PUBLISHED = "is_hallucinating_manual"
@@ -71,8 +73,9 @@ def read_labels(
 def _read(path: Path, column: str | None) -> tuple[dict[str, bool], dict[str, str] | None, str]:
     """Return the labels and answers in a file by question id, and the labels' column; blank labels are none."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+        with path.open("rb") as file:
+            refuse_pointer(file.peek(), f"--labels {path}")
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             names, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {path}: not a readable UTF-8 CSV ({error})") from error

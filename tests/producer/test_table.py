@@ -14,6 +14,7 @@ from producer.dataset.selection import cut, order_by_image, select
 from producer.dataset.table import read_table
 from storage.errors import UserError
 from storage.hdf5.part import QUESTION_ATTRIBUTES
+from storage.probing.labels import read_labels
 from storage.question import Question
 
 HEADER = "question_id,image_id,question,answer\n"
@@ -445,3 +446,13 @@ def test_the_digest_is_of_the_bytes_that_were_read(tmp_path, name):
     assert swapped and path.read_bytes() != data
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     assert [q.question for q in found.questions] == [f"OLD {i}?" for i in range(20_000)]
+
+
+@pytest.mark.parametrize("name", ["vqa.csv", "vqa.csv.gz"])
+def test_a_git_lfs_pointer_is_called_that(tmp_path: Path, name: str) -> None:
+    pointer = tmp_path / name
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        read_table(pointer)
+    with pytest.raises(UserError, match=r"--labels .* is a Git LFS pointer"):
+        read_labels(pointer, {"q": "yes"})

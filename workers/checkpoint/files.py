@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
+from storage.images.filetype import LFS_POINTER
 
 _AGAIN = "copy or download it again"
-_LFS = b"version https://git-lfs"
 _JSON = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -171,7 +171,7 @@ def _not_itself(head: bytes) -> str | None:
     """Tell from a file's first bytes that it is none of a checkpoint's."""
     if not head.strip(b"\0"):
         return "has nothing in it"
-    if head.startswith(_LFS):
+    if head.startswith(LFS_POINTER):
         return "is a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not the file itself"
