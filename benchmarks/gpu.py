@@ -124,7 +124,7 @@ class Questions:
             question = self._random.integers(256, 8000, self._random.integers(6, 25)).tolist()
             suffix = (*self._parts.after_image_ids, *question, *self._parts.tail_ids)
             prompt = (*self._parts.head_ids, *[self._image_token] * (height * width), *suffix)
-            request = Request(key, pixels, suffix, len(prompt), Recipe(self._layers, 0))
+            request = Request(key, pixels, suffix, len(prompt), Recipe(layers=self._layers, max_new_tokens=0))
             cases.append(Case(request, prompt, (1, 2 * height, 2 * width), 0))
         return cases
 
