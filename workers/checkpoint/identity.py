@@ -29,7 +29,7 @@ def checkpoint_digest(model: str, revision: str) -> str:
 
 
 def former_digest(model: str, revision: str) -> str:
-    """Return what versions up to 0.1 made of a checkpoint: every file of a local directory counted, notes and logs too."""
+    """Return what earlier versions made of a checkpoint: every file of a local directory counted, notes and logs too."""
     directory = local_directory(model)
     if directory is None:
         return checkpoint_digest(model, revision)

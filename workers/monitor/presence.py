@@ -52,7 +52,7 @@ class Presence:
     started: Time
     seen: Time = 0.0
     serves: Line = ""  # the prefix of a model's queues; empty without an engine
-    former: Line = ""  # that of the same model's queues in runs from before 0.2, where it is another
+    former: Line = ""  # that of the same model's queues in runs that an earlier version began
     collects: bool = False
     model: Line = ""
     dtype: Line = ""
