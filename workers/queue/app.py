@@ -24,7 +24,7 @@ def model_queues(config: WorkerSettings) -> ModelQueues:
 
 
 def served_queues(config: WorkerSettings) -> tuple[ModelQueues, ...]:
-    """Return the model's queues, and those of runs that an earlier version began, if they have another name. Raises UserError."""
+    """Return the model's queues, and those by which an earlier version's runs know it, if they differ. Raises UserError."""
     ours = model_queues(config)
     former = replace(ours, digest=former_digest(config.model, config.revision))
     return (ours,) if former == ours else (ours, former)
