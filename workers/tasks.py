@@ -11,11 +11,14 @@ import logging
 import random
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from celery import Task
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from storage.errors import DamagedError, ReplacedError
 from storage.runs.run import Run
@@ -60,20 +63,20 @@ def extract(self: Task, *_: Any, **arguments: Any) -> str:
     """Compute one question and stage its result, or its failure."""
     message = QuestionMessage.decode(arguments)
     if not troubles.may_try(message.run_dir):
-        raise _dropped(PUT_OFF)
+        raise _dropped(self, PUT_OFF)
     try:
         return _extract(self, message)
     except RunWaitsError:
-        raise _dropped(PUT_OFF) from None
+        raise _dropped(self, PUT_OFF) from None
     except ReplacedError as error:  # the run was removed or moved: the next attempt sees what is there by then
         raise _pass_on(self, error) from error
     except DamagedError as error:  # of a file of the run that nobody can compute again: the other slices go on
         troubles.note(message.run_dir, f"waits: {error}", pause=False)
-        raise _dropped(PUT_OFF) from None
+        raise _dropped(self, PUT_OFF) from None
     except OSError as error:  # not the question's fault, however long it lasts
         note_refusal(error, message.run_dir)
         if self.request.retries >= MAX_DISK_RETRIES:  # what waits for its time to come takes room from other runs
-            raise _dropped(PUT_OFF) from None
+            raise _dropped(self, PUT_OFF) from None
         raise _retry(self, error) from error
     except _ESCAPING as error:
         raise _retry(self, _harmless(error)) from error
@@ -87,7 +90,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
     if run.has_finished(part, sequence):
         return "finished before"
     if run.is_cancelled():
-        raise _dropped("cancelled")
+        raise _dropped(self, "cancelled")
     _check_planned(self, run, part, sequence)
     try:
         sample = extractor.extract(opened, part, sequence)
@@ -160,10 +163,17 @@ def _keep(run: Run, write: Callable[[], None]) -> None:
         raise Reject(error, requeue=True) from error
 
 
-def _dropped(why: str) -> Exception:
-    """Drop a question that is not begun: nobody has it as done. In Flower it is REJECTED."""
-    dropped: Exception = Reject(why, requeue=False)
-    return dropped
+def _dropped(task: Task, why: str) -> Exception:
+    """Drop a question that is not begun: it is neither done nor failed. In Flower it is REVOKED.
+
+    Of a `Reject` Celery 5.7 tells Flower a failure, and logs a traceback each (https://github.com/celery/celery/issues/4222).
+    Of an `Ignore` it tells nothing.
+    """
+    if task.request.id is not None:  # as of whoever calls it directly
+        with suppress(OperationalError, RedisError, OSError):  # the question is dropped, whether or not that is seen
+            task.send_event("task-revoked", retry=False, terminated=False, signum=None, expired=False)
+    ignored: Exception = Ignore(why)  # acknowledged, and said in one line
+    return ignored
 
 
 def _pass_on(task: Task, error: Exception) -> Exception:
@@ -184,6 +194,7 @@ def _pass_on(task: Task, error: Exception) -> Exception:
         )  # fmt: skip
     else:
         logger.warning("no longer offering %s: %s", task.request.id, error)
+        return _dropped(task, str(error))
     ignored: Exception = Ignore(str(error))  # acknowledged, and said in one line: the reason stands above it
     return ignored
 

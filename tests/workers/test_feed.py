@@ -29,7 +29,7 @@ from workers.queue import feed as feeding
 from workers.queue import notes
 from workers.queue.app import app
 from workers.queue.home import CopyError
-from workers.settings import WorkerSettings
+from workers.settings import WorkerSettings, settings
 
 Configure = Callable[..., None]
 
@@ -46,6 +46,8 @@ def configure(broker: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
     old = app.conf.broker_url
 
     def connect_to(address: str) -> None:
+        monkeypatch.setenv("HALP_BROKER_URL", address)
+        settings.cache_clear()
         app.conf.broker_url = address
         app._pool = app.amqp._producer_pool = None
         kombu.pools.reset()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import json
 import os
 import re
 import signal
@@ -35,6 +37,7 @@ class Scene:
     directory: Path
     variables: dict[str, str]
     flower: subprocess.Popen[bytes]
+    worker: subprocess.Popen[bytes]
 
     def get(self, path: str, *, user: tuple[str, str] | None = USER, method: str = "GET") -> int:
         request = urllib.request.Request(self.url + path, method=method)
@@ -47,6 +50,19 @@ class Scene:
             return error.code
         except (urllib.error.URLError, ConnectionError):
             return 0
+
+    def states(self, run: str) -> dict[str, tuple[str, str]]:
+        """Return the state of each task of a run as Flower's API tells it, with its question."""
+        request = urllib.request.Request(f"{self.url}/api/tasks?limit=1000&taskname=workers.extract")
+        request.add_header("Authorization", "Basic " + base64.b64encode(":".join(USER).encode()).decode())
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            tasks = json.load(answer)
+        arguments = {name: ast.literal_eval(task["kwargs"]) for name, task in tasks.items() if task["kwargs"]}
+        return {
+            name: (tasks[name]["state"], given["question_id"])
+            for name, given in arguments.items()
+            if given["run_dir"].endswith(f"/{run}")
+        }
 
     def start_flower(self) -> None:
         log = self.directory / "flower.log"
@@ -94,11 +110,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory, photographs: Path, small_mod
         "HALP_MAX_RETRIES": "30",
     }
     processes = []
-    scene = Scene(url, directory, variables, None)  # type: ignore[arg-type]
+    scene = Scene(url, directory, variables, None, None)  # type: ignore[arg-type]
     try:
         scene.start_flower()
         for name in ("extract", "collect"):
             processes.append(start("workers", name, log=directory / f"{name}.log", cwd=directory, **variables))
+        scene.worker = processes[0]
         options = [
             "--images-dir", images, "--image-root", photographs, "--output-dir", directory / "output", "--model",
             small_model, "--allow-missing",
@@ -185,6 +202,38 @@ def test_it_asks_for_a_password_and_is_read_only(scene: Scene) -> None:
     assert scene.get("/api/task/revoke/x", method="POST") == 403
     command_line = Path(f"/proc/{scene.flower.pid}/cmdline").read_bytes()
     assert b"hush" not in command_line
+
+
+def test_dropped_questions_do_not_count_as_done(scene: Scene, photographs: Path, small_model: Path) -> None:
+    rows = [
+        {"question_id": f"c{n}", "image_id": "astronaut.png", "question": f"What about {n}?", "answer": ""}
+        for n in range(6)
+    ]
+    rows[0]["question"] += " [error]"
+    table, output = write_csv(scene.directory / "cancelled.csv", rows), scene.directory / "cancelled"
+    options = ("--images-dir", photographs, "--output-dir", output, "--model", small_model)
+    enqueue = ("producer", "enqueue", table, *options)
+    scene.worker.send_signal(signal.SIGSTOP)
+    try:
+        assert command(*enqueue, **scene.variables).returncode == 0
+        assert command("producer", "cancel", output, **scene.variables).returncode == 0
+    finally:
+        scene.worker.send_signal(signal.SIGCONT)
+    wait_for(lambda: len(scene.states("cancelled")) == 6, 60, "Flower has heard of all")
+    wait_for(
+        lambda: {state for state, _ in scene.states("cancelled").values()} == {"REVOKED"},
+        15,
+        f"all are REVOKED: {scene.states('cancelled')}",
+    )
+    dropped = set(scene.states("cancelled"))
+    assert command(*enqueue, **scene.variables).returncode == 0  # resumes it
+
+    def again() -> dict[str, str]:
+        return {question: state for name, (state, question) in scene.states("cancelled").items() if name not in dropped}
+
+    wait_for(lambda: again() == {"c0": "RETRY"} | {f"c{n}": "SUCCESS" for n in range(1, 6)}, 60, "this time's states")
+    assert {state for name, (state, _) in scene.states("cancelled").items() if name in dropped} == {"REVOKED"}
+    assert command("producer", "cancel", output, **scene.variables).returncode == 0
 
 
 def test_the_tasks_outlive_flower(scene: Scene, browser: Browser) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from celery.exceptions import Reject
+from celery.exceptions import Ignore
 from celery.worker import state
 
 from producer.retrying import plan_retry
@@ -136,7 +136,11 @@ class _Task:
     """What a task's function sees of Celery's."""
 
     def __init__(self, retries: int) -> None:
-        self.request = SimpleNamespace(retries=retries)
+        self.request = SimpleNamespace(retries=retries, id="1-001-0", hostname="w@h")
+        self.events: list[str] = []
+
+    def send_event(self, kind: str, **_: object) -> None:
+        self.events.append(kind)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +174,13 @@ def test_a_question_whose_run_is_in_trouble_takes_no_room_from_others(
         with pytest.raises(Retried):
             task(_Task(retries), **arguments)
     else:
-        with pytest.raises(Reject, match=outcome) as dropped:  # not SUCCESS, which would count as done
-            task(_Task(retries), **arguments)
-        assert dropped.value.requeue is False
+        dropped = _Task(retries)
+        with pytest.raises(Ignore, match=outcome):  # not SUCCESS, which would count as done
+            task(dropped, **arguments)
+        assert dropped.events == ["task-revoked"]
     for _ in range(3):
         fresh._by_location.setdefault(run.location, troubles._Trouble("waits: x", 0.0)).until = time.monotonic() + 9
-        with pytest.raises(Reject, match=tasks.PUT_OFF):
+        with pytest.raises(Ignore, match=tasks.PUT_OFF):
             task(_Task(0), **arguments)
     assert calls == [1]  # nothing is begun while the run waits
 
