@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from storage.hdf5.layout import Part
 from storage.sample import Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs
@@ -151,11 +150,6 @@ class _Certificate(BaseModel):
     fields: dict[str, _Field]
 
 
-def read_certificate(part: Part) -> dict[str, Any] | None:
-    """Return the certificate of an open part; None where it has none. Raises LayoutError."""
-    if (text := part.text("drift")) is None:
-        return None
-    try:
-        return _Certificate.model_validate_json(text).model_dump()
-    except ValidationError as error:
-        raise part.refusal("/@drift", f"is no drift certificate ({error.error_count()} faults)") from error
+def decode_certificate(text: str) -> dict[str, Any]:
+    """Return the certificate that a part keeps as JSON. Raises ValidationError."""
+    return _Certificate.model_validate_json(text).model_dump()

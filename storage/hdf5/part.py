@@ -11,8 +11,9 @@ from typing import Any
 
 import h5py
 import numpy.typing as npt
+from pydantic import ValidationError
 
-from storage.drift import DriftMeter
+from storage.drift import DriftMeter, decode_certificate
 from storage.hdf5.columns import COLUMN
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.memory import keep_heap, uncollected
@@ -117,6 +118,16 @@ def read_failures(part: Part) -> tuple[Failure, ...]:
         return tuple(Failure(**failure) for failure in json.loads(part.text("failures") or "[]"))
     except (ValueError, TypeError, RecursionError) as error:
         raise part.refusal("/@failures", f"is no list of failures ({error})") from error
+
+
+def read_certificate(part: Part) -> dict[str, Any] | None:
+    """Return the drift certificate of an open part; None where it has none. Raises LayoutError."""
+    if (text := part.text("drift")) is None:
+        return None
+    try:
+        return decode_certificate(text)
+    except ValidationError as error:
+        raise part.refusal("/@drift", f"is no drift certificate ({error.error_count()} faults)") from error
 
 
 def _texts(question: Question, sample: Sample) -> dict[str, str]:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.drift import read_certificate
 from storage.errors import UserError
 from storage.hdf5.columns import COLUMN
 from storage.hdf5.layout import open_part
-from storage.hdf5.part import read_failures
+from storage.hdf5.part import read_certificate, read_failures
 from storage.hdf5.rows import ROWS
 from storage.hdf5.stored import TEXTS, StoredQuestion
 from storage.naming import group_key, question_id

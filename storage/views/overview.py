@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from storage.drift import read_certificate
 from storage.fields import in_order
 from storage.hdf5.columns import Column
+from storage.hdf5.part import read_certificate
 from storage.reading.source import OpenPart, Source
 from storage.runs.account import Account, Bookkeeper
 from storage.screen.console import Console

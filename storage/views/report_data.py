@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from storage.drift import read_certificate
 from storage.errors import DamagedError, UserError
 from storage.hdf5.layout import Part, open_part
+from storage.hdf5.part import read_certificate
 from storage.hdf5.stored import TEXTS, StoredQuestion
 from storage.images.bounded import on_image
 from storage.images.lookup import resolve_image
