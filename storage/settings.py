@@ -38,6 +38,9 @@ _NOT_COMPARED = {
     "model_files",
 }
 
+# Options that every version has written: where one is not there, its default is not what the run began with.
+_ALWAYS = {"dtype", "layers", "max_new_tokens", "min_pixels", "max_pixels"}
+
 
 def _absolute(place: str) -> str:
     if "\0" in place or not (place.startswith("/") or is_url(place)):
@@ -83,11 +86,14 @@ class RunSettings(Computation):
     def decode(cls, data: bytes, address: str) -> RunSettings:
         """Return the settings in a run.json. Raises UserError that names the file."""
         try:
-            return cls.model_validate_json(data)
+            settings = cls.model_validate_json(data)
+            what = ", ".join(sorted(_ALWAYS - settings.model_fields_set)) + ": Field required"
         except ValidationError as error:
-            raise UserError(
-                f"{address} is damaged, or was written by another version of this software: {faults(error)}"
-            ) from None
+            what = faults(error)
+        else:
+            if settings.model_fields_set >= _ALWAYS:
+                return settings
+        raise UserError(f"{address} is damaged, or was written by another version of this software: {what}")
 
     def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
         """Return the settings in which two runs compute something else: name to (ours, the other's)."""

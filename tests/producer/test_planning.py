@@ -16,6 +16,7 @@ from storage.computation import Computation
 from storage.errors import UserError
 from storage.hdf5.part import write_part
 from storage.runs.run import Run
+from storage.settings import RunSettings
 from tests.support.builders import make_facts, make_questions, make_sample, make_settings
 from tests.support.processes import write_csv
 from workers.checkpoint.identity import former_digest
@@ -77,3 +78,13 @@ def test_every_field_of_a_computation_is_an_option_and_in_a_part(tmp_path: Path)
     write_part(path, make_settings(), make_facts(), 1, [(question, make_sample(question))], [])
     with h5py.File(path) as file:
         assert set(make_settings().recorded()) <= set(file.attrs)
+
+
+@pytest.mark.parametrize("option", ["dtype", "layers", "max_new_tokens", "min_pixels", "max_pixels"])
+def test_a_run_json_without_an_option_is_damaged(options: RunOptions, option: str) -> None:
+    """What every version has written has no default in a run: it would compute something else than it began with."""
+    path = Path(plan_run(options).output_dir) / ".run/run.json"
+    body = json.loads(path.read_text())
+    del body[option]
+    with pytest.raises(UserError, match=rf"is damaged, or was written by another version .*: {option}: Field required"):
+        RunSettings.decode(json.dumps(body).encode(), "run.json")
