@@ -54,7 +54,7 @@ def loaded_files(directory: Path) -> list[Path]:
     weights = next((name for name in _WEIGHTS if (directory / name).is_file()), None)
     names = {*_JSON, *_TEXT, *_OTHERS, "adapter_config.json", *([weights] if weights else [])}
     if weights is not None and weights.endswith(".index.json"):
-        names |= set(map(str, _read(directory / weights).get("weight_map", {}).values()))
+        names |= _shards(directory / weights)
     return sorted(path for path in map(directory.joinpath, names) if path.is_file() and path.parent == directory)
 
 
@@ -114,7 +114,7 @@ def _weight_problems(directory: Path) -> Iterator[str]:
         if (problem := _text_problem(directory / name)) is not None:
             yield f"{name} {problem}: {_AGAIN}"
             return
-        shards = sorted(set(_read(directory / name).get("weight_map", {}).values()))
+        shards = sorted(_shards(directory / name))
         if not shards:
             yield f"{name} names no shards: {_AGAIN}"
     for shard in shards:
@@ -176,6 +176,12 @@ def _not_itself(head: bytes) -> str | None:
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not the file itself"
     return None
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the files that an index of weights names; none where it is not as transformers writes it."""
+    shards = _read(index).get("weight_map")
+    return {shard for shard in shards.values() if isinstance(shard, str)} if isinstance(shards, dict) else set()
 
 
 def _read(path: Path) -> dict[str, Any]:

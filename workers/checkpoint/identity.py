@@ -59,7 +59,7 @@ def _is_path(model: str) -> bool:
 def _nearest(directory: Path) -> str:
     """Say what is there of a path, and what is called nearly like the first thing that is not."""
     above = next(place for place in directory.parents if place.is_dir())
-    wanted = directory.parts[len(above.parts) if above.parts else 0]
+    wanted = directory.parts[len(above.parts)]
     try:
         names = sorted(path.name for path in above.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
