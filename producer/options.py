@@ -123,8 +123,8 @@ def _checked_prompt(prompt: str) -> str:
     return prompt
 
 
-def _checked_system_prompt(text: str | None) -> str | None:
-    if text is not None and (held := [token for token in PLACEHOLDERS if token in text]):
+def _checked_system_prompt(text: str) -> str:
+    if held := [token for token in PLACEHOLDERS if token in text]:
         raise UserError(
             f"--system-prompt holds {' and '.join(held)}, which would be an image without pixels: remove it"
         )

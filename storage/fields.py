@@ -19,14 +19,13 @@ class Field:
 
     name: str
     words: str
-    has_layers: bool
     of_image: bool  # the same for all questions of an image, unless the published positions are asked for
 
 
-VISION_ONLY = Field("vision_only_representation", "vision only", has_layers=False, of_image=True)
-VISION_ENCODER = Field("vision_encoder_representation", "vision encoder", has_layers=False, of_image=True)
-VISION_TOKEN = Field("vision_token_representation", "vision token", has_layers=True, of_image=True)
-QUERY_TOKEN = Field("query_token_representation", "query token", has_layers=True, of_image=False)
+VISION_ONLY = Field("vision_only_representation", "vision only", of_image=True)
+VISION_ENCODER = Field("vision_encoder_representation", "vision encoder", of_image=True)
+VISION_TOKEN = Field("vision_token_representation", "vision token", of_image=True)
+QUERY_TOKEN = Field("query_token_representation", "query token", of_image=False)
 FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TOKEN, QUERY_TOKEN)}
 
 

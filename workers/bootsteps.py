@@ -45,11 +45,12 @@ class PresenceStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
         consumed = worker.app.amqp.queues.consume_from
         config = settings()
-        served = [queues.prefix for queues in served_queues(config)]
+        serving = any(name != COLLECT for name in consumed)
+        served = [queues.prefix for queues in served_queues(config)] if serving else []
         first = replace(
             of_this_process(worker.hostname),
-            serves=served[0] if any(name != COLLECT for name in consumed) else "",
-            former=served[1] if any(name != COLLECT for name in consumed) and len(served) > 1 else "",
+            serves=served[0] if serving else "",
+            former=served[1] if len(served) > 1 else "",
             collects=COLLECT in consumed,
             data_roots=telling(config.data_roots),
         )

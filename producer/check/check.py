@@ -233,7 +233,8 @@ def _trial(
     number = max(1, round(sample * len(groups) / sum(map(len, groups))))
     chosen = [question for group in spread(groups, number) for question in group][:sample]
     asked_of, own = options.computation, settings()
-    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache_of(options.model, cache_dir))
+    cache = cache_of(options.model, options.revision, cache_dir)
+    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache)
     cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
     return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
 

@@ -64,7 +64,7 @@ def run_locally(
             "HALP_MODEL": _model(run, server.directory),
             "HALP_REVISION": run.settings.revision,
             "HALP_DTYPE": run.settings.dtype,
-            "HALP_CACHE_DIR": cache_of(run.settings.model, cache_dir),
+            "HALP_CACHE_DIR": cache_of(run.settings.model, run.settings.revision, cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
         logs = local_state(run) / "logs"

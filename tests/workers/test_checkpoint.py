@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from storage.errors import UserError
+from workers.checkpoint.files import check_files
 from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import checkpoint_digest, former_digest, local_num_layers, resolve_layers
 
@@ -114,6 +116,17 @@ def test_changed_settings(checkpoint, name):
     assert digest(checkpoint) != before
 
 
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_of_weights_that_is_none_costs_no_traceback(checkpoint, index):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model.safetensors.index.json")
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    (checkpoint / "preprocessor_config.json").write_text("{}")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    assert len(digest(checkpoint)) == 12
+    with pytest.raises(UserError, match=r"names no shards|which model\.safetensors\.index\.json names|is damaged"):
+        check_files(checkpoint)
+
+
 def test_renamed_added_and_removed_files(checkpoint):
     digests = [digest(checkpoint)]
     (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.json")
@@ -195,26 +208,27 @@ def test_directory_that_is_not_there(tmp_path, monkeypatch, model):
         assert str(caught.value).endswith("; checkpoints has Tiny")
 
 
-def test_the_cache_that_holds_a_model_is_found(tmp_path, monkeypatch):
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
+def test_the_cache_that_holds_a_revision_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    model, snapshot = "acme/Tiny", "models--acme--Tiny/snapshots/0123/config.json"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, commit = "acme/Tiny", "0" * 39 + "1"
 
     def put(cache: Path) -> str:
-        (cache / snapshot).parent.mkdir(parents=True)
-        (cache / snapshot).touch()
+        """Lay a snapshot out as the hub's library does."""
+        home = cache / "models--acme--Tiny"
+        (home / "snapshots" / commit).mkdir(parents=True)
+        (home / "snapshots" / commit / "config.json").touch()
+        (home / "refs").mkdir()
+        (home / "refs/main").write_text(commit)
         return str(cache)
 
-    assert cache_of(model) == "model_cache"  # it will be fetched into it
-    assert cache_of(model, tmp_path / "given") == str(tmp_path / "given")
-    assert put(tmp_path / "home/hub") == cache_of(model)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert cache_of(model) == "model_cache"
-    assert put(tmp_path / "cache") == cache_of(model)
+    assert cache_of(model, "main") == "model_cache"  # it will be fetched into it
+    assert cache_of(model, "main", tmp_path / "given") == str(tmp_path / "given")
+    assert put(tmp_path / "hub") == cache_of(model, "main") == cache_of(model, commit)
+    assert cache_of(model, "another") == "model_cache"
     put(tmp_path / "model_cache")
-    assert cache_of(model) == "model_cache"
+    assert cache_of(model, "main") == "model_cache"
+    assert cache_of(str(tmp_path), "main") == cache_of("", "main") == "model_cache"
 
 
 def test_directory_without_a_checkpoint(tmp_path):

@@ -66,7 +66,7 @@ class Collector:
             troubles.note(location, f"waits: the broker {trouble(error)}", pause=False)
         except (DamagedError, UserError) as error:  # the rest of the run goes on
             troubles.note(location, f"waits: {error}", pause=False)
-        except Exception as error:
+        except Exception as error:  # whatever a run's files make it, the other runs go on
             troubles.note(location, f"waits: {type(error).__name__}: {error}")
             logger.debug("%s", location, exc_info=True)
         else:

@@ -74,9 +74,8 @@ class Extractor:
 
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
-        spec = EngineSpec(
-            config.engine, config.model, config.revision, config.dtype, cache_of(config.model, config.cache_dir)
-        )
+        cache = cache_of(config.model, config.revision, config.cache_dir)
+        spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, cache)
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.card: ModelCard = self.engine.start()
         self.preprocess = Preprocessor(self.card)

@@ -45,7 +45,7 @@ _MEANINGS = (
     ("NOPERM", "forbids what a worker must do (…): see the ACL in docs/operations.md"),
     ("CERTIFICATE_VERIFY_FAILED", "has a certificate that is not trusted (…): name its CA in HALP_BROKER_CA"),
     (
-        "(?i)WRONG_VERSION_NUMBER|handshake|record layer",
+        "WRONG_VERSION_NUMBER|no answer to the TLS handshake|record layer",
         "speaks no TLS on that port (…): write redis:// in place of rediss://",
     ),
     ("closed by server|reset by peer", "closes the connection (…): a server that wants TLS is named rediss://"),
