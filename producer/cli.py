@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -377,12 +378,12 @@ def demo(
 def _print_failures(run: Run, account: Account) -> None:
     from storage.runs.failures import published_failures
 
-    failures = [failed.failure for failed in published_failures(run)]
     echo(f"{account.failed:,} failed; all of them are in {run.store.address('failures.csv')}:", err=True)
-    for failure in failures[:10]:
+    for failed in islice(published_failures(run), 10):
+        failure = failed.failure
         echo(one_line(f"  {failure.question_id}: {failure.reason}: {failure.message}"), err=True)
-    if len(failures) > 10:
-        echo(f"  and {len(failures) - 10:,} more", err=True)
+    if account.failed > 10:
+        echo(f"  and {account.failed - 10:,} more", err=True)
 
 
 def _print_lost(lost: list[str]) -> None:

@@ -34,7 +34,7 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     run.refresh()
     if run.is_cancelled():
         raise UserError(f"{run.location} is cancelled: resume it first, by the command that it was begun with")
-    failures = published_failures(run)
+    failures = list(published_failures(run))
     staged = sum(_wanted(failed, reasons, ids) for failed in staged_failures(run))
     _refuse_unknown(run, failures, reasons, ids, staged)
     chosen = [failed for failed in failures if _wanted(failed, reasons, ids)]

@@ -32,25 +32,19 @@ class Failed:
         return self.question.image_id
 
 
-def published_failures(run: Run) -> list[Failed]:
-    """Return the failures in published parts, in the order of the plan."""
-    healed: set[str] = set()
-    last: list[tuple[int, Failure]] = []
+def published_failures(run: Run) -> Iterator[Failed]:
+    """Yield the failures in published parts, in the order of the plan, with one part's in memory at a time."""
+    retried = run.retried
+    healed = {i for sidecar in sidecars(run) for i in sidecar.question_ids if i in retried} if retried else set()
     for sidecar in sidecars(run):
-        healed.update(question_id for question_id in sidecar.question_ids if question_id in run.retried)
-        for failure in sidecar.failures:
-            if run.retried.get(failure.question_id, sidecar.part) == sidecar.part:
-                last.append((sidecar.part, failure))
-    by_part: dict[int, dict[str, Failure]] = {}
-    for part, failure in last:
-        if failure.question_id not in healed:
-            by_part.setdefault(part, {})[failure.question_id] = failure
-    return [
-        Failed(question, part, failures[question.question_id], published=True)
-        for part, failures in by_part.items()
-        for question in run.questions(part)
-        if question.question_id in failures
-    ]
+        failures = {
+            failure.question_id: failure
+            for failure in sidecar.failures
+            if retried.get(failure.question_id, sidecar.part) == sidecar.part and failure.question_id not in healed
+        }
+        for question in run.questions(sidecar.part) if failures else ():
+            if question.question_id in failures:
+                yield Failed(question, sidecar.part, failures[question.question_id], published=True)
 
 
 def staged_failures(run: Run) -> Iterator[Failed]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,7 +84,7 @@ def gather(run: Run) -> ReportData:
     """Read what the report shows, each part once. A part that cannot be read is left out."""
     parts = list(sidecars(run))
     data = ReportData(run, Bookkeeper(run).account())
-    data.failures = [failed.failure for failed in published_failures(run)[:_FAILURES]]
+    data.failures = [failed.failure for failed in islice(published_failures(run), _FAILURES)]
     written = [part for part in parts if part.question_ids]
     bound = _FETCHED if is_url(run.location) else _PARTS  # an object store's parts are fetched whole
     counted, shown = spread(written, min(bound, _QUESTION_PARTS)), spread(written, _VECTOR_PARTS)

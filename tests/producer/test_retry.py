@@ -289,7 +289,7 @@ def test_a_part_that_is_repaired_after_its_failures_were_retried_repeats_nothing
     assert counts(Bookkeeper(run).account()) == (7, 0, 0, 0)
     assert written(run) == [f"q{n}" for n in range(1, 8)]
     assert problems(run) == []
-    assert published_failures(run) == []
+    assert list(published_failures(run)) == []
 
 
 def test_a_question_in_two_parts_is_found(run):
@@ -316,7 +316,7 @@ def assert_each_once(run: Run) -> None:
     assert written(run) == [f"q{n}" for n in range(1, 8)]
     assert counts(Bookkeeper(run).account()) == (7, 0, 0, 0)
     assert problems(run) == []
-    assert published_failures(run) == []
+    assert list(published_failures(run)) == []
 
 
 def test_a_retry_that_is_frozen_while_a_repair_succeeds_writes_nothing_twice(run, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_retry_that_is_frozen_while_a_repair_succeeds_writes_nothing_twice(run
 def test_a_retry_that_is_planned_while_a_repaired_part_is_packed_waits_for_it(run, monkeypatch):
     """The collector has looked for retries and found none; plan, results and another collector come before its part."""
     original, seen = packing.write_part, []
-    failures = published_failures(run)
+    failures = list(published_failures(run))
 
     def slow(path, settings, facts, part, *more):
         if part == 1 and not seen:
@@ -407,7 +407,7 @@ def test_any_number_of_retries_accounts_for_every_id_once(tmp_path_factory: pyte
             assert counts(keeper.account()) == counts(Bookkeeper(Run.open(run.output_dir)).account())
             assert pack(run, part)
         assert counts(keeper.account()) == (len(done), 7 - len(done), 0, 0)
-        assert len(published_failures(run)) == 7 - len(done)
+        assert len(list(published_failures(run))) == 7 - len(done)
         if len(done) == 7:
             break
         parts = list(plan_retry(run).parts)

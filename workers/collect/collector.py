@@ -139,8 +139,8 @@ def _finish(run: Run, ended: Callable[[str], None]) -> bool:
     account = books.account()
     if not account.finished:  # a retry has planned more at this moment
         return False
-    if failures := published_failures(run):
-        run.store.put(FAILURES_FILE, failures_csv(failures))
+    if account.failed:
+        run.store.put(FAILURES_FILE, failures_csv(published_failures(run)))
     else:
         run.store.delete(FAILURES_FILE)  # a retry has healed them all
     for lost in books.lost_parts():
