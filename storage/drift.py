@@ -10,16 +10,17 @@ by the standard deviation over the first samples of the part, in the order of th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from storage.sample import Sample
+from storage.sample import ENGINE_SECONDS, Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs
 _EXACT, _KERNEL, _ANSWER = "exact/", "exact_other_kernel/", "exact_answer"
+_SECONDS = "exact_seconds"
 _ABSENT, _FAILED = "certificate_absent", "certificate_failed"
 _UNKNOWN = "no question of this part was computed for it, or the worker ended meanwhile"
 
@@ -28,7 +29,11 @@ def with_certificate(sample: Sample, exact: Sample, other_kernel: Sample) -> Sam
     """Return a sample that carries its exact result, and that result under another attention kernel."""
     carried = {_EXACT + name: vector for name, vector in exact.vectors.items()}
     carried |= {_KERNEL + name: vector for name, vector in other_kernel.vectors.items()}
-    return replace(sample, vectors=sample.vectors | carried, facts={**sample.facts, _ANSWER: exact.answer})
+    facts = {**sample.facts, _ANSWER: exact.answer}
+    took = [found.facts.get(ENGINE_SECONDS) for found in (exact, other_kernel)]
+    if None not in took:
+        facts[_SECONDS] = sum(took)
+    return replace(sample, vectors=sample.vectors | carried, facts=facts)
 
 
 def without_certificate(sample: Sample, reason: str, *, tried: bool = False) -> Sample:
@@ -44,6 +49,7 @@ class _Certified:
     exact: dict[str, npt.NDArray[Any]]
     other_kernel: dict[str, npt.NDArray[Any]]
     exact_answer: str
+    seconds: float | None  # that the engine took for them, where that was measured
 
 
 class _Moments:
@@ -88,9 +94,9 @@ class DriftMeter:
         self._reasons |= {name: str(facts.pop(name)) for name in (_ABSENT, _FAILED) if name in facts}
         if _ANSWER not in facts:
             return Sample(vectors, sample.answer, facts)
-        answer = facts.pop(_ANSWER)
+        answer, seconds = facts.pop(_ANSWER), facts.pop(_SECONDS, None)
         bare = Sample(vectors, sample.answer, facts)
-        self._certified = _Certified(bare, _carried(sample, _EXACT), _carried(sample, _KERNEL), answer)
+        self._certified = _Certified(bare, _carried(sample, _EXACT), _carried(sample, _KERNEL), answer, seconds)
         return bare
 
     def certificate(self) -> dict[str, Any] | None:
@@ -109,7 +115,8 @@ class DriftMeter:
                 "drift": _z_score(vector, certified.exact[name], spread),
                 "noise_floor": _z_score(certified.other_kernel[name], certified.exact[name], spread),
             }
-        return {"answers_agree": certified.sample.answer == certified.exact_answer, "fields": fields}
+        took = {} if certified.seconds is None else {"seconds": round(certified.seconds, 3)}
+        return {"answers_agree": certified.sample.answer == certified.exact_answer, "fields": fields, **took}
 
     def absence(self) -> str | None:
         """Return why there is no certificate; None where there is one, or no sample."""
@@ -148,6 +155,7 @@ class _Certificate(BaseModel):
     model_config = ConfigDict(extra="allow")
     answers_agree: bool
     fields: dict[str, _Field]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # of a part of an earlier version unknown
 
 
 def decode_certificate(text: str) -> dict[str, Any]:

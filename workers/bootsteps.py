@@ -77,6 +77,8 @@ def _now(worker: Any, first: Presence) -> Presence:
         computed=tally.computed,
         batches=tally.batches,
         prefixes=tally.prefixes,
+        engine_seconds=tally.seconds,
+        exact_seconds=tally.exact_seconds,
         retrying=_retrying(worker.consumer) if worker.consumer else {},
         again=attempts.reasons(),
         gpu_memory_used=use.memory_used if use else None,

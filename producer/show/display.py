@@ -28,6 +28,7 @@ _WORKER_COLUMNS = (
     ("questions", 0),
     ("per batch", 120),
     ("per prefix", 120),
+    ("certificates", 140),
     ("GPU memory", 140),
     ("GPU busy", 0),
 )
@@ -65,6 +66,7 @@ def workers_table(workers: Sequence[Presence]) -> Table:
             f"{worker.done:,}",
             _ratio(worker.computed, worker.batches),
             _ratio(worker.computed, worker.prefixes),
+            f"{worker.exact_seconds / worker.engine_seconds:.0%} of time" if worker.engine_seconds else "",
         ]
         if on_gpus:
             used, total, busy = worker.gpu_memory_used, worker.gpu_memory_total, worker.gpu_busy

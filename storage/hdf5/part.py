@@ -21,6 +21,7 @@ from storage.hdf5.objects import clean, create_group, write_attributes, write_te
 from storage.hdf5.placement import Placement, check_placed
 from storage.hdf5.rows import ROWS, encode_rows
 from storage.hdf5.stored import TEXTS
+from storage.hdf5.timing import Timing
 from storage.naming import group_key, model_type
 from storage.question import Question
 from storage.sample import Failure, Sample
@@ -65,7 +66,7 @@ def write_part(
 ) -> None:
     """Write a part to a new file. Vectors become float32 datasets (a bfloat16 value is exact in float32)."""
     keep_heap()
-    placement, meter = Placement(), DriftMeter()
+    placement, meter, timing = Placement(), DriftMeter(), Timing()
     environments: dict[str, set[str]] = {name: set() for name in ENVIRONMENT}
     rows: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
     with h5py.File(path, "x", libver=_LIBVER, locking=False) as file:
@@ -76,6 +77,7 @@ def write_part(
                 if value := facts.pop(name, None):
                     environments[name].add(value)
             key = group_key(question.question_id)
+            timing.take(key, facts)
             own = {"question_id": question.question_id, "csv_row": question.csv_row}
             rows[key] = _texts(question, sample), {**question.extra, **facts, **own}
             _write_question(file, placement, key, sample.vectors, *rows[key])
@@ -89,6 +91,7 @@ def write_part(
             "failures": json.dumps([asdict(f) for f in failures], ensure_ascii=False),
             ROWS: encode_rows(rows[key] for key in sorted(rows)),
             **{COLUMN + field: index for field, index in columns.items()},
+            **timing.attributes(),
         }
         if (certificate := meter.certificate()) is not None:
             attributes["drift"] = json.dumps(certificate)

@@ -17,6 +17,7 @@ from storage.hdf5.part import read_certificate, read_failures
 from storage.hdf5.rows import ROWS
 from storage.hdf5.stored import TEXTS, StoredQuestion
 from storage.naming import group_key, question_id
+from storage.sample import COMPUTED_AT
 from storage.screen.console import Text
 from storage.screen.tables import WIDE, Name, Sentence, Table
 
@@ -111,13 +112,15 @@ def part_tables(summary: PartSummary, rows: int | None = None) -> list[Table]:
 
 
 def _is_for_programs(attribute: str) -> bool:
-    return attribute == ROWS or attribute.startswith(COLUMN)
+    return attribute in {ROWS, COMPUTED_AT} or attribute.startswith(COLUMN)
 
 
 def _drift_line(certificate: dict[str, Any]) -> str:
     """Return the certificate's worst field in one line."""
     measured = {name: f for name, f in certificate["fields"].items() if f["drift"] and f["noise_floor"]}
     answers = "answers agree" if certificate["answers_agree"] else "answers differ"
+    if (seconds := certificate.get("seconds")) is not None:
+        answers += f"; took {seconds:.2g} s"
     if not measured:
         return f"{answers}; too few samples to measure by"
     worst = max(measured, key=lambda name: measured[name]["drift"]["rms"])

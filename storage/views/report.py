@@ -91,7 +91,9 @@ def _throughput(progress: list[tuple[float, float]]) -> Markup:
     hours = progress[-1][0]
     units = [("hours", 1), ("minutes", 60), ("seconds", 3600)]
     unit, number = next((u for u in units if hours * u[1] >= 2), units[-1])
-    return charts.line([(time * number, done) for time, done in progress], label=f"{unit} since the plan")
+    return charts.line(
+        [(time * number, done) for time, done in progress], label=f"questions computed, by {unit} since the plan"
+    )
 
 
 def _norms(data: ReportData) -> dict[str, list[tuple[float, float, float]]]:
@@ -154,4 +156,19 @@ def _drift(data: ReportData) -> dict[str, Any] | None:
         if drifts:
             rows[name] = (float(np.median(drifts)), max(drifts), float(np.median(floors)))
     agree = sum(bool(certificate["answers_agree"]) for certificate in data.certificates)
-    return {"rows": rows, "agree": agree, "parts": len(data.certificates), "absent": data.uncertified.most_common()}
+    return {
+        "rows": rows,
+        "agree": agree,
+        "parts": len(data.certificates),
+        "absent": data.uncertified.most_common(),
+        "cost": _cost(data.certificate_cost),
+    }
+
+
+def _cost(measured: list[tuple[float, float]]) -> str:
+    """Say what certificates took of the engine's time; nothing where no part says."""
+    if not measured:
+        return ""
+    certificates, questions = (sum(seconds) for seconds in zip(*measured))
+    share = certificates / (certificates + questions) if certificates + questions > 0 else 0.0
+    return f"A certificate took {certificates / len(measured):.2g} s on average, {share:.1%} of the engine's time."

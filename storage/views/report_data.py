@@ -20,6 +20,7 @@ from storage.errors import DamagedError, UserError
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.part import read_certificate
 from storage.hdf5.stored import TEXTS, StoredQuestion
+from storage.hdf5.timing import computed_at, engine_seconds
 from storage.images.bounded import on_image
 from storage.images.lookup import resolve_image
 from storage.naming import question_id
@@ -40,6 +41,7 @@ _VECTORS = 400  # questions whose vectors are read: 0.3 ms each
 _SAMPLES = 12
 _FAILURES = 20
 _TEXT = 300  # characters shown of a text
+_POINTS = 400  # of the line of the throughput
 _THUMBNAIL = (160, 120)
 _LARGEST = 50_000_000  # pixels of an image that a thumbnail is made of
 _SECONDS = 2.0  # of CPU for one, besides those for its pixels
@@ -63,8 +65,13 @@ class ReportData:
 
     run: Run
     account: Account
-    progress: list[tuple[float, float]] = field(default_factory=list)  # hours since the plan, questions published
+    progress: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # hours since the plan, questions computed by then
     certificates: list[dict[str, Any]] = field(default_factory=list)
+    certificate_cost: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # seconds of the engine for a part's certificate, and for its questions
     uncertified: Counter[str] = field(default_factory=Counter)  # parts without one, by the reason
     environments: dict[str, set[str]] = field(default_factory=dict)
     prompt_tokens: list[int] = field(default_factory=list)
@@ -91,7 +98,7 @@ def gather(run: Run) -> ReportData:
     looked = {part.part for part in (*spread(parts, bound), *counted, *shown)}
     fields = _fields(run)
     rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in fields}
-    published: list[tuple[float | None, int]] = []
+    computed: list[tuple[npt.NDArray[np.float64] | None, int]] = []
     for part in parts:
         hours = None
         if part.part in looked:
@@ -104,8 +111,8 @@ def gather(run: Run) -> ReportData:
                 if part in shown:
                     _read_vectors(data, file, rows, -(-_VECTORS // len(shown)))
                     _show(data, file, -(-_SAMPLES // len(shown)))
-        published.append((hours, len(part.question_ids)))
-    data.progress = _cumulative(published)
+        computed.append((hours, len(part.question_ids)))
+    data.progress = _cumulative(computed)
     data.vectors = {name: np.stack(vectors) for name, vectors in rows.items() if vectors}
     return data
 
@@ -130,17 +137,30 @@ def _opened(run: Run, part: Sidecar) -> Iterator[Part]:
         yield file
 
 
-def _read_attributes(data: ReportData, file: Part) -> float:
-    """Note what a part says of itself; return the hours from the plan to its publication."""
+def _read_attributes(data: ReportData, file: Part) -> npt.NDArray[np.float64]:
+    """Note what a part says of itself; return the hours from the plan to when each of its questions was computed."""
     if (certificate := read_certificate(file)) is not None:
         data.certificates.append(certificate)
+        if certificate["seconds"] is not None and (seconds := engine_seconds(file)) is not None:
+            data.certificate_cost.append((certificate["seconds"], seconds))
     if (reason := file.text("drift_absent")) is not None:
         data.uncertified[reason] += 1
     for name in ("device", "gpu", "attention_implementation", "library_versions"):
         if value := file.text(name):
             data.environments.setdefault(name, set()).add(value)
-    created, begun = (datetime.fromisoformat(t) for t in (file.text("created_at") or "", data.run.settings.created_at))
-    return (created - begun).total_seconds() / 3600
+    return _hours(data.run, file)
+
+
+def _hours(run: Run, file: Part) -> npt.NDArray[np.float64]:
+    """Return the hours from the plan to each question's end; to the part's, where an earlier version wrote it."""
+    created, begun = (
+        datetime.fromisoformat(t).timestamp() for t in (file.text("created_at") or "", run.settings.created_at)
+    )
+    times = computed_at(file)
+    if times is None:
+        times = np.full(len(file.keys), created)
+    known = np.where(np.isfinite(times), times, created)
+    return np.clip(known - begun, 0.0, max(0.0, created - begun)) / 3600  # clocks differ
 
 
 def _read_vectors(data: ReportData, file: Part, rows: dict[str, list[npt.NDArray[np.float32]]], number: int) -> None:
@@ -157,15 +177,15 @@ def _read_vectors(data: ReportData, file: Part, rows: dict[str, list[npt.NDArray
             data.groups.append(compare(texts.get("answer", ""), texts.get("ground_truth_answer", "")))
 
 
-def _cumulative(published: Sequence[tuple[float | None, int]]) -> list[tuple[float, float]]:
-    """Return (hours, questions) growing: a part whose time was not looked up counts with the next one that was."""
-    known = sorted((hours, number) for hours, number in published if hours is not None)
-    unknown = sum(number for hours, number in published if hours is None)
-    points, total = [(0.0, 0.0)], 0.0
-    for index, (hours, number) in enumerate(known, start=1):
-        total += number
-        points.append((max(0.0, hours), total + unknown * index / len(known)))
-    return points
+def _cumulative(computed: Sequence[tuple[npt.NDArray[np.float64] | None, int]]) -> list[tuple[float, float]]:
+    """Return (hours, questions) growing, at most so many points: what was not looked into counts as what was."""
+    looked = [hours for hours, _ in computed if hours is not None and len(hours)]
+    if not looked:
+        return [(0.0, 0.0)]
+    known = np.sort(np.concatenate(looked))
+    total = sum(number for _, number in computed)
+    places = np.unique(np.linspace(1, len(known), min(len(known), _POINTS)).astype(int))
+    return [(0.0, 0.0), *((float(known[place - 1]), float(place * total / len(known))) for place in places)]
 
 
 def _count_question(data: ReportData, question: StoredQuestion) -> None:

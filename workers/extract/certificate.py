@@ -15,10 +15,11 @@ from dataclasses import replace
 
 from storage.drift import with_certificate, without_certificate
 from storage.runs.run import Run
-from storage.sample import Sample
+from storage.sample import ENGINE_SECONDS, Sample
 from workers.engine.interface import Request
 from workers.errors import EngineDiedError, in_a_line
 from workers.extract.batcher import MAX_DEATHS_ALONE, Deaths
+from workers.monitor.metrics import tally
 
 logger = logging.getLogger(__name__)
 # Attention over a whole prompt grows with the square of its length: this one takes seconds, one of 16,000 tokens minutes.
@@ -72,4 +73,6 @@ class Certifier:
         exact = request.recipe.model_copy(update={"exact": True})
         other = exact.model_copy(update={"math_kernel": True, "max_new_tokens": 0})
         results = [self._compute(run_id, replace(request, recipe=recipe), _OneTry()) for recipe in (exact, other)]
+        with self._lock:
+            tally.exact_seconds += sum(found.facts.get(ENGINE_SECONDS, 0.0) for found in results)
         return with_certificate(sample, *results)

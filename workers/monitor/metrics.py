@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from storage.runs.account import Account
 from storage.runs.run import Run
-from storage.sample import Sample
+from storage.sample import COMPUTED_AT, ENGINE_SECONDS, Sample
 from storage.stores.location import is_url
 from workers.engine.interface import Request
 from workers.errors import PermanentError
@@ -60,11 +60,13 @@ _sweep_seconds = Histogram(
 
 @dataclass(slots=True)
 class Tally:
-    """What the engine of this process has computed: written by the batcher's thread alone."""
+    """What the engine of this process has computed: written by the batcher's thread, where nothing else is said."""
 
     computed: int = 0
     batches: int = 0
     prefixes: int = 0
+    seconds: float = 0.0  # that the engine took for them
+    exact_seconds: float = 0.0  # of these for drift certificates; written by whoever has one computed
 
 
 tally = Tally()
@@ -116,7 +118,7 @@ def _count_failure(sender: Any, exception: BaseException, **_: Any) -> None:
 
 
 def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable[[Sequence[Request]], list[Sample]]:
-    """Return the engine's function with its batches counted and timed."""
+    """Return the engine's function with its batches counted and timed: each sample says when, and its share of the time."""
 
     def run(requests: Sequence[Request]) -> list[Sample]:
         begun = time.monotonic()
@@ -125,12 +127,16 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
         except Exception:  # counted, and raised again
             _failed_batches.inc()
             raise
-        _engine_seconds.observe(time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        _engine_seconds.observe(seconds)
+        tally.seconds += seconds
+        times = {COMPUTED_AT: time.time(), ENGINE_SECONDS: seconds / max(1, len(samples))}
         _batch_size.observe(len(requests))
         tally.computed += len(samples)
         tally.batches += 1
         tally.prefixes += sum(sample.facts.get("image_prefix") == "computed" for sample in samples)
         for sample in samples:
+            sample.facts.update(times)
             if kind := sample.facts.get("image_prefix"):
                 _prefixes.labels(kind).inc()
         return samples

@@ -67,6 +67,8 @@ class Presence:
     computed: Number = 0  # questions that the engine computed, in so many batches, with so many image prefixes
     batches: Number = 0
     prefixes: Number = 0
+    engine_seconds: Time = 0.0  # that it took for them, and how much of that for drift certificates
+    exact_seconds: Time = 0.0
     retrying: dict[Line, Number] = field(default_factory=dict)  # run id to its questions to be tried again here
     again: dict[Line, Line] = field(
         default_factory=dict
