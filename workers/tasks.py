@@ -36,7 +36,7 @@ from workers.errors import (
     WorkerEndsError,
     in_a_line,
 )
-from workers.extract import attempts
+from workers.extract import attempts, retried
 from workers.extract.extractor import open_run_in_roots
 from workers.extract.patience import goes_on, keep, note_refusal
 from workers.monitor.troubles import troubles
@@ -107,9 +107,11 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         if self.request.retries >= most:
             _fail(self, run, part, sequence, reason, f"{type(caught).__name__}: {caught}")
             raise failure from failure.__cause__
-        attempts.note(run.run_id, self.request.retries + 1, most + 1, f"{reason}: {in_a_line(caught)}")
+        why = attempts.note(run.run_id, self.request.retries + 1, most + 1, f"{reason}: {in_a_line(caught)}")
+        retried.failed(run, part, sequence, self.request.hostname or "", why)
         raise _retry(self, failure) from caught
     _keep(run, lambda: run.stage_sample(part, sequence, sample))
+    retried.ended(run, part, sequence)
     hint_collector(run, part)
     return "written"
 
@@ -229,4 +231,5 @@ def _fail(task: Task, run: Run, part: int, sequence: int, reason: str, message: 
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     _keep(run, lambda: run.stage_failure(part, sequence, failure))
+    retried.ended(run, part, sequence)
     hint_collector(run, part)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from producer.local_state import begun_here
 from producer.show.display import tried_again
 from producer.show.roots import kept_out
 from storage.errors import DamagedError
+from storage.runs import stalls
 from storage.runs.run import Run, part_names
 from storage.runs.soundness import check_private_files
 from storage.stores.space import obstacle
@@ -87,12 +89,13 @@ def listening_workers(run: Run) -> Listeners:
     try:
         with redis_client() as client:
             if alone and not is_known(client, run):
-                return Listeners([], disk, _ALONE)
+                return Listeners([], [*disk, *_told_in_files(run)], _ALONE)
             everybody = present(client)
             copied = other_home(client, run)
             queues = queues_of(run)
             foreign = foreign_keys(client, [COLLECT, queues.retry, *queues.lanes])
     except (OperationalError, RedisError, OSError) as error:
+        disk += _told_in_files(run)
         if alone:
             return Listeners([], disk, _ALONE)
         asked = f"The account is from the files. The queue was not asked: the broker {address} {trouble(error)}"
@@ -107,6 +110,13 @@ def listening_workers(run: Run) -> Listeners:
         )
     problems += [f"{p.name}: {p.waits[run.location]}" for p in everybody if run.location in p.waits]
     return Listeners(serving, [*problems, *_problems(run, address, serving, everybody)])
+
+
+def _told_in_files(run: Run) -> list[str]:
+    """Say what is tried again as far as the run's files know; nothing where that is nothing."""
+    with suppress(OSError, DamagedError):
+        return [sentence] if (sentence := stalls.tried_again(run)) else []
+    return []
 
 
 def _problems(run: Run, address: str, serving: list[Presence], everybody: list[Presence]) -> Iterator[str]:

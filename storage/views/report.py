@@ -18,6 +18,7 @@ from storage.views.report_data import ReportData, clipped, gather, spread
 
 REPORT = "report.html"
 _PCA_LAYERS = 5
+_STALLS = 20  # shown
 _HIDDEN_SETTINGS = {"format_version", "model_slug", "part_digits"}
 
 
@@ -43,6 +44,7 @@ def render(data: ReportData) -> str:
         settings=_settings(data),
         account=account,
         reasons=account.reasons,
+        stalls=[clipped(sentence) for sentence in data.stalls[:_STALLS]],
         figures=[(name, figure) for name, figure in _figures(data) if figure],
         drift=_drift(data),
         answers_equal=data.answers_equal,

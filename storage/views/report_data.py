@@ -28,6 +28,7 @@ from storage.runs.account import Account, Bookkeeper
 from storage.runs.failures import published_failures
 from storage.runs.pack import Sidecar, sidecars
 from storage.runs.run import Run
+from storage.runs.stalls import stalls
 from storage.sample import Failure
 from storage.stores.location import is_url
 
@@ -65,6 +66,7 @@ class ReportData:
 
     run: Run
     account: Account
+    stalls: list[str] = field(default_factory=list)  # of a run that is not finished
     progress: list[tuple[float, float]] = field(
         default_factory=list
     )  # hours since the plan, questions computed by then
@@ -91,6 +93,7 @@ def gather(run: Run) -> ReportData:
     """Read what the report shows, each part once. A part that cannot be read is left out."""
     parts = list(sidecars(run))
     data = ReportData(run, Bookkeeper(run).account())
+    data.stalls = [] if data.account.finished else stalls(run)
     data.failures = [failed.failure for failed in islice(published_failures(run), _FAILURES)]
     written = [part for part in parts if part.question_ids]
     bound = _FETCHED if is_url(run.location) else _PARTS  # an object store's parts are fetched whole

@@ -42,7 +42,7 @@ def test_reasons_are_few_short_and_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     assert len(attempts.reasons()) == 64
     assert "run99" in attempts.reasons()
     assert max(map(len, attempts.reasons().values())) <= 201
-    monkeypatch.setattr(attempts, "_REMEMBERED", -1.0)
+    monkeypatch.setattr(attempts, "REMEMBERED", -1.0)
     assert attempts.reasons() == {}
 
 

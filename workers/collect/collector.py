@@ -20,6 +20,7 @@ from storage.runs.account import Bookkeeper
 from storage.runs.failures import FAILURES_FILE, failures_csv, published_failures
 from storage.runs.pack import pack
 from storage.runs.run import Run, part_names
+from storage.runs.stalls import forget_retries
 from workers.collect.scanner import Scanner
 from workers.monitor.metrics import after_sweep
 from workers.monitor.troubles import sentence, troubles
@@ -146,6 +147,8 @@ def _finish(run: Run, ended: Callable[[str], None]) -> bool:
     for lost in books.lost_parts():
         logger.error("%s: %s: `producer enqueue … --repair` computes it again", run.location, lost)
     run.withdraw_cancellation()  # it came too late
+    if not was_finished:
+        forget_retries(run)
     run.write_summary({**asdict(account), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     if not was_finished:
         ended(run.location)
