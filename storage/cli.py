@@ -42,7 +42,7 @@ def inspect(
     question: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="The question of a part to show whole. [default: the first]", show_default=False
+            metavar="ID", help="The question to show whole. [default: the first of a part]", show_default=False
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Questions in a part's table.")] = 10,
@@ -56,20 +56,22 @@ def inspect(
 ) -> None:
     """Show a part with one question's shapes, dtypes and statistics; or a whole run: settings, counts, norms, drift.
 
-    Example: storage inspect output/qwen25vl_7b_embeddings_part_001.h5 --question 17
+    Example: storage inspect output/ --question 17
     """
     if colour_by is not None and plot is None:
         raise UserError("--colour-by needs --plot, as in: --plot run.png")
     from storage.reading.source import is_home
     from storage.stores.store import local_file
-    from storage.views.inspect import describe_part, part_json, part_tables
+    from storage.views.inspect import describe_part, find_question, part_json, part_tables
     from storage.views.overview import overview, overview_tables
     from storage.views.plot import plot as draw
 
     whole = None
+    if question is not None and is_home(file):
+        if plot is not None:
+            raise UserError("--plot draws a whole part or run: leave --question out")
+        file = find_question(file, question)
     if is_home(file):
-        if question is not None:
-            raise UserError("--question needs a part, not a directory")
         whole = overview(file, progress=sys.stderr.isatty())
         body, tables = asdict(whole), overview_tables(whole)
     else:
@@ -157,7 +159,9 @@ def export_command(
             show_default=False,
         ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(min=0, metavar="N", help="Layer of a token representation.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="N[,N…]", help="Layer of a token representation, or several: 0,14.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="A new file. [default: answers.FORMAT or FIELD.FORMAT]", show_default=False),
@@ -182,7 +186,7 @@ def export_command(
     if layer is not None and field is None:
         raise UserError("--layer needs --field, as in: --field query_token_representation --layer 21")
     progress = not quiet and sys.stderr.isatty()
-    written = export(source, to, field, layer, output, escape_formulas=escape_formulas, progress=progress)
+    written = export(source, to, field, _layers(layer), output, escape_formulas=escape_formulas, progress=progress)
     _print_written("file", str(written), as_json, quiet)
 
 
@@ -291,6 +295,18 @@ def probe(
         console.print(line, highlight=False, soft_wrap=True)
     figure = write_results(experiment, body, plot)
     console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+
+
+def _layers(text: str | None) -> int | list[int] | None:
+    """Return one layer, or several that stand between commas."""
+    if text is None:
+        return None
+    layers = text.split(",")
+    if not all(layer.strip().isdecimal() for layer in layers):
+        raise UserError(
+            f"--layer {text}: a layer is a number from 0 on, several stand between commas, as in: --layer 0,14"
+        )
+    return int(text) if len(layers) == 1 else [int(layer) for layer in layers]
 
 
 def _print_written(kind: str, address: str, as_json: bool, quiet: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from storage.fields import at_layer
 from storage.hdf5.columns import Vectors
 from storage.reading.load import Located, load_frame, locate
 from storage.reading.source import Source
+from storage.reading.stack import Layered, Layers
 from storage.screen.console import Console
 from storage.stores.store import DirectoryStore, sync
 
@@ -35,7 +37,7 @@ def export(
     source: str | Path,
     to: str,
     field: str | None,
-    layer: int | None,
+    layer: Layers,
     output: Path | None,
     *,
     escape_formulas: bool = False,
@@ -47,21 +49,20 @@ def export(
     with ids and texts, in the plan's order; `parquet` the whole frame, and the vectors too where a field is given. The frame is
     in memory, of the vectors some at a time. `escape_formulas`: cells of a CSV that a spreadsheet would compute begin with `'`.
     """
-    name = None if field is None else at_layer(field, layer)
-    if to == "csv" and name is not None:
+    if to == "csv" and field is not None:
         raise UserError("a CSV has no vectors: leave --field out, or choose --to parquet")
-    if name is None and to in {"npz", "safetensors"}:
+    if field is None and to in {"npz", "safetensors"}:
         raise UserError(
             f"which vectors? `--to {to}` needs --field, as in: --field query_token_representation --layer 21"
         )
-    output = output or Path(f"{(name or 'answers').replace('/', '_')}.{to}")
+    output = output or Path(f"{'answers' if field is None else _name(field, layer)}.{to}")
     if output.exists():
         raise UserError(f"{output} exists: move it elsewhere, or give another --output")
     if not output.absolute().parent.is_dir():
         raise UserError(f"{output.absolute().parent} is no directory of this machine")
     if escape_formulas and to != "csv":
         raise UserError("--escape-formulas is of --to csv alone: no other format is taken for formulas")
-    write = _writer(source, to, name, progress, escape_formulas)
+    write = _writer(source, to, field, layer, progress, escape_formulas)
     store = DirectoryStore(output.absolute().parent.resolve(), ".")
     with store.partial() as temporary:
         write(temporary)
@@ -72,14 +73,14 @@ def export(
 
 
 def _writer(
-    source: str | Path, to: str, name: str | None, progress: bool, escape_formulas: bool
+    source: str | Path, to: str, field: str | None, layer: Layers, progress: bool, escape_formulas: bool
 ) -> Callable[[Path], None]:
     """Look at what is exported; return what writes it."""
     if to == "parquet":
-        return _parquet(source, name, progress)
-    if name is None:
+        return _parquet(source, field, layer, progress)
+    if field is None:
         return lambda path: _write_csv(source, path, progress, escape_formulas)
-    found = _locate(source, name, progress)
+    found = _locate(source, field, layer, progress)
     write = _write_npz if to == "npz" else _write_safetensors
     return lambda path: write(path, found, progress)
 
@@ -104,6 +105,8 @@ def _no_formula(cell: Any) -> Any:
 def _write_npz(path: Path, found: Located, progress: bool) -> None:
     with zipfile.ZipFile(path, "x") as archive:
         _write_npy(archive, "vectors", np.dtype(np.float32), _shape(found), _chunks(found, progress))
+        if (layers := _layers(found)) is not None:
+            _write_npy(archive, "layers", layers.dtype, layers.shape, [layers])
         for name, texts in _texts(found).items():
             kind = np.dtype((np.str_, max(map(len, texts), default=1) or 1))
             pieces = (np.array(texts[start : start + 1000], kind) for start in range(0, len(texts), 1000))
@@ -126,9 +129,11 @@ def _write_safetensors(path: Path, found: Located, progress: bool) -> None:
     """Write the format of https://github.com/huggingface/safetensors: the header's length, the header, the values."""
     texts = {name: json.dumps(values, ensure_ascii=False) for name, values in _texts(found).items()}
     shape = _shape(found)
+    layers = _layers(found)
+    at = {} if layers is None else {"layers": json.dumps(layers.tolist())}
     header = {
-        "__metadata__": {"field": found.field, **texts},
-        "vectors": {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * shape[0] * shape[1])},
+        "__metadata__": {"field": found.field, **at, **texts},
+        "vectors": {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * math.prod(shape))},
     }
     data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
@@ -141,26 +146,30 @@ def _write_safetensors(path: Path, found: Located, progress: bool) -> None:
             _write_raw(file, vectors)
 
 
-def _parquet(source: str | Path, name: str | None, progress: bool) -> Callable[[Path], None]:
+def _parquet(source: str | Path, field: str | None, layer: Layers, progress: bool) -> Callable[[Path], None]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise UserError("parquet needs pyarrow: pip install 'halp-extractor[parquet]'") from None
-    if name is None:
+    if field is None:
         answers = _table(pa, load_frame(source, progress=progress))
         return lambda path: parquet.write_table(answers, path)
-    found = _locate(source, name, progress)
+    found = _locate(source, field, layer, progress)
     table = _table(pa, found.frame)
-    kind = pa.list_(pa.float32(), found.stack.width)
-    schema = table.schema.append(pa.field("vector", kind)).with_metadata({"field": name})
+    layers = _layers(found)
+    names = ["vector"] if layers is None else [f"vector_layer_{k}" for k in layers]
+    kind = pa.list_(pa.float32(), found.stack.shape[-1])
+    schema = pa.schema([*table.schema, *(pa.field(name, kind) for name in names)], {"field": found.field})
 
     def write(path: Path) -> None:
         start = 0
         with parquet.ParquetWriter(path, schema) as writer:
             for vectors in _chunks(found, progress):
-                column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=kind)
-                rows = table.slice(start, len(vectors)).append_column("vector", column)
+                rows = table.slice(start, len(vectors))
+                for place, name in enumerate(names):
+                    values = pa.array(vectors.reshape(len(vectors), len(names), -1)[:, place].reshape(-1))
+                    rows = rows.append_column(name, pa.FixedSizeListArray.from_arrays(values, type=kind))
                 writer.write_table(rows.replace_schema_metadata(schema.metadata), row_group_size=len(vectors))
                 start += len(vectors)
 
@@ -174,22 +183,34 @@ def _table(pa: Any, frame: pd.DataFrame) -> Any:
         raise UserError(f"these questions are no table that Parquet can hold: {error}") from error
 
 
-def _locate(source: str | Path, name: str, progress: bool) -> Located:
+def _locate(source: str | Path, field: str, layer: Layers, progress: bool) -> Located:
     opened = Source(source)
     opened.warn_if_unfinished()
-    return locate(opened, name, progress=progress)
+    return locate(opened, field, layer, progress=progress)
+
+
+def _name(field: str, layer: Layers) -> str:
+    """Return what a file of these vectors is called."""
+    if isinstance(layer, Iterable):
+        return "_".join([field, "layers", *map(str, layer)])
+    return at_layer(field, layer).replace("/", "_")
 
 
 def _chunks(found: Located, progress: bool) -> Iterator[Vectors]:
     """Yield all vectors in order, as many at once as memory is meant for."""
-    number = max(1, _AT_ONCE // (4 * max(1, found.stack.width)))
+    number = max(1, _AT_ONCE // (4 * max(1, math.prod(found.stack.shape))))
     starts = range(0, len(found.rows), number)
     for start in track(starts, "exporting", console=Console(stderr=True), disable=not progress, transient=True):
         yield found.stack.read(found.rows[start : start + number])
 
 
-def _shape(found: Located) -> tuple[int, int]:
-    return len(found.rows), found.stack.width
+def _shape(found: Located) -> tuple[int, ...]:
+    return len(found.rows), *found.stack.shape
+
+
+def _layers(found: Located) -> npt.NDArray[np.int64] | None:
+    """Return the layers of the vectors' second axis; None where they have none."""
+    return np.array(found.stack.layers, np.int64) if isinstance(found.stack, Layered) else None
 
 
 def _texts(found: Located) -> dict[str, list[str]]:

@@ -11,13 +11,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from storage.errors import UserError
-from storage.fields import at_layer
 from storage.hdf5.columns import Column, Vectors
 from storage.hdf5.memory import uncollected
 from storage.hdf5.rows import Columns
 from storage.naming import part_number
 from storage.reading.source import OpenPart, Paths, Source
-from storage.reading.stack import Stack, stacked
+from storage.reading.stack import Layered, Layers, Stack, at_layers, layered
 
 Order = Literal["plan", "csv", "file"]
 # The first columns of a frame, where a part has them; the CSV's other columns and the remaining attributes follow.
@@ -30,15 +29,22 @@ _SAMPLE_TEXTS = ("question_id", "image_id", "question", "answer", "ground_truth_
 _SAMPLES_AT_ONCE = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Loaded:
     """One field of many questions: row k of `vectors` and of `frame` belongs to `ids[k]`."""
 
     field: str
     ids: list[str]
-    vectors: Vectors  # float32 [N, D]
+    vectors: Vectors  # float32 [N, D]; of several layers [N, L, D]
     frame: pd.DataFrame
     missing: int  # planned questions whose part is not published yet
+
+    def __repr__(self) -> str:
+        """Return what there is and how large, not the values."""
+        shape = ", ".join(map(str, self.vectors.shape))
+        missing = f", missing={self.missing}" if self.missing else ""
+        columns = len(self.frame.columns)
+        return f"Loaded({self.field!r}, vectors={self.vectors.dtype} [{shape}], frame={columns} columns{missing})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +53,13 @@ class Located:
 
     field: str
     ids: list[str]
-    stack: Stack
+    stack: Stack | Layered
     rows: list[int]
     frame: pd.DataFrame
     missing: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StoredSample:
     """One question of a part, with all its vectors as float32."""
 
@@ -65,19 +71,26 @@ class StoredSample:
     attributes: dict[str, Any]  # csv_row, positions, finish_reason, …, and the CSV's other columns
     vectors: dict[str, npt.NDArray[np.float32]]  # HALP field to [D]
 
+    def __repr__(self) -> str:
+        """Return the texts and the names of the vectors, not their values."""
+        return (
+            f"StoredSample({self.question_id!r}, question={self.question!r}, answer={self.answer!r}, "
+            f"vectors={', '.join(self.vectors)})"
+        )
+
 
 def load(
     source: Paths,
     field: str,
-    layer: int | None = None,
+    layer: Layers = None,
     *,
     order: Order = "plan",
     columns: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Loaded:
-    """Return one field of a run's directory, of a directory of parts, of a file or of several; each may be a URL.
+    """Return one field of a run's directory, of a directory of parts, of a file, or of a list of these; each may be a URL.
 
-    field: `vision_only_representation`, or `query_token_representation` with its `layer`.
+    field: `vision_only_representation`, or `query_token_representation` with its `layer`, or with several: `layer=[0, 14]`.
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
         them. Without a plan, `plan` is `file`.
     columns: of the frame; all if None. With none at all (`[]`) the questions' texts and attributes are not read, which
@@ -89,7 +102,7 @@ def load(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, at_layer(field, layer), order=order, columns=columns, progress=progress)
+    found = locate(opened, field, layer, order=order, columns=columns, progress=progress)
     vectors = found.stack.read(found.rows, progress=progress)
     return Loaded(found.field, found.ids, vectors, found.frame, found.missing)
 
@@ -97,6 +110,7 @@ def load(
 def locate(
     source: Source,
     field: str,
+    layer: Layers = None,
     *,
     order: Order = "plan",
     columns: Sequence[str] | None = None,
@@ -104,29 +118,33 @@ def locate(
 ) -> Located:
     """Return what `load` does, without the vectors."""
     frame_of = part_frame if columns is None or columns or order == "csv" else _no_frame
-    found: list[Column] = []
+    names = at_layers(field, layer)
+    found: list[list[Column]] = []
     frames: list[pd.DataFrame] = []
     with uncollected():
-        for column, frame in source.read(lambda part: (part.column(field), frame_of(part)), progress=progress):
-            found.append(column)
+        for columns_of, frame in source.read(lambda part: (_columns(part, names), frame_of(part)), progress=progress):
+            found.append(columns_of)
             frames.append(frame)
-    ids = [question for column in found for question in column.ids]
+    ids = [question for one, *_ in found for question in one.ids]
     frame = _joined(frames)
     rows = _ordered(source, ids, frame, order)
     frame = selected(frame.iloc[rows].reset_index(drop=True), columns)
-    return Located(field, [ids[row] for row in rows], stacked(found), rows, frame, source.missing())
+    name, stack = layered(field, layer, found)
+    return Located(name, [ids[row] for row in rows], stack, rows, frame, source.missing())
 
 
 def iter_chunks(
-    source: Paths, field: str, layer: int | None = None, *, columns: Sequence[str] | None = None
+    source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] | None = None
 ) -> Iterator[Loaded]:
     """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    name = at_layer(field, layer)
+    names = at_layers(field, layer)
     frame_of = part_frame if columns is None or columns else _no_frame
-    for column, frame in opened.read(lambda part: (part.column(name), frame_of(part))):
-        yield Loaded(name, column.ids, column.read(), selected(frame, columns), opened.missing())
+    for found, frame in opened.read(lambda part: (_columns(part, names), frame_of(part))):
+        name, stack = layered(field, layer, [found])
+        ids = found[0].ids
+        yield Loaded(name, ids, stack.read(range(len(ids))), selected(frame, columns), opened.missing())
 
 
 def load_frame(
@@ -169,6 +187,10 @@ def part_frame(part: OpenPart) -> pd.DataFrame:
 def _no_frame(part: OpenPart) -> pd.DataFrame:
     """Return a row without columns for each question of an open part."""
     return pd.DataFrame(index=range(len(part.ids)))
+
+
+def _columns(part: OpenPart, names: list[str]) -> list[Column]:
+    return [part.column(name) for name in names]
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:

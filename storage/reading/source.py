@@ -74,36 +74,44 @@ class Source:
     """Parts in the order of their names, checked to belong together while they are opened one after another."""
 
     def __init__(self, source: Paths) -> None:
-        self.run: Run | None = None
-        self._parts: dict[str, int] = {}  # of the run: file name to number
-        if isinstance(source, (str, os.PathLike)) and is_home(source):
-            location = resolve_location(os.fspath(source))
-            home = location if is_url(location) else os.fspath(source)
-            self.files = [_file(join(home, name)) for name in part_names(location)]
-            self.run = Run.open(location) if is_run(location) else None
-            if not self.files:
-                what = "no part of this run is published yet" if self.run else "there is no *.h5 in it"
-                raise UserError(f"{source}: {what}")
-        else:
-            paths = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-            self.files = [_file(path) for path in paths]
-            if not self.files:
-                raise UserError("there is no file to read")
-        if self.run is not None:
-            self._parts = {self.run.part_name(piece.part): piece.part for piece in self.run.slices}
+        self.files: list[File] = []
+        self.runs: list[Run] = []
+        self._parts: dict[str, tuple[Run, int]] = {}  # of the runs: where a part lies, to its run and number
+        for path in [source] if isinstance(source, (str, os.PathLike)) else source:
+            self.files += self._directory(path) if is_home(path) else [_file(path)]
+        if not self.files:
+            raise UserError("there is no file to read")
+
+    def _directory(self, path: str | os.PathLike[str]) -> list[File]:
+        """Return the parts of a directory; note the run that it is of."""
+        location = resolve_location(os.fspath(path))
+        home = location if is_url(location) else os.fspath(path)
+        files = {name: _file(join(home, name)) for name in part_names(location)}
+        run = Run.open(location) if is_run(location) else None
+        if not files:
+            raise UserError(f"{path}: {'no part of this run is published yet' if run else 'there is no *.h5 in it'}")
+        if run is not None:
+            if any(str(file) in self._parts for file in files.values()):
+                raise UserError(f"{path} is given twice")
+            self.runs.append(run)
+            names = {run.part_name(piece.part): piece.part for piece in run.slices}
+            self._parts |= {str(file): (run, names[name]) for name, file in files.items() if name in names}
+        return list(files.values())
 
     def missing(self) -> int:
         """Return the number of planned questions whose part is not published yet; 0 for files without a plan."""
-        if self.run is None:
-            return 0
-        there = {path.name for path in self.files}
-        return sum(piece.size for piece in self.run.slices if self.run.part_name(piece.part) not in there)
+        return sum(self._missing(run) for run in self.runs)
+
+    def _missing(self, run: Run) -> int:
+        there = {number for of, number in self._parts.values() if of is run}
+        return sum(piece.size for piece in run.slices if piece.part not in there)
 
     def warn_if_unfinished(self) -> None:
-        """Warn where the run goes on: what is loaded is not all of it."""
-        if self.run is not None and (missing := self.missing()):
-            text = f"{self.run.location} is not finished: {missing:,} questions are not published yet"
-            warnings.warn(text, UnfinishedWarning, stacklevel=3)
+        """Warn where a run goes on: what is loaded is not all of it."""
+        for run in self.runs:
+            if missing := self._missing(run):
+                text = f"{run.location} is not finished: {missing:,} questions are not published yet"
+                warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
     def read(self, look: Callable[[OpenPart], T], *, whole: bool = False, progress: bool = False) -> Iterator[T]:
         """Yield what `look` finds in each part that has questions; the part is open while it looks.
@@ -139,24 +147,24 @@ class Source:
         """
         if isinstance(path, ObjectFile):
             path = replace(path, length=_size(path))
-        if self.run is None or (part := self._parts.get(path.name)) is None:
+        if (found := self._parts.get(str(path))) is None:
             return None, path
+        run, part = found
         try:
-            sidecar = read_sidecar(self.run, part)
+            sidecar = read_sidecar(run, part)
         except FileNotFoundError:
             return None, path
         if (size := _size(path)) != sidecar.size:
             raise DamagedError(f"{path} has {size:,} bytes; it was published with {sidecar.size:,}; {ADVICE}")
-        return self.run.run_id, path
+        return run.run_id, path
 
     def plan_order(self, ids: list[str]) -> list[int]:
-        """Return the rows in the order of the plan; unchanged where there is none."""
-        if self.run is None:
-            return list(range(len(ids)))
+        """Return the rows in the order of the plan, one run after the other; unchanged where there is none."""
         place: dict[str, int] = {}
-        for piece in self.run.slices:
-            for question in self.run.questions(piece.part):
-                place.setdefault(question.question_id, len(place))
+        for run in self.runs:
+            for piece in run.slices:
+                for question in run.questions(piece.part):
+                    place.setdefault(question.question_id, len(place))
         return sorted(range(len(ids)), key=lambda row: place.get(ids[row], len(place)))
 
 
@@ -183,7 +191,9 @@ def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:
     path = part.path
     for question in part.ids:
         if (other := seen.setdefault(question, path)) is not path:
-            raise UserError(f"question {question} is in {other} and in {path}: give the files of one run")
+            raise UserError(
+                f"question {question} is in {other} and in {path}: load one of them, or one after the other"
+            )
 
 
 def _refuse_mixture(first: File, second: OpenPart) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.fields import at_layer
 from storage.reading.load import locate, selected
 from storage.reading.source import Paths, Source
-from storage.reading.stack import Stack
+from storage.reading.stack import Layered, Layers, Stack
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 class _Rows:
     """Where each row lies and what is known of it. No open file: it may be forked and pickled."""
 
-    stack: Stack
+    stack: Stack | Layered
     items: list[dict[str, Any]]  # question_id and the chosen columns
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -32,16 +31,17 @@ class _Rows:
 
 
 def torch_dataset(
-    source: Paths, field: str, layer: int | None = None, *, columns: Sequence[str] = ("answer", "ground_truth_answer")
+    source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] = ("answer", "ground_truth_answer")
 ) -> Dataset[dict[str, Any]]:
     """Return a torch dataset of one field, in file order. `source`, `field` and `layer` are those of `storage.load`.
 
-    An item is a dict: `vector` (float32 [D]), `question_id`, and `columns` of the frame. Vectors stay on the disk until asked
-    for; several DataLoader workers may read at once, forked or spawned (an object store needs spawned ones).
+    An item is a dict: `vector` (float32 [D], or [L, D] of several layers), `question_id`, and `columns` of the frame. Vectors
+    stay on the disk until asked for; several DataLoader workers may read at once, forked or spawned (an object store needs
+    spawned ones).
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, at_layer(field, layer), order="file")
+    found = locate(opened, field, layer, order="file")
     names = list(dict.fromkeys(["question_id", *columns])) if found.ids else []
     frame = selected(found.frame, names)
     items = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]

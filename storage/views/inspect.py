@@ -17,6 +17,8 @@ from storage.hdf5.part import read_certificate, read_failures
 from storage.hdf5.rows import ROWS
 from storage.hdf5.stored import TEXTS, StoredQuestion
 from storage.naming import group_key, question_id
+from storage.reading.source import Source
+from storage.runs.failures import published_failures
 from storage.sample import COMPUTED_AT
 from storage.screen.console import Text
 from storage.screen.tables import WIDE, Name, Sentence, Table
@@ -76,6 +78,21 @@ def describe_part(path: Path, selected: str | None = None) -> PartSummary:
             questions={question_id(k): _texts(part.question(k)) for k in keys},
             selected=_describe_question(key, part.question(key)) if key is not None else None,
         )
+
+
+def find_question(source: str, wanted: str) -> str:
+    """Return the part of a directory that has a question with its vectors. Raises UserError where none has it."""
+    opened = Source(source)
+    for path in opened.read(lambda part: part.path if wanted in part.ids else None):
+        if path is not None:
+            return str(path)
+    for run in opened.runs:
+        for failed in published_failures(run):
+            if failed.question.question_id == wanted:
+                raise UserError(f"question {wanted!r} has failed: {failed.failure.reason}: {failed.failure.message}")
+        if any(question.question_id == wanted for piece in run.slices for question in run.questions(piece.part)):
+            raise UserError(f"question {wanted!r} is not published yet")
+    raise UserError(f"{source} holds no question {wanted!r}")
 
 
 def part_json(summary: PartSummary) -> dict[str, Any]:

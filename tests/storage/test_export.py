@@ -118,6 +118,26 @@ def test_vectors_are_those_that_load_gives(run, export, tmp_path, monkeypatch, t
     assert vectors.tobytes() == expected.vectors.tobytes()
 
 
+@pytest.mark.parametrize("to", ["npz", "safetensors", "parquet"])
+def test_several_layers(run, export, tmp_path, to):
+    expected = storage.load(run.output_dir, QUERY, [3, 0])
+    target = tmp_path / f"{QUERY}_layers_3_0.{to}"
+    assert export(run.output_dir, "--to", to, "--field", QUERY, "--layer", "3, 0") == (0, f"{target.name}\n", "")
+    if to == "npz":
+        with np.load(target) as file:
+            assert file["layers"].tolist() == [3, 0]
+            vectors = file["vectors"]
+    elif to == "safetensors":
+        with safe_open(target, "numpy") as file:
+            assert (file.metadata()["field"], file.metadata()["layers"]) == (QUERY, "[3, 0]")
+            vectors = file.get_tensor("vectors")
+    else:
+        frame = pd.read_parquet(target)
+        vectors = np.stack([np.stack(frame[f"vector_layer_{layer}"].to_list()) for layer in (3, 0)], axis=1)
+    assert vectors.shape == (7, 2, 8)
+    assert vectors.tobytes() == expected.vectors.tobytes()
+
+
 def test_parquet_of_the_answers_alone(run, export, tmp_path):
     assert export(run.output_dir, "--to", "parquet", "--output", "x.parquet") == (0, "x.parquet\n", "")
     frame = pd.read_parquet(tmp_path / "x.parquet")
@@ -232,6 +252,8 @@ def test_texts_that_no_safetensors_header_holds_are_refused(run, export, monkeyp
         (["--to", "parquet", "--escape-formulas"], "--escape-formulas is of --to csv alone"),
         (["--to", "npz", "--layer", "3"], "--layer needs --field"),
         (["--to", "npz", "--field", QUERY, "--layer", "2"], f"has no {QUERY}/layer_2; it has {QUERY}/layer_0"),
+        (["--to", "npz", "--field", QUERY, "--layer", "0,last"], "--layer 0,last: a layer is a number from 0 on"),
+        (["--to", "npz", "--field", QUERY, "--layer", "-1"], "--layer -1: a layer is a number from 0 on"),
         (["--to", "csv", "--output", "no/where.csv"], "no is no directory"),
     ],
 )

@@ -187,6 +187,55 @@ def test_vectors_and_ids_alone(run, order):
     assert [chunk.frame.shape for chunk in chunks] == [(len(chunk.ids), 0) for chunk in chunks]
 
 
+@pytest.mark.parametrize("layers", [[3, 0], (1,), np.array([0, 1, 3])], ids=str)
+def test_several_layers_have_an_axis(run, layers):
+    loaded = storage.load(run.output_dir, QUERY, layers)
+    assert (loaded.field, loaded.vectors.shape) == (QUERY, (9, len(layers), 8))
+    for place, layer in enumerate(layers):
+        assert loaded.vectors[:, place].tobytes() == storage.load(run.output_dir, QUERY, int(layer)).vectors.tobytes()
+    chunks = list(storage.iter_chunks(run.output_dir, QUERY, layers))
+    truth = storage.load(run.output_dir, QUERY, layers, order="file")
+    assert np.concatenate([chunk.vectors for chunk in chunks]).tobytes() == truth.vectors.tobytes()
+    dataset = storage.torch_dataset(run.output_dir, QUERY, layers)
+    assert [item["vector"].numpy().tobytes() for item in dataset] == [row.tobytes() for row in truth.vectors]
+
+
+def test_no_layer_is_refused(run):
+    with pytest.raises(UserError, match=f"at which layers of {QUERY}"):
+        storage.load(run.output_dir, QUERY, [])
+    with pytest.raises(UserError, match=f"has no {QUERY}/layer_2"):
+        storage.load(run.output_dir, QUERY, [0, 2])
+
+
+def test_several_runs_are_read_one_after_the_other(run, tmp_path):
+    later = [replace(q, question_id=f"later {q.question_id}") for q in shuffled(10)]
+    second = make_run(tmp_path / "second", later, checkpoint_interval=5)
+    stage(second, 2)
+    assert pack(second, 2)
+    with pytest.warns(UnfinishedWarning, match="second is not finished: 5 questions"):
+        loaded = storage.load([run.output_dir, second.output_dir], QUERY, LAYER)
+    first = storage.load(run.output_dir, QUERY, LAYER)
+    assert loaded.ids == [*first.ids, *(q.question_id for q in second.questions(2))]
+    check(loaded, bare(*parts(run), *parts(second)))
+    assert loaded.missing == 5
+    with pytest.raises(UserError, match="out is given twice"):
+        storage.load([run.output_dir, run.output_dir], QUERY, LAYER)
+    other = make_run(tmp_path / "other", later[:1], run_id="other", model=make_facts(layers=(0, 3)))
+    stage(other, 1)
+    assert pack(other, 1)
+    with pytest.raises(UserError, match="these files hold different things and must not be mixed: for"):
+        storage.load([run.output_dir, other.output_dir], QUERY, LAYER)
+
+
+def test_what_is_loaded_is_shown_in_a_line(run):
+    loaded = storage.load(run.output_dir, QUERY, LAYER)
+    assert repr(loaded) == f"Loaded({FIELD!r}, vectors=float32 [9, 8], frame={len(loaded.frame.columns)} columns)"
+    sample = next(storage.iter_samples(run.output_dir))
+    assert repr(sample).startswith(f"StoredSample({sample.question_id!r}, question=")
+    assert len(repr(sample)) < 600
+    assert "array" not in repr(sample)
+
+
 def test_a_csv_column_called_as_a_text_has_a_suffix(tmp_path):
     [question] = make_questions(1, extra={"ground_truth_answer": "another", "part": "verb"})
     path = tmp_path / "x_embeddings_part_001.h5"
@@ -556,6 +605,7 @@ def test_import_storage_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\nFalse\n[]\n"
+    assert dir(storage) == sorted(storage.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = storage.nonsense
 

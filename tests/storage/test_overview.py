@@ -68,6 +68,12 @@ def test_a_run_as_json(run, inspect):
     assert body["answers_disagree"] == 2
 
 
+def test_a_question_is_found_in_a_run(run, inspect):
+    code, out, _ = inspect(run.output_dir, "--question", "q6", "--json")
+    body = json.loads(out)
+    assert (code, body["file"], body["selected"]["question_id"]) == (0, str(run.part_path(2)), "q6")
+
+
 def test_a_run_as_tables(run, inspect):
     code, out, _ = inspect(run.output_dir)
     assert code == 0
@@ -103,7 +109,10 @@ def test_mistakes(run, inspect, tmp_path, monkeypatch):
     target = tmp_path / "x.png"
     for arguments, message in [
         (["--colour-by", "category"], "--colour-by needs --plot"),
-        (["--question", "q1"], "--question needs a part"),
+        (["--question", "q3"], "question 'q3' has failed: image_missing: "),
+        (["--question", "q9"], "question 'q9' is not published yet"),
+        (["--question", "q99"], "holds no question 'q99'"),
+        (["--question", "q1", "--plot", target], "--plot draws a whole part or run"),
         (["--plot", target, "--colour-by", "nonsense"], "there is no column nonsense; there are question_id"),
         (["--plot", tmp_path / "x.nonsense"], "is not supported"),
     ]:
