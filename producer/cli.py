@@ -136,7 +136,7 @@ def run(
 
     Example: producer run vqa.csv --images-dir images/ --output-dir output/
     """
-    from producer.planning import plan_run
+    from producer.planning import named_model, plan_run
     from producer.resuming import Resumption
     from producer.show.progress import bars
 
@@ -145,13 +145,23 @@ def run(
     resumption = Resumption.of(options.output_dir)
     with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
         planned = plan_run(options, phases)
-    raise SystemExit(run_to_end(planned, resumption, cache_dir, quiet=quiet, as_json=as_json))
+    model = named_model(options.model)
+    raise SystemExit(run_to_end(planned, resumption, cache_dir, model=model, quiet=quiet, as_json=as_json))
 
 
 def run_to_end(
-    run: Run, resumption: Resumption, cache_dir: Path | None, *, quiet: bool = False, as_json: bool = False
+    run: Run,
+    resumption: Resumption,
+    cache_dir: Path | None,
+    *,
+    model: str | None = None,
+    quiet: bool = False,
+    as_json: bool = False,
 ) -> int:
-    """Run on this machine with a progress bar; print how it ended. Return the exit code."""
+    """Run on this machine with a progress bar; print how it ended. Return the exit code.
+
+    model: where the run's lies now; where it lay if None.
+    """
     from producer.local.machine import RunStoppedError, run_locally
     from producer.show.display import account_json
     from producer.show.listeners import serving_workers
@@ -162,7 +172,9 @@ def run_to_end(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            account = run_locally(run, resumption, cache_dir=cache_dir, show=live.show)
+            account = run_locally(
+                run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show
+            )
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
@@ -186,7 +198,7 @@ def run_to_end(
 
 
 @app.command()
-@partial(with_run_options, leave_out=("repair",))
+@partial(with_run_options, leave_out=("repair", "relocate"))
 def check(
     options: RunOptions,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image whole, not its header alone.")] = False,
@@ -231,6 +243,9 @@ def status(
 ) -> None:
     """Account for every planned question, from the files alone, and say if no worker serves the run.
 
+    With --watch the exit code is that of `producer run`: 0, every question is written; 1, some failed; 4, a published part
+    is gone or cut; 130, the run was cancelled.
+
     Example: producer status output/ --watch
     """
     from producer.show.display import account_json, account_table, workers_table
@@ -259,6 +274,9 @@ def status(
                 time.sleep(_WATCH_INTERVAL)
                 account = bookkeeper.account()
     lost = bookkeeper.lost_parts()
+    code = 0
+    if watch:
+        code = 4 if lost else 130 if not account.finished else 1 if account.failed else 0
     listeners = None if account.finished or run.is_cancelled() else listening_workers(run)
     if as_json:
         body = account_json(run, account)
@@ -269,7 +287,7 @@ def status(
         body["note"] = (listeners.note if listeners else "") or None
         body["problem"] = "\n".join(body["problems"]) or None
         echo_json(body)
-        return
+        raise SystemExit(code)
     Console().print(account_table(run, account))
     if listeners is not None:
         if listeners.workers:
@@ -280,6 +298,7 @@ def status(
     _print_lost(lost)
     for worker, message in run.refusals().items():
         echo(one_line(f"refused by {worker}: {message}"), err=True)
+    raise SystemExit(code)
 
 
 @app.command()

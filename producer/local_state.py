@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from storage.runs.run import Run
@@ -14,6 +16,16 @@ LOCK = "lock"
 def begun_here(run: Run) -> bool:
     """Tell whether `producer run` has worked on a run on this machine: with a server of its own, which is gone with it."""
     return (local_state(run) / LOCK).exists()
+
+
+def is_worked_on(run: Run) -> bool:
+    """Tell whether `producer run` works on a run on this machine now."""
+    with suppress(OSError), (local_state(run) / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def local_state(run: Run) -> Path:

@@ -42,6 +42,7 @@ class RunOptions:
     test: bool
     allow_missing: bool
     repair: bool = False
+    relocate: bool = False
 
 
 def _run_options(
@@ -78,6 +79,9 @@ def _run_options(
     repair: Annotated[
         bool, typer.Option("--repair", help="Compute parts again that `storage verify` finds damaged or gone.")
     ] = False,
+    relocate: Annotated[
+        bool, typer.Option("--relocate", help="The images of the run lie elsewhere now: go on with them there.")
+    ] = False,
     **asked: Any,
 ) -> RunOptions:
     """Collect the options that `enqueue` and `run` share."""
@@ -98,6 +102,7 @@ def _run_options(
         test=test,
         allow_missing=allow_missing,
         repair=repair,
+        relocate=relocate,
     )
 
 
@@ -153,7 +158,10 @@ def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise UserError(f"--layers {text}: give numbers separated by commas, as in 0,7,14") from None
+        raise UserError(
+            f"--layers {text}: give layers' numbers, counted from 0, as in 0,7,14; or `all`; or leave it out for five of them: "
+            "0, n/4, n/2, 3n/4 and n-1"
+        ) from None
 
 
 # Where the command line takes something else than the field holds: its type there, and what reads it.

@@ -6,15 +6,14 @@ import os
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from producer.dataset.faults import short
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import cut, order_by_image, select
 from producer.dataset.table import Table, read_table
+from producer.differences import is_replaceable, refuse_differences, relocate, replace_unbegun
 from producer.options import RunOptions
 from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
@@ -33,18 +32,18 @@ from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import (
     checkpoint_digest,
     file_digests,
-    former_digest,
     local_directory,
-    local_num_layers,
+    read_config,
     resolve_layers,
 )
+from workers.engine.models import refuse_unknown
+from workers.errors import EngineStartError
+from workers.settings import settings as process_settings
 
 _LONGEST_PATH, _LONGEST_KEY = 4095, 1024  # bytes of a path in Linux; of a key in S3
 # Each is an attribute of every question, and HDF5 looks through all of them for each one: 20,000 take two minutes a question.
 _MOST_COLUMNS = 2000
 _ASIDE = 9  # characters that `--repair` puts before the name of a part that it moves aside
-
-_MAX_SHOWN = 200  # characters of a setting in a message: a chat template has more
 
 
 def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
@@ -60,12 +59,15 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
         questions = order_by_image(questions)
     settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
+    replace_unbegun(options.output_dir, settings)
+    if options.relocate:
+        relocate(options.output_dir, settings)
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings)
     try:
         run = Run.create(options.output_dir, settings)
-        _refuse_differences(run, settings)  # another process may have created it in between
+        refuse_differences(run, settings)  # another process may have created it in between
         if not run.slices:
             slices = cut(questions, options.checkpoint_interval)
             number = -(-len(questions) // options.checkpoint_interval)
@@ -79,12 +81,13 @@ def refuse_faults(options: RunOptions, table: Table, questions: Sequence[Questio
     """Raise UserError where `plan_run` would for other reasons than the table and its images. Writes nothing."""
     settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
-    _refuse_other_content(options.output_dir, settings)
+    if not is_replaceable(options.output_dir, settings):
+        _refuse_other_content(options.output_dir, settings)
 
 
 def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> None:
     run = Run.open(output_dir)
-    _refuse_differences(run, settings)
+    refuse_differences(run, settings)
 
     def unread(finding: Finding) -> None:
         echo(one_line(f"{finding}; the part stays as it is"), err=True)
@@ -96,7 +99,7 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
 
 def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) -> RunSettings:
     _refuse_not_utf8(options)
-    _check_layers(options)
+    _check_model(options)
     slices = -(-len(questions) // options.checkpoint_interval)
     model = options.model
     return RunSettings(
@@ -104,7 +107,7 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         software_version=version("halp-extractor"),
         staged_identity=True,
-        model=_model(options),
+        model=named_model(options.model),
         revision=options.revision,
         model_digest=checkpoint_digest(model, options.revision),
         model_files=file_digests(model),
@@ -129,7 +132,7 @@ def _refuse_not_utf8(options: RunOptions) -> None:
     roots = map(resolve_location, options.image_roots)
     for option, text in (
         ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
-        ("--model", _model(options)), ("--revision", options.revision), ("--prompt", options.computation.prompt),
+        ("--model", named_model(options.model)), ("--revision", options.revision), ("--prompt", options.computation.prompt),
         *(("--image-root", root) for root in roots),
     ):  # fmt: skip
         try:
@@ -138,16 +141,22 @@ def _refuse_not_utf8(options: RunOptions) -> None:
             raise UserError(f"{option} {text}: the name has bytes that are not UTF-8: give it another one") from None
 
 
-def _model(options: RunOptions) -> str:
-    return str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+def named_model(model: str) -> str:
+    """Return a model as a run names it: a local directory by its whole path."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _check_layers(options: RunOptions) -> None:
+def _check_model(options: RunOptions) -> None:
     if (directory := local_directory(options.model)) is not None:
         check_files(directory)  # else the run would be bound to files that must be replaced
-    number = local_num_layers(options.model)
-    if number is not None:
-        resolve_layers(options.computation.layers, number)
+    config = read_config(options.model, options.revision)
+    if config is not None and config.model_type is not None and not process_settings().engine.startswith("fake"):
+        try:
+            refuse_unknown(config.model_type)
+        except EngineStartError as error:  # before a run is there that has the wrong model
+            raise UserError(f"--model {options.model}: {error}") from None
+    if config is not None and config.num_hidden_layers is not None:
+        resolve_layers(options.computation.layers, config.num_hidden_layers)
     if (
         options.computation.min_pixels is not None
         and options.computation.max_pixels is not None
@@ -201,7 +210,7 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
             )
         return
     run = Run.open(output_dir)
-    _refuse_differences(run, settings)
+    refuse_differences(run, settings)
     if parts and not run.slices:
         raise UserError(
             f"{run.store.address('.run/plan/000.json')}, the run's plan, is gone: put it back from a backup, or choose another "
@@ -224,47 +233,6 @@ def _whose(run: Run, part: int) -> Verdict:
         return "ours"
     with run.local_part(part) as path:
         return whose(path, run.run_id, part)
-
-
-def _refuse_differences(run: Run, settings: RunSettings) -> None:
-    differing = run.settings.differences(settings)
-    if "model_digest" in differing and run.settings.model_digest == former_digest(settings.model, settings.revision):
-        del differing["model_digest"]  # of a version to which every file of the directory counted
-    if differing:
-        lines = "\n".join(
-            f"  {_changed_files(run.settings, settings)}"
-            if name == "model_digest"
-            else f"  {_option(name)}: {_show(old)} in the run, {_show(new)} now"
-            for name, (old, new) in differing.items()
-        )
-        raise UserError(
-            f"{run.location} holds a run with other settings:\n{lines}\n"
-            "Use the same settings to finish it, or another --output-dir for a new run."
-        )
-
-
-def _changed_files(begun: RunSettings, now: RunSettings) -> str:
-    """Say which files of a checkpoint are others than when a run began."""
-    old, new = begun.model_files, now.model_files
-    changed = [f"{name} is {'another one' if name in old and name in new else 'new' if name in new else 'gone'}"
-               for name in sorted(old | new) if old.get(name) != new.get(name)]  # fmt: skip
-    said = ", ".join(changed) if old and changed else f"digest {begun.model_digest} in the run, {now.model_digest} now"
-    return f"the checkpoint's files: {said}"
-
-
-def _option(name: str) -> str:
-    return "the CSV's content (SHA-256)" if name == "dataset_sha256" else name
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "the default"
-    text = str(value)
-    return (
-        text
-        if len(text) <= _MAX_SHOWN
-        else f"{text[:_MAX_SHOWN]!r}… (SHA-256 {sha256(text.encode()).hexdigest()[:12]})"
-    )
 
 
 def _names(names: list[str]) -> str:

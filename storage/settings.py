@@ -36,6 +36,7 @@ _NOT_COMPARED = {
     "staged_identity",
     "prompt_columns",
     "model_files",
+    "relocated",
 }
 
 # Options that every version has written: where one is not there, its default is not what the run began with.
@@ -51,8 +52,20 @@ def _absolute(place: str) -> str:
 Place = Annotated[str, Field(max_length=4096), AfterValidator(_absolute)]
 
 
+class ImagePlaces(BaseModel):
+    """Where a run's images lie."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images_dir: Place
+    image_roots: tuple[Place, ...]
+
+
 class RunSettings(Computation):
-    """What a run computes. Written once; every worker and the collector read it and never the command line."""
+    """What a run computes. Every worker and the collector read it and never the command line.
+
+    Written once, but for `relocated`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,6 +89,8 @@ class RunSettings(Computation):
     dataset_sha256: str
     images_dir: Place
     image_roots: tuple[Place, ...]
+    # Where the same images lie since the run was moved. What was staged before stays this run's: it is known by the first ones.
+    relocated: ImagePlaces | None = None
     order: Order
     limit: int | None
     test: bool
@@ -95,9 +110,14 @@ class RunSettings(Computation):
                 return settings
         raise UserError(f"{address} is damaged, or was written by another version of this software: {what}")
 
+    @property
+    def images(self) -> ImagePlaces:
+        """Where the run's images lie now."""
+        return self.relocated or ImagePlaces(images_dir=self.images_dir, image_roots=self.image_roots)
+
     def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
         """Return the settings in which two runs compute something else: name to (ours, the other's)."""
-        ours, theirs = self.model_dump(exclude=_NOT_COMPARED), other.model_dump(exclude=_NOT_COMPARED)
+        ours, theirs = (s.model_dump(exclude=_NOT_COMPARED) | s.images.model_dump() for s in (self, other))
         return {name: (value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
 
 

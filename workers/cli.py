@@ -96,7 +96,7 @@ def extract(
         raise SystemExit(run_workers(chosen_gpus(gpus), arguments))
 
     node = _node(name or f"extract-{os.getpid()}")
-    queues = [name for served in served_queues(settings()) for name in served.in_order_of(node)]
+    queues = [f"{served.prefix}.*" for served in served_queues(settings())]
     number = concurrency or 2 * settings().batch_size
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", str(number), "--hostname", node, "--queues", ",".join(queues),

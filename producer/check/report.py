@@ -11,7 +11,7 @@ from rich.table import Table
 
 from producer.check.check import Checked, in_bytes
 from storage.screen.console import Console, Text
-from storage.screen.terminal import amount, one_line
+from storage.screen.terminal import amount, duration, one_line
 
 _BAR = 30
 _MEGAPIXELS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -131,7 +131,7 @@ def _time(checked: Checked) -> str:
     trial = checked.trial
     return (
         f"about {checked.hours:.2g} h on one device like this ({_device(checked)}: {trial.questions_per_second:.2f}"
-        f" questions/s over {trial.questions} sampled), and {trial.load_seconds:.0f} s to load the model"
+        f" questions/s over {trial.questions} sampled), and {duration(trial.load_seconds)} to load the model"
     )
 
 

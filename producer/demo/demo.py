@@ -55,7 +55,7 @@ def show_demo(run: Run) -> None:
     for table in part_tables(describe_part(run.part_path(1)), rows=5):
         console.print(table)
     answers = demo_answers(run)
-    console.print(gallery(answers, Path(run.settings.images_dir), pictures=console.is_terminal))
+    console.print(gallery(answers, Path(run.settings.images.images_dir), pictures=console.is_terminal))
     console.print(accuracy_table(answers))
     size = sum(run.part_path(piece.part).stat().st_size for piece in run.slices)
     for line in (

@@ -38,9 +38,11 @@ class RunStoppedError(Exception):
 
 
 def run_locally(
-    run: Run, resumption: Resumption, *, cache_dir: Path | None, show: Callable[[Account], None]
+    run: Run, resumption: Resumption, *, model: str, cache_dir: Path | None, show: Callable[[Account], None]
 ) -> Account:
     """Compute a run with everything that it needs on this machine; `show` is called with the account as it grows.
+
+    model: the run's, where it lies now.
 
     Raises UserError where the model cannot be loaded or another `run` works on the directory, DamagedError where a file is
     damaged that the run goes by, RunStoppedError where a process keeps dying, KeyboardInterrupt, also for `producer cancel`.
@@ -61,10 +63,10 @@ def run_locally(
             "HALP_BROKER_URL": server.url,
             "HALP_DATA_ROOTS": join_roots([run.location]),
             "HALP_SWEEP_INTERVAL": "1",
-            "HALP_MODEL": _model(run, server.directory),
+            "HALP_MODEL": _model(model, run.settings.model_slug, server.directory),
             "HALP_REVISION": run.settings.revision,
             "HALP_DTYPE": run.settings.dtype,
-            "HALP_CACHE_DIR": cache_of(run.settings.model, run.settings.revision, cache_dir),
+            "HALP_CACHE_DIR": cache_of(model, run.settings.revision, cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
         logs = local_state(run) / "logs"
@@ -79,9 +81,8 @@ def run_locally(
         return _supervise(run, processes, show)
 
 
-def _model(run: Run, directory: Path) -> str:
+def _model(model: str, slug: str, directory: Path) -> str:
     """Return a name of the run's model by which a worker serves its queues: they are called after the name that was given."""
-    model, slug = run.settings.model, run.settings.model_slug
     if model_slug(model) == slug or not Path(model).is_dir():
         return model
     link = directory / slug  # it was given through a link, as was this one

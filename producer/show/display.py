@@ -14,6 +14,7 @@ from storage.runs.account import Account
 from storage.runs.failures import Failed
 from storage.runs.run import Run
 from storage.screen.tables import WIDE, Name, Sentence, Table
+from storage.screen.terminal import duration
 
 if TYPE_CHECKING:
     from workers.monitor.presence import Presence
@@ -62,7 +63,7 @@ def workers_table(workers: Sequence[Presence]) -> Table:
             worker.state,
             Name(f"{worker.model} ({worker.dtype})"),
             Name(worker.gpu or worker.device),
-            f"{max(0.0, now - worker.seen):.0f} s ago",
+            f"{duration(max(0.0, now - worker.seen))} ago",
             f"{worker.done:,}",
             _ratio(worker.computed, worker.batches),
             _ratio(worker.computed, worker.prefixes),

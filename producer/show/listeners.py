@@ -14,6 +14,7 @@ from storage.errors import DamagedError
 from storage.runs import stalls
 from storage.runs.run import Run, part_names
 from storage.runs.soundness import check_private_files
+from storage.screen.terminal import duration
 from storage.stores.space import obstacle
 from workers.monitor.presence import Presence
 
@@ -135,7 +136,7 @@ def _problems(run: Run, address: str, serving: list[Presence], everybody: list[P
         yield again
     for worker in serving:
         if worker.busy_since is not None and time.time() - worker.busy_since > settings().engine_timeout + 60:
-            yield f"{worker.name} has been busy with one batch for {time.time() - worker.busy_since:.0f} s"
+            yield f"{worker.name} has been busy with one batch for {duration(time.time() - worker.busy_since)}"
     if number := _undescribed_parts(run):
         noun = "part has" if number == 1 else "parts have"
         yield f"{number} published {noun} no sidecar: a collector writes it at its next sweep: workers collect {run.location}"

@@ -18,6 +18,7 @@ from producer.show.display import tried_again, workers_table
 from storage.runs.account import Account
 from storage.runs.run import Run
 from storage.screen.console import Console, Text
+from storage.screen.terminal import duration
 from storage.stores.location import is_url
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class LiveAccount:
             parts.append(f"{rate:.1f}/s, {duration(left / rate)} left")
         elif not self._pace.begun:
             parts.append("waiting for the first question")
-        parts += [f"nothing new for {silent:.0f} s"] if silent > _SILENCE else []
+        parts += [f"nothing new for {duration(silent)}"] if silent > _SILENCE else []
         if not is_url(self._run.location):
             parts.append(f"{shutil.disk_usage(self._run.location).free / 1e9:.1f} GB of disk free")
         return ", ".join(parts)
@@ -123,11 +124,3 @@ class Pace:
 def done(account: Account) -> int:
     """Return how many questions are finished, published or not."""
     return account.written + account.failed + account.staged
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: `2 h 05 min`, `4 min 10 s`, `30 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

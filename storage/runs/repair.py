@@ -45,7 +45,7 @@ def repair(
 def repair_command(run: Run) -> str:
     """Return the command that computes the damaged parts again. Other options must be those of the first call."""
     settings = run.settings
-    call = ["producer", "enqueue", settings.dataset, "--images-dir", settings.images_dir]
+    call = ["producer", "enqueue", settings.dataset, "--images-dir", settings.images.images_dir]
     return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
 
 

@@ -20,7 +20,7 @@ from storage.question import Question
 from storage.runs import plan
 from storage.runs.plan import Slice
 from storage.runs.staging import StagingArea
-from storage.settings import MAX_SETTINGS, ModelFacts, RunSettings
+from storage.settings import MAX_SETTINGS, ImagePlaces, ModelFacts, RunSettings
 from storage.stores.location import join, resolve_location
 from storage.stores.store import DirectoryStore, open_store
 
@@ -101,6 +101,24 @@ class Run(StagingArea):
             for directory in left:  # by workers of a run that was removed from here
                 store.delete_directory(directory)
         return cls.open(location)
+
+    def relocate(self, images: ImagePlaces) -> None:
+        """Have everybody look for the run's images in another place; whoever has it open opens it again."""
+        written = json.loads(self.store.get(_RUN, MAX_SETTINGS))
+        self.store.put(_RUN, json.dumps(written | {"relocated": images.model_dump()}, indent=1).encode())
+
+    def discard(self) -> None:
+        """Remove a run that has no part; its run.json last, so that a command that dies meanwhile can be given again."""
+        for name in self.store.list(".run/staging"):
+            self.store.delete_directory(f".run/staging/{name}")
+        for name in self.store.list(".run/plan"):
+            self.store.delete_directory(f".run/plan/{name}") if "." not in name else self.store.delete(
+                f".run/plan/{name}"
+            )
+        for directory in (".run/refusals", ".run/retries", ".run/parts"):
+            self.store.delete_directory(directory)
+        for key in (_MODEL, _SUMMARY, _CANCELLED, _RUN):
+            self.store.delete(key)
 
     @property
     def run_id(self) -> str:

@@ -30,6 +30,14 @@ def one_line(text: str) -> str:
     return text if text.isprintable() else _IN_LINE.sub(_escape, text)
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it: `2 h 05 min`, `4 min 10 s`, `30 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def amount(number: int, noun: str) -> str:
     """Return how many there are of something: `1 part`, `2,000 parts`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

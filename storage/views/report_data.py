@@ -233,7 +233,8 @@ def clipped(text: str) -> str:
 
 def _thumbnail(run: Run, image_id: str) -> str:
     try:
-        location = resolve_image(image_id, run.settings.images_dir, run.settings.image_roots)
+        images = run.settings.images
+        location = resolve_image(image_id, images.images_dir, images.image_roots)
         small = on_image(location, _small, seconds=_SECONDS).array
     except Exception:  # noqa: BLE001  (no image is worth a report; the images may not even be on this machine)
         return ""

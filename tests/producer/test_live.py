@@ -16,9 +16,11 @@ import pytest
 from rich.console import Console
 
 from producer.show.display import workers_table
-from producer.show.live import LiveAccount, Pace, duration
+from producer.show.live import LiveAccount, Pace
 from storage.runs.account import Account
-from tests.support.builders import make_run
+from storage.runs.pack import pack
+from storage.screen.terminal import duration
+from tests.support.builders import make_run, stage
 from tests.support.clusters import Cluster, table_of
 from tests.support.processes import BIN, command, environment
 from workers.monitor.presence import Presence
@@ -106,6 +108,21 @@ def test_durations() -> None:
     assert [duration(s) for s in (0, 59.6, 250, 7500)] == ["0 s", "1 min 00 s", "4 min 10 s", "2 h 05 min"]
 
 
+@pytest.mark.parametrize(("how", "code"), [("written", 0), ("failed", 1), ("gone", 4), ("cancelled", 130)])
+def test_watching_ends_as_the_run_did(tmp_path: Path, how: str, code: int) -> None:
+    run = make_run(tmp_path / "out", 3)
+    if how == "cancelled":
+        run.cancel()
+    else:
+        stage(run, 1, failed=[1] if how == "failed" else [])
+        assert pack(run, 1)
+    if how == "gone":
+        run.part_path(1).unlink()
+    for options in ((), ("--json",)):
+        assert command("producer", "status", run.location, "--watch", *options).returncode == code
+        assert command("producer", "status", run.location, *options).returncode == 0
+
+
 def test_watching_a_real_run(cluster: Cluster, images: Path) -> None:
     """Of 80 questions one image is missing and one cannot be opened for now: bars, retries, the worker, the end."""
     (images / "3.png").unlink()
@@ -130,7 +147,7 @@ def test_watching_a_real_run(cluster: Cluster, images: Path) -> None:
                     (images / "4.png").unlink()  # seen: now it can be opened
                     shutil.copy(images / "5.png", images / "4.png")
     os.close(leader)
-    assert watching.returncode == 0, shown[-3000:]
+    assert watching.returncode == 1, shown[-3000:]  # one has failed
     assert re.search(r"(written|staged) +[━╸╺]+ +[1-9][0-9]* of 80", shown)
     assert not (images / "4.png").is_symlink()
     assert re.search(r"[0-9.]+/s, (\d+ min )?\d+ s left", shown)

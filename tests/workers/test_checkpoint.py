@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from storage.errors import UserError
 from workers.checkpoint.files import check_files
 from workers.checkpoint.hub import cache_of
-from workers.checkpoint.identity import checkpoint_digest, former_digest, local_num_layers, resolve_layers
+from workers.checkpoint.identity import Config, checkpoint_digest, former_digest, read_config, resolve_layers
 
 SAMPLE = 1 << 16
 BIG = 40 * SAMPLE + 12_345  # more than sixteen samples cover
@@ -184,7 +184,7 @@ def test_hub_name_needs_no_files(tmp_path, monkeypatch):
     }
     assert len(digests) == 4
     assert not list(tmp_path.iterdir())
-    assert local_num_layers("Qwen/Qwen2.5-VL-7B-Instruct") is None
+    assert read_config("Qwen/Qwen2.5-VL-7B-Instruct", "main") is None
 
 
 def test_digest_of_a_hub_name_does_not_change_between_versions():
@@ -235,15 +235,24 @@ def test_directory_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"holds no checkpoint \(there is no config\.json in it\)") as caught:
         digest(tmp_path)
     assert str(tmp_path) in str(caught.value)
-    assert local_num_layers(str(tmp_path)) is None
+    assert read_config(str(tmp_path), "main") is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"num_hidden_layers": "many"}', '{"text_config": 1}'])
 def test_damaged_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is damaged") as caught:
-        local_num_layers(str(tmp_path))
+        read_config(str(tmp_path), "main")
     assert str(tmp_path) in str(caught.value)
+
+
+def test_weights_outside_the_directory_are_refused(tmp_path, small_model):
+    model = shutil.copytree(small_model, tmp_path / "model")
+    (model / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names \.\./model\.safetensors, which lies in another directory"):
+        check_files(model)
 
 
 # Layers
@@ -260,11 +269,11 @@ def test_damaged_config(tmp_path, content):
 )
 def test_number_of_layers_of_a_local_checkpoint(tmp_path, config, number):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert local_num_layers(str(tmp_path)) == number
+    assert read_config(str(tmp_path), "main") == Config(None, number)
 
 
 def test_number_of_layers_of_the_small_model(small_model):
-    assert local_num_layers(str(small_model)) == 7
+    assert read_config(str(small_model), "main") == Config("qwen2_5_vl", 7)
 
 
 @pytest.mark.parametrize(

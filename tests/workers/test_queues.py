@@ -6,8 +6,10 @@ import sys
 from collections import Counter
 
 import pytest
+from celery import Celery
 
-from workers.queue.queues import COLLECT, LANES, ModelQueues, Rounds
+from workers.queue.app import _AMQP
+from workers.queue.queues import COLLECT, LANES, ModelQueues, Rounds, declaration
 
 QUEUES = ModelQueues("qwen25vl_7b", "bfloat16", "0123456789ab")
 WORKERS = [f"extract-{i}@host-{i % 7}" for i in range(200)]
@@ -18,6 +20,18 @@ def test_names_tell_model_dtype_and_checkpoint():
     assert QUEUES.lanes[0] == "halp.qwen25vl_7b.bfloat16.0123456789ab.000"
     assert QUEUES.lanes[-1] == "halp.qwen25vl_7b.bfloat16.0123456789ab.127"
     assert len({*QUEUES.lanes, QUEUES.retry, COLLECT}) == LANES + 2 == 130
+
+
+def test_a_worker_names_its_queues_by_their_prefix():
+    """A log with 129 names is not read; the order in which they are served stays the worker's own."""
+    queues = Celery("test", amqp=_AMQP).amqp.queues
+    for name in (COLLECT, *QUEUES.in_order_of("extract-1@host")):
+        queues.select_add(declaration(name))
+    queues.select([f"{QUEUES.prefix}.*"])
+    assert list(queues.consume_from) == list(QUEUES.in_order_of("extract-1@host"))
+    assert queues.format(indent=0, indent_first=False) == f".> {QUEUES.prefix}.* (129 queues)"
+    queues.select([COLLECT, QUEUES.retry])
+    assert queues.format(indent=2) == f"  .> {COLLECT}\n  .> {QUEUES.prefix}.*"
 
 
 @pytest.mark.parametrize("other", [("qwen25vl_3b",), ("qwen25vl_7b", "float32"), ("qwen25vl_7b", "bfloat16", "ba")])

@@ -119,7 +119,9 @@ def _weight_problems(directory: Path) -> Iterator[str]:
             yield f"{name} names no shards: {_AGAIN}"
     for shard in shards:
         path = directory / shard
-        if not path.is_file():
+        if path.parent != directory:  # its content would not be in the checkpoint's digest
+            yield f"{name} names {shard}, which lies in another directory: put all weights beside config.json"
+        elif not path.is_file():
             yield f"{shard} is missing, which {name} names: {_AGAIN}"
         elif (problem := _shard_problem(path)) is not None:
             yield f"{shard} {problem}: {_AGAIN}"

@@ -18,13 +18,21 @@ def cache_of(model: str, revision: str, given: str | Path | None = None) -> str:
     from huggingface_hub import constants  # with what it imports a tenth of a second, for which no `--help` waits
 
     caches = (OWN_CACHE, Path(constants.HF_HUB_CACHE))
-    return str(next((cache for cache in caches if _holds(cache, model, revision)), OWN_CACHE))
+    return str(next((cache for cache in caches if _config(cache, model, revision)), OWN_CACHE))
 
 
-def _holds(cache: Path, model: str, revision: str) -> bool:
+def config_of(model: str, revision: str) -> Path | None:
+    """Return the config.json of a local checkpoint, or of a hub model that is on this machine; None where it is not here."""
+    if Path(model).is_dir():
+        return Path(model) / "config.json"
+    return _config(Path(cache_of(model, revision)), model, revision)
+
+
+def _config(cache: Path, model: str, revision: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(model, "config.json", cache, revision), str)
+        found = try_to_load_from_cache(model, "config.json", cache, revision)
     except ValueError:  # a directory's path, or no name at all
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from storage.errors import UserError
 from workers.checkpoint.files import adapter_problem, loaded_files
+from workers.checkpoint.hub import config_of
 
 _SAMPLES, _SAMPLE_SIZE = 16, 1 << 16
 _HUB_PARTS, _SHOWN = 2, 3
@@ -82,19 +84,25 @@ def local_directory(model: str) -> Path | None:
     return directory
 
 
-def local_num_layers(model: str) -> int | None:
-    """Return a local checkpoint's number of decoder layers; None for a hub model, whose files are not here yet.
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a config.json says of its model; None where it says nothing."""
 
-    Raises UserError for a damaged config.json.
-    """
-    path = Path(model) / "config.json"
-    if not path.is_file():
+    model_type: str | None
+    num_hidden_layers: int | None
+
+
+def read_config(model: str, revision: str) -> Config | None:
+    """Read a checkpoint's config.json; None for a hub model whose files are not here yet. Raises UserError."""
+    path = config_of(model, revision)
+    if path is None or not path.is_file():
         return None
     try:
         config = json.loads(path.read_text())
         number = config.get("text_config", config).get("num_hidden_layers", config.get("num_hidden_layers"))
-        return int(number) if number is not None else None
-    except (ValueError, TypeError, AttributeError) as error:
+        kind = config.get("model_type")
+        return Config(None if kind is None else str(kind), None if number is None else int(number))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--model {model}: its config.json is damaged ({error})") from error
 
 

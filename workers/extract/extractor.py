@@ -123,8 +123,8 @@ class Extractor:
             raise killed_worker(f"the engine died {deaths.alone} times")
         with self.preprocess.hold(
             question.image_id,
-            settings.images_dir,
-            settings.image_roots,
+            settings.images.images_dir,
+            settings.images.image_roots,
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage.screen.terminal import duration
 from workers.monitor.presence import Presence
 from workers.settings import WorkerSettings
 
@@ -37,16 +38,16 @@ def checks(here: Sequence[Presence], broker: str | None, config: WorkerSettings)
 
 def _of_process(presence: Presence, now: float, config: WorkerSettings) -> list[Check]:
     age = now - presence.seen
-    found = [Check(f"{presence.name} process", age < _BEAT, f"pid {presence.pid}, last heard of {age:.0f} s ago")]
+    found = [Check(f"{presence.name} process", age < _BEAT, f"pid {presence.pid}, last heard of {duration(age)} ago")]
     if presence.serves:
         found.append(_of_engine(presence, now, config))
         if presence.image_since is not None:
             age = now - presence.image_since
-            found.append(Check(f"{presence.name} images", age < _IMAGE, f"busy with one image for {age:.0f} s"))
+            found.append(Check(f"{presence.name} images", age < _IMAGE, f"busy with one image for {duration(age)}"))
     if presence.collects and presence.swept is not None:
         age = now - presence.swept
         limit = _SWEEP + config.sweep_interval
-        found.append(Check(f"{presence.name} collector", age < limit, f"last sweep {age:.0f} s ago"))
+        found.append(Check(f"{presence.name} collector", age < limit, f"last sweep {duration(age)} ago"))
     return found
 
 
@@ -54,9 +55,9 @@ def _of_engine(presence: Presence, now: float, config: WorkerSettings) -> Check:
     name = f"{presence.name} engine"
     if presence.state == "loading":
         age = now - (presence.loading_since or presence.started)
-        return Check(name, age < config.load_timeout + _MARGIN, f"loading {presence.model} for {age:.0f} s")
+        return Check(name, age < config.load_timeout + _MARGIN, f"loading {presence.model} for {duration(age)}")
     if presence.busy_since is not None:
         age = now - presence.busy_since
-        return Check(name, age < config.engine_timeout + _MARGIN, f"busy with one batch for {age:.0f} s")
-    answered = "" if presence.answered is None else f", last answer {now - presence.answered:.0f} s ago"
+        return Check(name, age < config.engine_timeout + _MARGIN, f"busy with one batch for {duration(age)}")
+    answered = "" if presence.answered is None else f", last answer {duration(now - presence.answered)} ago"
     return Check(name, True, f"ready on {presence.device}{answered}")

@@ -5,10 +5,13 @@ The settings were measured; those that differ from Celery's defaults say why. A 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from celery import Celery
+from celery.app.amqp import AMQP, Queues
 from kombu.transport import TRANSPORT_ALIASES
 
 from storage.naming import model_slug
@@ -67,7 +70,29 @@ def _configuration(config: WorkerSettings) -> dict[str, Any]:
     }
 
 
+class _Queues(Queues):  # type: ignore[misc]
+    """Celery's table of queues, in which `PREFIX.*` is all of a model's: a log that lists 129 names is not read."""
+
+    def select(self, include: Sequence[str] | None) -> None:
+        """Consume from these queues, a model's in the order in which they were declared."""
+        super().select([name for wanted in include or () for name in self._meant(wanted)])
+
+    def format(self, indent: int = 0, indent_first: bool = True) -> str:
+        """Return the queues that are consumed from, for a worker's banner."""
+        numbers = Counter(f"{name.rpartition('.')[0]}.*" if name != COLLECT else name for name in self.consume_from)
+        lines = [f".> {name} ({number} queues)" if number > 1 else f".> {name}" for name, number in numbers.items()]
+        text = ("\n" + " " * indent).join(lines)
+        return " " * indent + text if indent_first else text
+
+    def _meant(self, wanted: str) -> list[str]:
+        return [name for name in self if name.startswith(wanted[:-1])] if wanted.endswith(".*") else [wanted]
+
+
+class _AMQP(AMQP):  # type: ignore[misc]
+    queues_cls = _Queues
+
+
 # `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
 TRANSPORT_ALIASES.update(redis="workers.queue.transport:Transport", rediss="workers.queue.transport:Transport")
-app = Celery("workers")
+app = Celery("workers", amqp=_AMQP)
 app.conf.update(_configuration(settings()))
