@@ -28,6 +28,7 @@ from storage.runs.verify import Finding
 from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
+from storage.stores.space import describe
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import (
     checkpoint_digest,
@@ -73,7 +74,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
             number = -(-len(questions) // options.checkpoint_interval)
             write_generation(run.store, counted(slices, phases("writing the plan", number), step=1), run_id=run.run_id)
     except OSError as error:
-        raise UserError(f"--output-dir {options.output_dir} cannot be written: {error}") from error
+        raise UserError(f"--output-dir {describe(error, options.output_dir)}") from error
     return run
 
 

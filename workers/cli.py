@@ -132,6 +132,7 @@ def collect(
     _become_celery(
         "worker", "--pool", "threads", "--concurrency", "1", "--hostname", node, "--queues", COLLECT,
         "--without-gossip", "--without-mingle", "--loglevel", loglevel, *context.args,
+        heaps=1,
     )  # fmt: skip
 
 
@@ -274,10 +275,11 @@ def _node(name: str) -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-def _become_celery(*arguments: str) -> None:
-    # glibc keeps a heap for each few of a worker's threads, and what is freed in one serves no other: over 12,000 questions
-    # a worker grew from 129 to 162 MB, and went on. With two heaps it stayed at 136.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+def _become_celery(*arguments: str, heaps: int = 2) -> None:
+    # glibc keeps a heap for each few of a process's threads, and what is freed in one serves no other: over 12,000 questions
+    # a worker grew from 129 to 162 MB, and went on. With two heaps it stayed at 136. A collector packs in its task's thread and
+    # in its sweeps': with two heaps it grows by 20 MB whenever the other one comes to pack for the first time.
+    os.environ.setdefault("MALLOC_ARENA_MAX", str(heaps))
     command = [sys.executable, "-P", "-m", "workers.launch", "-A", "workers", *arguments]
     echo(shlex.join(["celery", *command[4:]]), err=True)
     os.execve(command[0], command, child_environment(os.environ))

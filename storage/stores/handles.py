@@ -20,6 +20,8 @@ _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_RENAME = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}  # with RENAME_NOREPLACE, as many FUSE file systems say
+NEITHER = "its file system has neither hard links nor renaming that replaces nothing: choose a directory on another one"
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _OPENAT2, _RESOLVE_NO_SYMLINKS = 437, 4  # the same number on each processor; from Linux 5.6 on
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -168,4 +170,6 @@ def name_new(source: str, target: str, at: int, source_at: int | None = None) ->
     code = ctypes.get_errno()
     if code == errno.EEXIST:
         return False
+    if code in _NO_RENAME:
+        raise OSError(errno.EOPNOTSUPP, NEITHER, target)
     raise OSError(code, os.strerror(code), target)

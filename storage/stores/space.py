@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from storage.stores.handles import NEITHER
 from storage.stores.location import is_url
 
 _LITTLE = 64 << 20  # bytes; a part of 1,000 questions of the 7B model has 64 MB
@@ -16,6 +17,7 @@ _REASONS = {
     errno.EPERM: "this user may not write there",
     errno.ESTALE: "the network file system has lost it",
     errno.ENOENT: "it is gone",
+    errno.EOPNOTSUPP: NEITHER,
 }
 
 

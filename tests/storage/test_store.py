@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
@@ -15,6 +17,7 @@ from obstore.exceptions import GenericError, PermissionDeniedError, Unauthentica
 from storage.errors import ObjectStoreError
 from storage.stores import handles, object_store
 from storage.stores.object_store import ObjectStore, connect
+from storage.stores.space import describe
 from storage.stores.store import DirectoryStore, Store, local_file, open_store
 from tests.support.s3_server import CREDENTIALS
 
@@ -487,6 +490,21 @@ def test_another_error_of_renameat2_names_the_target(store, root, monkeypatch):
     refuse_links(monkeypatch, errno.EPERM)
     with store.partial() as path, pytest.raises(FileNotFoundError, match=r"part\.h5"):
         store.publish(path, "part.h5")  # nothing was written to it
+    assert files(root) == {}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_either_is_named(store, root, monkeypatch, code):
+    refuse_links(monkeypatch, errno.EPERM)
+
+    def renameat2(*_):
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(handles, "_libc", SimpleNamespace(renameat2=renameat2, syscall=handles._libc.syscall))
+    with pytest.raises(OSError, match="neither hard links nor renaming that replaces nothing") as caught:
+        store.put_new("key", b"one")
+    assert "choose a directory on another one" in describe(caught.value, str(root))
     assert files(root) == {}
 
 

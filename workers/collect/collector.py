@@ -7,7 +7,9 @@ shortens the wait.
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -40,6 +42,8 @@ class Collector:
         self._scanner = Scanner(roots)
         self._ended = ended
         self._books: dict[str, Bookkeeper] = {}  # of the same runs, for the metrics
+        # A run's: a hint's task and a sweep would pack the same part at once, at twice the memory and for nothing.
+        self._turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._next_scan = float("-inf")
         self.swept = time.time()  # when it last ended with a run, on the wall clock
 
@@ -60,7 +64,8 @@ class Collector:
         """Bring one run forward, whatever is wrong with it; return whether it is finished."""
         location = run.location
         try:
-            finished = collect_run(run, self._ended)
+            with self._turns[location]:
+                finished = collect_run(run, self._ended)
         except OSError as error:
             troubles.note(location, sentence(error, location))
         except (OperationalError, RedisError) as error:
@@ -73,6 +78,7 @@ class Collector:
         else:
             troubles.clear(location)
             if finished:
+                self._turns.pop(location, None)
                 self._scanner.ended(location)
             return finished
         return False
