@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo demo-model test quick check soak bench lock clean tools
+.PHONY: help install demo demo-model test quick check soak cases bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -76,6 +76,16 @@ tools:
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)
 	$(BIN)/python -m tests.soak $(ARGS)
+
+cases: install  ## Run bug reports: each CASES/*/run.sh is given the commands' directory and prints PASS or FAIL [CASES=DIR]
+	@test -d "$(CASES)" || { echo "CASES=$(CASES): no such directory; give the one that holds the cases: make cases CASES=DIR" >&2; exit 2; }
+	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; cp -r "$(CASES)/." "$$scratch"; failed=0; \
+	for run in "$$scratch"/*/run.sh; do \
+	  directory=$$(dirname "$$run"); cp "$$scratch"/lib/* "$$directory" 2>/dev/null; \
+	  out=$$(cd "$$directory" && bash ./run.sh "$(abspath $(BIN))" 2>&1) && case "$$out" in *FAIL*) false;; esac \
+	    && echo "PASS $$(basename "$$directory")" \
+	    || { failed=1; echo "FAIL $$(basename "$$directory")"; printf '%s\n' "$$out" | tail -15; }; \
+	done; exit $$failed
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
 	cd benchmarks && for name in engine worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done

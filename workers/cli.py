@@ -227,9 +227,12 @@ def selfcheck(
     local_directory(model)
     dtypes = ("float32", "bfloat16") if dtype == "both" else (dtype,)
     with TemporaryDirectory() as folder:
-        from workers.checks.questions import bundled, given
+        from workers.checks.questions import alike, bundled, given
 
-        cases = given(table, images_dir, questions) if table and images_dir else bundled(Path(folder), questions)
+        if table and images_dir:
+            cases = alike(given(table, images_dir, questions), Path(folder))
+        else:
+            cases = bundled(Path(folder), questions)
         from workers.checks.selfcheck import check
 
         verdicts = [

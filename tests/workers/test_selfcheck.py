@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.support.processes import command, write_csv
@@ -103,6 +105,18 @@ def test_questions_of_a_table(small_model: Path, photographs: Path, tmp_path: Pa
     result = command("workers", "selfcheck", *arguments, "--dtype", "float32", "--max-new-tokens", 0, "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout)["dtypes"]["float32"]["questions"] == 5
+
+
+def test_pictures_that_a_run_converts_with_care_are_compared_as_it_has_them(small_model: Path, tmp_path: Path) -> None:
+    """A clear circle on transparent black, and 16 bits that Pillow would clip to white: no fault of the engine's."""
+    fade = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+    Image.fromarray(np.dstack([fade, fade[::-1], fade, fade.T])).save(tmp_path / "clear.png")
+    Image.fromarray((fade.astype(np.uint16) << 8) + 3).save(tmp_path / "deep.png")
+    Image.fromarray(np.dstack([fade, fade.T])).save(tmp_path / "grey.png")
+    rows = [{"question_id": n, "image_name": n, "question": "What?"} for n in ("clear.png", "deep.png", "grey.png")]
+    arguments = ("--model", small_model, "--csv", write_csv(tmp_path / "vqa.csv", rows), "--images-dir", tmp_path)
+    result = command("workers", "selfcheck", *arguments, "--dtype", "float32", "--max-new-tokens", 0, "--json")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_quiet_says_nothing_where_all_is_well(small_model: Path) -> None:

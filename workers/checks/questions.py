@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from storage.errors import UserError
 from storage.images.lookup import OutsideRootError, resolve_image
+from workers.extract.preprocess import needs_care, to_rgb
 
 _QUESTIONS = (
     "What is in the image?",
@@ -62,6 +65,20 @@ def given(table: Path, images_dir: Path, number: int) -> list[Case]:
     if not cases:
         raise UserError(f"{table} has no questions")
     return cases
+
+
+def alike(cases: Sequence[Case], folder: Path) -> list[Case]:
+    """Return the cases with pictures that both ways convert to RGB alike: those with transparency or 16 bits as a run has them.
+
+    How a run converts them is a documented choice, and not what the engine is checked for.
+    """
+    made: dict[Path, Path] = {}
+    for path in dict.fromkeys(case.path for case in cases):
+        with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
+            if needs_care(image):
+                made[path] = folder / f"{len(made):03d}.png"
+                to_rgb(image).save(made[path])
+    return [replace(case, path=made.get(case.path, case.path)) for case in cases]
 
 
 def _draw(index: int, width: int, height: int) -> Image.Image:

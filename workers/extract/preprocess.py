@@ -282,22 +282,25 @@ def _resized(
 ) -> tuple[list[int], npt.NDArray[np.uint8]]:
     """Return an open image's width and height, upright if that is wanted, and its pixels as the model sees them."""
     upright = ImageOps.exif_transpose(image) if exif_rotation else image
-    rgb = upright.convert("RGB") if halp_compat else _to_rgb(upright)
+    rgb = upright.convert("RGB") if halp_compat or not needs_care(upright) else to_rgb(upright)
     width, height = rgb.size
     resized_height, resized_width = smart_resize(height, width, factor, *limits)
     return [width, height], np.asarray(rgb.resize((resized_width, resized_height)))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the first frame in RGB: transparency on white, 16 bits scaled to 8."""
+def needs_care(image: Image.Image) -> bool:
+    """Tell whether Pillow's own conversion to RGB loses something: transparency, or more than 8 bits."""
+    return image.mode.startswith("I") or image.mode in {"F", *_TRANSPARENT_MODES} or "transparency" in image.info
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the first frame of such an image in RGB: transparency on white, 16 bits scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_to_8_bits(image).convert("RGB")
-    if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
 
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
