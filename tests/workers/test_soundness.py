@@ -122,7 +122,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         weights(lambda t: t.update({WEIGHT.replace("weight", "lora_A.weight"): torch.zeros(2, 64)})),
         r"lora_A\.weight.*an adapter that was not merged",
     ),
-    "tokens for which the tokenizer lacks words": (rows(8256 + 3), r"embeddings have 8259 rows.*tokenizer tokens up to 8213"),
     "embeddings too small": (rows(8192), r"tokenizer has tokens up to 8213, its embeddings only 8192 rows"),
     "no end token of the tokenizer's": (
         setting("generation_config.json", eos_token_id=151645),
@@ -147,6 +146,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, model: Path) -> None:
 WHOLE: dict[str, Callable[[Path], object]] = {
     "padded embeddings": rows(8256 + 3 * 64),  # the 7B's have 399 rows more than its tokenizer has tokens
     "no padding": rows(8214),
+    "rows to spare": rows(8256 + 3),
     "slow tokenizer": slow_tokenizer,
     "a window that is not used": setting("config.json", use_sliding_window=False, sliding_window=16),
     "static rotary scaling": setting(
@@ -159,6 +159,13 @@ WHOLE: dict[str, Callable[[Path], object]] = {
     "a line of its own": template(CHAT_TEMPLATE.replace(TEXT, f"\n{TEXT}\n")),
     "no generation config": lambda model: (model / "generation_config.json").unlink(),
 }  # fmt: skip
+
+
+def test_rows_that_no_token_has_are_told_of(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer may have lost the tokens that a fine-tune added; or the rows were to spare."""
+    rows(8256 + 3)(model)
+    load(model)
+    assert "embeddings have 8259 rows, and its tokenizer tokens up to 8213: if they were resized" in caplog.text
 
 
 @pytest.mark.parametrize("name", WHOLE)

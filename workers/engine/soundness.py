@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from workers.errors import EngineStartError
 
+logger = logging.getLogger(__name__)
 _TOKENS = {"<|image_pad|>": "image_token_id", "<|vision_start|>": "vision_start_token_id"}
 _PADDING = 64  # released vocabularies are rounded up to a multiple of it, and more: 151,665 tokens have 152,064 rows
 # Weights that change what the others do: of adapters that were not merged, of quantisation whose settings were lost.
@@ -45,7 +47,10 @@ def refuse_unmerged(unexpected: Iterable[str]) -> None:
 
 
 def refuse_foreign_tokenizer(config: Any, tokenizer: Any, rows: int) -> None:
-    """Raise EngineStartError where the tokenizer is not the one that the embeddings, `rows` tokens, were trained with."""
+    """Raise EngineStartError where the tokenizer is not the one that the embeddings, `rows` tokens, were trained with.
+
+    Where it may be another one, that is a line in the log.
+    """
     restore = "restore tokenizer.json (or vocab.json, merges.txt, added_tokens.json) and tokenizer_config.json"
     vocabulary = tokenizer.get_vocab()
     for token, setting in _TOKENS.items():
@@ -57,9 +62,13 @@ def refuse_foreign_tokenizer(config: Any, tokenizer: Any, rows: int) -> None:
     if last >= rows:
         raise EngineStartError(f"its tokenizer has tokens up to {last}, its embeddings only {rows} rows: {restore}")
     if rows > last + 1 and rows % _PADDING:
-        raise EngineStartError(
-            f"its embeddings have {rows} rows, and its tokenizer tokens up to {last}: they were resized for tokens that the "
-            f"tokenizer lacks; {restore}"
+        # Also of a sound checkpoint, whose embeddings were given rows to spare.
+        logger.warning(
+            "its embeddings have %d rows, and its tokenizer tokens up to %d: if they were resized for tokens that the "
+            "tokenizer lacks by now, %s",
+            rows,
+            last,
+            restore,
         )
 
 
