@@ -103,7 +103,7 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
 
 def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
-    engine.forget()  # the image prefixes of an earlier run of this cell
+    engine.free_cache()  # the image prefixes of an earlier run of this cell
     requests = [
         replace(c.request, recipe=c.request.recipe.model_copy(update={"max_new_tokens": tokens})) for c in cases
     ]

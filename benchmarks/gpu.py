@@ -307,7 +307,7 @@ def extract(engine: QwenEngine, cases: Sequence[Case]) -> int:
         if found != [case.length for case in cases]:
             raise RuntimeError(f"answers of {found} tokens; forced were {[case.length for case in cases]}")
         return 0
-    engine.forget()  # not in the handler: the traceback holds on to the tensors
+    engine.free_cache()  # not in the handler: the traceback holds on to the tensors
     middle = len(cases) // 2
     return 1 + extract(engine, cases[:middle]) + extract(engine, cases[middle:])
 
@@ -347,14 +347,14 @@ class Bench:
         warm = with_answers(batches[0][:2], "2")
         with forced_answers(warm):
             extract(engine, warm)
-        engine.forget()
+        engine.free_cache()
         self._reset_peak()
         with forced_answers(cases), stages_timed(engine, timers):
             begun = synchronised(self.device)
             for batch in batches:
                 halved += extract(engine, batch)
             taken = synchronised(self.device) - begun
-        engine.forget()
+        engine.free_cache()
         work = self.counter.stages(batches)
         size = f"{len(batches[0])}" + (f", halved {halved} times" if halved else "")
         first = [name, size, answers, *self._figures(len(cases), taken, work), self._peak_memory()]
@@ -427,7 +427,7 @@ def measure_sizes(bench: Bench, questions: Questions, directory: Path, options: 
         except torch.OutOfMemoryError as error:
             row = [f"{side * side:,} tokens x 6", "1", "20", str(error).split(". ")[0], "", "", "", ""]
             failed += 1
-        engine.forget()
+        engine.free_cache()
         rows.append(row)
         note(row)
     print_table(("image", *WAYS_HEADER[1:]), rows)

@@ -116,7 +116,7 @@ def stage(run: Run, pairs: Pairs, threads: int) -> None:
     def one(sequence: int) -> None:
         assert not run.has_finished(1, sequence)
         assert not run.is_cancelled()
-        assert run.deaths_alone(1, sequence) is None
+        assert run.crashes_alone(1, sequence) is None
         run.stage_sample(1, sequence, pairs[sequence][1])
 
     with ThreadPoolExecutor(threads) as pool:

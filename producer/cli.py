@@ -70,7 +70,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
     from producer.show.progress import bars
     from storage.runs.account import Bookkeeper
     from storage.runs.soundness import check_private_files
-    from workers.queue.feed import feed, forget
+    from workers.queue.feed import feed, reset
     from workers.settings import settings
 
     resumption = Resumption.of(options.output_dir)
@@ -82,7 +82,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
             if not account.finished:
                 check_private_files(run)
             if resumption.found is not None and run.cancellation() == resumption.found:
-                forget(run)  # what was in the queue has been dropped
+                reset(run)  # what was in the queue has been dropped
             if not resumption.take_back(run):
                 echo(
                     f"{run.location} was cancelled while this command was at work; the same command resumes it.",

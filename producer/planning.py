@@ -18,7 +18,7 @@ from producer.options import RunOptions
 from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
 from storage.errors import UserError
-from storage.hdf5.identify import Verdict, whose
+from storage.hdf5.identify import Verdict, identify_part
 from storage.naming import model_slug, part_name
 from storage.question import Question
 from storage.runs.plan import write_generation
@@ -233,7 +233,7 @@ def _whose(run: Run, part: int) -> Verdict:
     if run.store.exists(run.sidecar_key(part)):
         return "ours"
     with run.local_part(part) as path:
-        return whose(path, run.run_id, part)
+        return identify_part(path, run.run_id, part)
 
 
 def _names(names: list[str]) -> str:

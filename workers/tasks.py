@@ -38,10 +38,10 @@ from workers.errors import (
 )
 from workers.extract import attempts, retried
 from workers.extract.extractor import open_run_in_roots
-from workers.extract.patience import goes_on, keep, note_refusal
+from workers.extract.patience import goes_on, note_refusal, retry_write
 from workers.monitor.troubles import troubles
 from workers.queue.app import app, model_queues
-from workers.queue.feed import hint_collector
+from workers.queue.feed import notify_collector
 from workers.queue.message import QuestionMessage, RunMessage
 from workers.queue.queues import EXTRACT, declaration
 from workers.settings import settings
@@ -112,7 +112,7 @@ def _extract(self: Task, message: QuestionMessage) -> str:
         raise _retry(self, failure) from caught
     _keep(run, lambda: run.stage_sample(part, sequence, sample))
     retried.ended(run, part, sequence)
-    hint_collector(run, part)
+    notify_collector(run, part)
     return "written"
 
 
@@ -135,7 +135,7 @@ def collect(*_: Any, **arguments: Any) -> str:
 
 def _open_run(task: Task, extractor: Any, message: QuestionMessage) -> Any:
     try:
-        return keep(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir, message.run_id)
+        return retry_write(lambda: extractor.open_run(message.run_dir, message.run_id), message.run_dir, message.run_id)
     except RunRefusedError as error:
         logger.error("refusing %s: %s", message.run_dir, error)
         raise _pass_on(task, error) from error
@@ -159,7 +159,7 @@ def _check_planned(task: Task, run: Run, part: int, sequence: int) -> None:
 def _keep(run: Run, write: Callable[[], None]) -> None:
     """Stage something, however long the disk refuses; when the worker ends meanwhile the question goes back."""
     try:
-        keep(write, run.location, run.run_id)
+        retry_write(write, run.location, run.run_id)
         goes_on(run.location, run.run_id)
     except WorkerEndsError as error:
         raise Reject(error, requeue=True) from error
@@ -232,4 +232,4 @@ def _fail(task: Task, run: Run, part: int, sequence: int, reason: str, message: 
     )
     _keep(run, lambda: run.stage_failure(part, sequence, failure))
     retried.ended(run, part, sequence)
-    hint_collector(run, part)
+    notify_collector(run, part)

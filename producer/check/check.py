@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from producer.check.findings import Finding, image_findings, long_prompts, table_findings
-from producer.check.survey import Gallery, Survey, spread, survey
+from producer.check.survey import ImageSource, Survey, spread, survey
 from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import order_by_image, select
@@ -161,8 +161,8 @@ def _default_shape() -> Shape:
     return shape
 
 
-def _gallery(options: RunOptions, shape: Shape) -> Gallery:
-    return Gallery(
+def _gallery(options: RunOptions, shape: Shape) -> ImageSource:
+    return ImageSource(
         images_dir=resolve_location(options.images_dir),
         roots=tuple(map(resolve_location, options.image_roots)),
         limits=limits_of((options.computation.min_pixels, options.computation.max_pixels), shape),
@@ -172,7 +172,7 @@ def _gallery(options: RunOptions, shape: Shape) -> Gallery:
     )
 
 
-def _what_ifs(gallery: Gallery, seen: Survey, asked: Counter[str]) -> tuple[WhatIf, ...]:
+def _what_ifs(gallery: ImageSource, seen: Survey, asked: Counter[str]) -> tuple[WhatIf, ...]:
     found: list[WhatIf] = []
     for bound in (gallery.limits[1], *(tokens * gallery.factor**2 for tokens in _WHAT_IFS)):
         if bound > gallery.limits[1] or bound < gallery.limits[0]:
@@ -217,7 +217,7 @@ def _free(output_dir: str) -> int | None:
 
 def _trial(
     options: RunOptions,
-    gallery: Gallery,
+    gallery: ImageSource,
     questions: Sequence[Question],
     seen: Survey,
     sample: int,

@@ -46,7 +46,7 @@ class Survey:
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
+class ImageSource:
     """Where a run's images are and how they are read."""
 
     images_dir: str  # a resolved location, as are the roots
@@ -77,7 +77,7 @@ class Gallery:
         return vision_tokens(*smart_resize(height, width, self.factor, *(limits or self.limits)), self.factor)
 
 
-def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
+def survey(gallery: ImageSource, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
     """Look at each image; `done` is told after each how many were."""
     sizes: dict[str, tuple[int, int]] = {}
     problems, all_turned = [], []
@@ -112,7 +112,7 @@ def survey(gallery: Gallery, image_ids: Sequence[str], *, decode: bool, done: Do
     return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)), tuple(all_turned))
 
 
-def _decode_seconds(gallery: Gallery, image_ids: Sequence[str]) -> float | None:
+def _decode_seconds(gallery: ImageSource, image_ids: Sequence[str]) -> float | None:
     """Time one core on images spread evenly over the dataset. What cannot be decoded after all does not count.
 
     On the wall clock: some formats are decoded in another process, and nothing else is done here meanwhile.

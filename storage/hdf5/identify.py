@@ -29,7 +29,7 @@ _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE}
 _TIMEOUT = 60.0  # seconds; a sound part of 1000 questions takes 0.01, on a bad day of a shared directory some
 
 
-def whose(path: Path, run_id: str, part: int) -> Verdict:
+def identify_part(path: Path, run_id: str, part: int) -> Verdict:
     """Tell whose a file is that has the name of a run's part: by its own word, where HDF5 can read it.
 
     One that it cannot read is damaged if it begins as HDF5 files do, or with the zeros or the nothing that a crash of the

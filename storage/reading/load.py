@@ -162,7 +162,7 @@ def iter_samples(source: Paths) -> Iterator[StoredSample]:
     """Yield each question with all its vectors, in file order, a few at a time in memory."""
     opened = Source(source)
     opened.warn_if_unfinished()
-    look = opened.read(lambda part: (part.rows(), [part.column(field) for field in part.fields()]), whole=True)
+    look = opened.read(lambda part: (part.rows(), [part.column(field) for field in part.fields()]), download=True)
     for rows, columns in look:
         names = [name for name in rows if name not in _SAMPLE_TEXTS]
         number = len(rows["question_id"])

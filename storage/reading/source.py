@@ -113,10 +113,10 @@ class Source:
                 text = f"{run.location} is not finished: {missing:,} questions are not published yet"
                 warnings.warn(text, UnfinishedWarning, stacklevel=3)
 
-    def read(self, look: Callable[[OpenPart], T], *, whole: bool = False, progress: bool = False) -> Iterator[T]:
+    def read(self, look: Callable[[OpenPart], T], *, download: bool = False, progress: bool = False) -> Iterator[T]:
         """Yield what `look` finds in each part that has questions; the part is open while it looks.
 
-        whole: fetch a part of an object store first, and keep the copy until the next is asked for: to read all of it.
+        download: fetch a part of an object store first, and keep the copy until the next is asked for: to read all of it.
         progress: show a bar on stderr.
 
         Raises UserError where two files are not of one kind, or hold the same question; DamagedError.
@@ -126,7 +126,7 @@ class Source:
         console = Console(stderr=True)
         for listed in track(self.files, "opening", console=console, disable=not progress, transient=True):
             run_id, known = self._described(listed)
-            with on_this_machine(known) if whole else nullcontext(known) as path:
+            with on_this_machine(known) if download else nullcontext(known) as path:
                 with open_part(path) as file:
                     part = OpenPart(file, run_id or file.text("run_id"))
                     if not part.ids:  # of failures alone

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from storage.errors import DamagedError, UserError
-from storage.hdf5.identify import whose
+from storage.hdf5.identify import identify_part
 from storage.hdf5.part import read_header, write_part
 from storage.naming import group_key
 from storage.question import Question
@@ -162,7 +162,7 @@ def _samples(
 def _read_back(run: Run, part: int) -> Sidecar:
     """Return what describes the part that is published. Raises UserError where that is something else, or damaged."""
     with run.local_part(part) as path:
-        if (verdict := whose(path, run.run_id, part)) != "ours":
+        if (verdict := identify_part(path, run.run_id, part)) != "ours":
             address = run.store.address(run.part_name(part))
             if verdict == "damaged":
                 raise UserError(

@@ -181,7 +181,7 @@ class Run(StagingArea):
 
     # The model
 
-    def agree_on_model(self, facts: ModelFacts) -> ModelFacts:
+    def pin_model(self, facts: ModelFacts) -> ModelFacts:
         """Record what the first worker loaded; return what is recorded, which a later worker compares with its own."""
         self.store.put_new(_MODEL, facts.model_dump_json(indent=1).encode())
         recorded = self.model_facts()

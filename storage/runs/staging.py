@@ -124,7 +124,7 @@ class StagingArea(ABC):
 
     # Crashes: marks beside the staged files, which no worker keeps in its memory and no queue can lose
 
-    def note_death(self, part: int, sequence: int, *, alone: bool, **facts: str) -> int:
+    def note_crash(self, part: int, sequence: int, *, alone: bool, **facts: str) -> int:
         """Record that the engine died under a question; only where it was alone in it that counts. Return how often it was."""
         mark = {"identity": self.identity(part, sequence).text}
         key = self._staged_key(part, sequence, _SUSPECT)
@@ -134,7 +134,7 @@ class StagingArea(ABC):
             self._stage(part, lambda: self.store.put_new(death, json.dumps(facts | mark).encode()))
         return self._deaths(part, sequence)
 
-    def deaths_alone(self, part: int, sequence: int) -> int | None:
+    def crashes_alone(self, part: int, sequence: int) -> int | None:
         """Return how often the engine died with a question alone in it; None for one that was never there at a death."""
         key = self._staged_key(part, sequence, _SUSPECT)
         if not self.store.exists(key) or not self._is_mark(key, self.identity(part, sequence)):

@@ -19,7 +19,7 @@ import numpy as np
 from storage.errors import DamagedError, LayoutError, ObjectStoreError
 from storage.hdf5.chunks import CODEC, decode_chunk
 from storage.hdf5.columns import Index, read_index
-from storage.hdf5.identify import whose
+from storage.hdf5.identify import identify_part
 from storage.hdf5.layout import open_part
 from storage.hdf5.objects import clean
 from storage.hdf5.rows import rows_problem
@@ -108,7 +108,7 @@ def verify_undescribed(run: Run, piece: Slice) -> Finding | None:
     name = run.part_name(piece.part)
     try:
         with run.local_part(piece.part) as path:
-            verdict = whose(path, run.run_id, piece.part)
+            verdict = identify_part(path, run.run_id, piece.part)
     except FileNotFoundError:
         return None
     if verdict == "damaged":

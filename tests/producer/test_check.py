@@ -12,7 +12,7 @@ from PIL import Image
 
 from producer.check.check import Disk, check
 from producer.check.findings import table_findings
-from producer.check.survey import Gallery, survey
+from producer.check.survey import ImageSource, survey
 from producer.options import RunOptions
 from storage.computation import Computation
 from storage.errors import ObjectStoreError
@@ -265,12 +265,12 @@ def test_ids_read_as_numbers() -> None:
     assert ids("7", "07", "007")["ids_meet"] == ("7",)
 
 
-def gallery(images: Path, **changes: Any) -> Gallery:
+def gallery(images: Path, **changes: Any) -> ImageSource:
     fields: dict[str, Any] = {
         "images_dir": str(images.resolve()), "roots": (), "limits": LIMITS, "factor": 28, "halp_compat": False,
         "exif_rotation": False,
     }  # fmt: skip
-    return Gallery(**(fields | changes))
+    return ImageSource(**(fields | changes))
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

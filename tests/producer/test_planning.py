@@ -81,7 +81,7 @@ def place(options: RunOptions, target: Path) -> RunOptions:
 def publish(run: Run, images: Path) -> None:
     [question] = run.questions(1)
     digest = sha256((images / question.image_id).read_bytes()).hexdigest()
-    run.agree_on_model(make_facts())
+    run.pin_model(make_facts())
     run.stage_sample(1, 0, make_sample(question, image_sha256=digest))
     assert pack(run, 1)
 

@@ -88,7 +88,7 @@ def test_nothing_is_staged_where_another_run_lies_now(tmp_path: Path, how: str) 
     for write in (
         lambda: run.stage_sample(1, 1, make_sample(question)),
         lambda: run.stage_failure(1, 1, make_failure(question)),
-        lambda: run.note_death(1, 1, alone=True),
+        lambda: run.note_crash(1, 1, alone=True),
     ):
         with pytest.raises(ReplacedError, match="another run was begun there"):
             write()

@@ -12,7 +12,7 @@ import pytest
 from producer import planning
 from storage.errors import UserError
 from storage.hdf5 import identify as probe
-from storage.hdf5.identify import whose
+from storage.hdf5.identify import identify_part
 from storage.runs.pack import pack
 from storage.runs.run import Run
 from tests.support.builders import make_run, stage
@@ -32,10 +32,10 @@ def run(tmp_path) -> Run:
 def test_a_part_says_whose_it_is(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no package is
     path = run.part_path(1)
-    assert whose(path, run.run_id, 1) == "ours"
-    assert whose(path.relative_to(tmp_path), run.run_id, 1) == "ours"
-    assert whose(path, run.run_id, 2) == "foreign"
-    assert whose(path, "another", 1) == "foreign"
+    assert identify_part(path, run.run_id, 1) == "ours"
+    assert identify_part(path.relative_to(tmp_path), run.run_id, 1) == "ours"
+    assert identify_part(path, run.run_id, 2) == "foreign"
+    assert identify_part(path, "another", 1) == "foreign"
 
 
 @pytest.mark.parametrize(
@@ -54,21 +54,21 @@ def test_other_files_are_foreign_or_damaged(run, tmp_path, kind, verdict):
         part = run.part_path(1).read_bytes()
         contents = {"empty": b"", "text": b"precious", "cut to five bytes": part[:5], "zeroed": bytes(len(part))}
         path.write_bytes(contents.get(kind, part[:-1]))
-    assert whose(path, run.run_id, 1) == verdict
+    assert identify_part(path, run.run_id, 1) == verdict
 
 
 def test_a_file_that_never_ends_is_given_up(run, tmp_path, monkeypatch):
     """As HDF5 does on some damaged heaps, opening a pipe without a writer waits for ever in one call."""
     monkeypatch.setattr(probe, "_TIMEOUT", 2.0)
     os.mkfifo(tmp_path / "pipe.h5")
-    assert whose(tmp_path / "pipe.h5", run.run_id, 1) == "foreign"
+    assert identify_part(tmp_path / "pipe.h5", run.run_id, 1) == "foreign"
 
 
 def test_a_module_beside_the_parts_is_not_run(run, tmp_path, monkeypatch):
     """Workers and the collector are started where the runs are, and others may write there."""
     (tmp_path / "h5py.py").write_text("open('it ran', 'x')\nraise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
-    assert whose(run.part_path(1), run.run_id, 1) == "ours"
+    assert identify_part(run.part_path(1), run.run_id, 1) == "ours"
     assert not (tmp_path / "it ran").exists()
 
 
@@ -77,9 +77,9 @@ def test_a_process_that_fails_says_nothing_of_the_file(run, tmp_path, monkeypatc
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'storage.hdf5.identify' in sys.orig_argv: {end}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UserError, match=r"cannot look into .*part_001\.h5: the process that reads it ended"):
-        whose(run.part_path(1), run.run_id, 1)
+        identify_part(run.part_path(1), run.run_id, 1)
     monkeypatch.delenv("PYTHONPATH")
-    assert whose(run.part_path(1), run.run_id, 1) == "ours"
+    assert identify_part(run.part_path(1), run.run_id, 1) == "ours"
 
 
 def pages_of_heaps(path: Path) -> list[int]:
@@ -106,7 +106,7 @@ def test_a_damaged_heap_hangs_neither_enqueue_nor_pack(run, monkeypatch):
     for page in pages:
         path.write_bytes(whole)
         zero_page(path, page)
-        if whose(path, run.run_id, 1) == "ours":
+        if identify_part(path, run.run_id, 1) == "ours":
             continue  # a heap of the questions' texts alone: the root can be read
         with pytest.raises(
             UserError, match=r"part_001\.h5 is damaged, .* `producer enqueue … --repair` packs it again"
@@ -130,8 +130,8 @@ def test_a_damaged_part_with_a_sidecar_is_this_runs_and_is_not_opened(run, monke
         path.write_bytes(bytes(path.stat().st_size))
     else:
         path.unlink()
-    monkeypatch.setattr(planning, "whose", lambda *_: pytest.fail("opened"))
-    monkeypatch.setattr("storage.runs.pack.whose", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(planning, "identify_part", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("storage.runs.pack.identify_part", lambda *_: pytest.fail("opened"))
     planning._refuse_other_content(run.output_dir, run.settings)
     assert pack(run, 1)
 

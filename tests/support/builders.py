@@ -149,7 +149,7 @@ def make_run(
         questions = make_questions(questions)
     assert write_generation(run.store, cut(questions, run.settings.checkpoint_interval), run_id=run.run_id)
     if agreed:
-        run.agree_on_model(model or make_facts())
+        run.pin_model(model or make_facts())
     return run
 
 

@@ -202,7 +202,7 @@ class Life(RuleBasedStateMachine):
     @rule(which=st.integers(0))
     def note_a_death(self, which: int) -> None:
         keys = self._keys()
-        self.run.note_death(*keys[which % len(keys)], alone=True, worker="w")
+        self.run.note_crash(*keys[which % len(keys)], alone=True, worker="w")
 
     # Collectors
 

@@ -106,9 +106,9 @@ def test_deaths_are_counted_over_workers_and_restarts(cluster: Cluster, images: 
     run = Run.open(output)
     sequence = {question.question_id: s for s, question in enumerate(run.questions(1))}
     for question_id, deaths in (("q1", 2), ("q5", 2), ("q6", 0), ("q7", 3)):
-        run.note_death(1, sequence[question_id], alone=False)
+        run.note_crash(1, sequence[question_id], alone=False)
         for _ in range(deaths):
-            run.note_death(1, sequence[question_id], alone=True)
+            run.note_crash(1, sequence[question_id], alone=True)
     assert len(marks_of(output)) == 4 + 7
     worker = cluster.worker("fake:0.1")
     wait_for(lambda: len(run.staged(1)) == 24, 60, "every question is staged")

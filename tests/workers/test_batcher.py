@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from storage.sample import Sample
 from workers.engine.interface import Recipe, Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
-from workers.extract.batcher import MAX_DEATHS_ALONE, DynamicBatcher
+from workers.extract.batcher import MAX_CRASHES_ALONE, DynamicBatcher
 
 WAIT = 20.0  # far above what a healthy batcher needs: a lost future fails the test instead of hanging it
 PIXELS = np.zeros((28, 28, 3), np.uint8)
@@ -283,7 +283,7 @@ def test_wrong_number_of_samples_for_one_question_fails_it(rig):
         future.result(WAIT)
 
 
-# Deaths
+# Crashes
 
 
 def test_after_a_death_everyone_runs_alone(rig):
@@ -312,7 +312,7 @@ def test_killer_fails_after_three_deaths_alone_and_its_mates_succeed(rig):
     r.occupy()
     futures = r.submit(*(ask(i) for i in range(5)))
     batches = r.finish()
-    assert batches.count([2]) == MAX_DEATHS_ALONE == 3
+    assert batches.count([2]) == MAX_CRASHES_ALONE == 3
     with pytest.raises(PermanentError, match=r"SIGSEGV.*3 with this question alone") as caught:
         futures[2].result(0)
     assert caught.value.reason == "killed_worker"
@@ -335,7 +335,7 @@ def test_two_deaths_alone_are_forgiven(rig):
 
     def behave(requests: Sequence[Request]) -> list[Sample]:
         alone.append(1)
-        if len(alone) < MAX_DEATHS_ALONE:
+        if len(alone) < MAX_CRASHES_ALONE:
             raise EngineDiedError("it died")
         return [answer(request) for request in requests]
 
@@ -374,7 +374,7 @@ def test_innocent_questions_are_never_blamed_for_random_deaths(seed):
     def behave(requests: Sequence[Request]) -> list[Sample]:
         numbers = [number_of(request) for request in requests]
         alone = len(numbers) == 1
-        by_chance = dice.random() < 0.3 and not (alone and deaths[numbers[0]] == MAX_DEATHS_ALONE - 1)
+        by_chance = dice.random() < 0.3 and not (alone and deaths[numbers[0]] == MAX_CRASHES_ALONE - 1)
         if killers & set(numbers) or by_chance:
             if alone:
                 deaths[numbers[0]] += 1
@@ -452,11 +452,11 @@ def test_close_is_final(rig):
     assert not r.fatal
 
 
-# Deaths that are counted elsewhere
+# Crashes that are counted elsewhere
 
 
 class Marks:
-    """Deaths as another process may have left them."""
+    """Crashes as another process may have left them."""
 
     def __init__(self, alone: int = 0, *, suspect: bool = True, full: bool = False) -> None:
         self.alone, self.suspect, self._full = alone, suspect, full

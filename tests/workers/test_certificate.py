@@ -24,7 +24,7 @@ from workers.engine import kernels
 from workers.engine.interface import Recipe, Request
 from workers.errors import BatchFailedError, EngineStartError, PermanentError
 from workers.extract import certificate
-from workers.extract.batcher import Deaths
+from workers.extract.batcher import Crashes
 from workers.extract.certificate import MAX_TOKENS, Certifier
 from workers.extract.extractor import Extractor
 from workers.settings import WorkerSettings
@@ -39,10 +39,10 @@ class Computing:
 
     def __init__(self, sample: Sample, error: BaseException | None = None) -> None:
         self.recipes: list[Recipe] = []
-        self.deaths: list[Deaths] = []
+        self.deaths: list[Crashes] = []
         self._sample, self._error = sample, error
 
-    def __call__(self, _: str, request: Request, deaths: Deaths) -> Sample:
+    def __call__(self, _: str, request: Request, deaths: Crashes) -> Sample:
         self.recipes.append(request.recipe)
         self.deaths.append(deaths)
         if self._error is not None:
@@ -210,7 +210,7 @@ def test_an_engine_that_fails_at_the_certificate_alone(tmp_path: Path, extractor
     first = extractor.engine.pid
     for sequence in range(3):
         run.stage_sample(1, sequence, extractor.extract(opened, 1, sequence))
-        assert run.deaths_alone(1, sequence) is None  # a death at its certificate is not the question's
+        assert run.crashes_alone(1, sequence) is None  # a death at its certificate is not the question's
     assert (extractor.engine.pid == first) is (mark == "[error-exact]")
     attributes = published(run)
     assert attributes["num_samples"] == 3

@@ -170,11 +170,11 @@ def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_would_show(
     engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.forget()
+    engine.free_cache()
     mistake(monkeypatch)
     batch = cases[:8]
     samples = engine.extract([request for request, _ in batch])
-    engine.forget()
+    engine.free_cache()
     errors = [worst_error(sample, expected) for sample, (_, expected) in zip(samples, batch, strict=True)]
     assert max(errors) > 100 * TOLERANCE
 
@@ -198,7 +198,7 @@ def test_another_kernel_is_the_noise_floor(engine: QwenEngine, cases: Any) -> No
 
 
 def test_images_are_shared_within_and_across_batches(engine: QwenEngine, cases: Any) -> None:
-    engine.forget()
+    engine.free_cache()
     requests = [request for request, _ in cases]
     images = {request.image_key for request in requests}
     first = [sample.facts["image_prefix"] for sample in engine.extract(requests[:6])]
@@ -210,24 +210,24 @@ def test_images_are_shared_within_and_across_batches(engine: QwenEngine, cases: 
 
 
 def test_the_prefix_cache_is_bounded(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.forget()
+    engine.free_cache()
     monkeypatch.setattr(engine._prefixes, "max_bytes", 300_000)
     for request, expected in cases:
         [sample] = engine.extract([request])
         assert_equal(sample, expected)
         assert engine._prefixes._bytes <= 300_000
     assert engine._prefixes._bytes == sum(prefix.nbytes for prefix in engine._prefixes._kept.values())
-    engine.forget()
+    engine.free_cache()
 
 
 def test_images_are_prefilled_together_where_that_pays(
     engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.forget()
+    engine.free_cache()
     monkeypatch.setattr(engine, "_prefill_tokens", 250)  # as on a GPU: several images of different sizes, padded
     for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
         assert_equal(sample, expected)
-    engine.forget()
+    engine.free_cache()
 
 
 def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases: Any) -> None:
@@ -285,7 +285,7 @@ def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, 
 
 def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than three questions do not fit: batches are halved until they do, and the values are those of the reference."""
-    engine.forget()
+    engine.free_cache()
     fits = engine._prefill_suffixes
     sizes: list[int] = []
 
@@ -319,7 +319,7 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
     ours.close()
     assert max(sizes) == 16
     assert not fatal
-    engine.forget()
+    engine.free_cache()
 
 
 def test_patches_are_bit_equal_to_the_official_recipe(engine: QwenEngine, small_model: Path, photographs: Path) -> None:

@@ -135,7 +135,7 @@ def test_batches_larger_than_the_sockets_buffer_pass(start):
     assert_same(start().extract(large), FakeEngine(spec()).extract(large))
 
 
-# Deaths
+# Crashes
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])

@@ -368,7 +368,7 @@ def test_a_hint_without_a_broker_does_not_fail_the_task(
     run = make_run(tmp_path, 1, checkpoint_interval=1)
     stage_slice(run, 1)
     broker.terminate()
-    feeding.hint_collector(run, 1)
+    feeding.notify_collector(run, 1)
 
 
 def test_no_part_is_computed_far_ahead_of_the_collector(

@@ -37,7 +37,7 @@ def test_a_question_that_is_fed_again_is_another_task(
         ids.add(json.loads(raw)["headers"]["id"])
         assert waiting(client, run, feeding.queues_of(run), {1: {0}}, lambda: True) == {(1, 0)}
         client.delete(lane)
-        feeding.forget(run)
+        feeding.reset(run)
     assert len(ids) == 2
     assert all(re.fullmatch(rf"{run.run_id}-001-0-[0-9a-f]{{6}}", found) for found in ids)
     older = re.sub(rb"(-001-0)-[0-9a-f]{6}", rb"\1", raw)

@@ -27,7 +27,7 @@ from qwen_vl_utils.vision_process import smart_resize as their_smart_resize
 
 from storage.images.decoding import MAX_ASPECT_RATIO, MAX_IMAGE_PIXELS
 from workers.engine.fake import FakeEngine
-from workers.engine.interface import EngineSpec, ModelCard, Recipe
+from workers.engine.interface import EngineSpec, ModelInfo, Recipe
 from workers.errors import PermanentError, TransientError
 from workers.extract import preprocess
 from workers.extract.preprocess import PreparedImage, Preprocessor, load_image, load_quick, smart_resize
@@ -616,7 +616,7 @@ def test_no_pixels_at_all(tmp_path, size):
 
 
 @pytest.fixture(scope="module")
-def card() -> ModelCard:
+def card() -> ModelInfo:
     return FakeEngine(EngineSpec("fake", "fake", "main", "float32", "")).card
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from producer.check.findings import long_prompts
-from producer.check.survey import Gallery
+from producer.check.survey import ImageSource
 from storage.question import Question
 from workers.checkpoint.shapes import shape_of
 from workers.engine.fake import FakeEngine
@@ -55,7 +55,7 @@ def assert_same_count(model: Path, tmp_path: Path) -> None:
     card = replace(card, patch_size=14, merge_size=2, min_pixels=minimum, max_pixels=maximum)
     prepare = Preprocessor(card)
     for asked in ((None, None), (None, 200_000), (3_000_000, 9_000_000)):
-        gallery = Gallery(str(image.parent), (), limits_of(asked, shape), shape.factor, False, False)
+        gallery = ImageSource(str(image.parent), (), limits_of(asked, shape), shape.factor, False, False)
         prepared = prepare.image("a.png", image.parent, (), limits_of(asked, card))
         request = prepare.request(prepared, "", Recipe(layers=(0,), max_new_tokens=0))
         around = len(card.head_ids) + len(request.suffix_ids)

@@ -84,7 +84,7 @@ def _waiters(number: int, location: str, write: Callable[[], str]) -> tuple[list
 
     def call() -> None:
         try:
-            results.append(staging.keep(write, location, "id"))
+            results.append(staging.retry_write(write, location, "id"))
         except (RunWaitsError, WorkerEndsError) as error:
             results.append(type(error))
 
@@ -115,7 +115,7 @@ def test_few_threads_wait_for_one_disk(fresh: Troubles, monkeypatch: pytest.Monk
     wait_for(lambda: sum(map(len, outcomes)) == 12, 20, "the others are let go")
     assert [len(results) for results in outcomes] == [2, 2, 2, 2, 4]
     assert {outcome for results in outcomes for outcome in results} == {RunWaitsError}
-    assert staging.keep(lambda: "written", "/sound", "id") == "written"
+    assert staging.retry_write(lambda: "written", "/sound", "id") == "written"
     full.clear()
     for thread in threads:
         thread.join(20)
@@ -127,7 +127,7 @@ def test_a_worker_with_one_thread_waits_for_no_disk() -> None:
     staging.set_threads(1)
     try:
         with pytest.raises(RunWaitsError):
-            staging.keep(lambda: (_ for _ in ()).throw(FULL), "/a", "id")
+            staging.retry_write(lambda: (_ for _ in ()).throw(FULL), "/a", "id")
     finally:
         staging.set_threads(16)
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
 from storage.sample import Sample
-from workers.engine.interface import EngineSpec, ModelCard, Request
+from workers.engine.interface import EngineSpec, ModelInfo, Request
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import EngineStartError
 
@@ -44,7 +44,7 @@ class FakeEngine:
         self._errors: Counter[tuple[int, ...]] = Counter()
         self._seconds = float(spec.kind.partition(":")[2] or 0)
         self._dtype = np.dtype(np.float32 if spec.dtype == "float32" else ml_dtypes.bfloat16)
-        self.card = ModelCard(
+        self.card = ModelInfo(
             model_type="fake",
             revision=spec.revision,
             config_sha256="0" * 64,
@@ -93,7 +93,7 @@ class FakeEngine:
         head = _byte_tokenizer().encode(text).ids
         return replace(self.card.prompt(), head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
 
-    def forget(self) -> None:
+    def free_cache(self) -> None:
         """Forget which images were seen."""
         self._images.clear()
 

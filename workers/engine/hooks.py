@@ -17,17 +17,17 @@ class _Enough(Exception):
 @contextmanager
 def outputs(modules: dict[int, torch.nn.Module], take: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
     """Collect what `take` makes of each module's output while the context lasts."""
-    taken: dict[int, Tensor] = {}
+    captured: dict[int, Tensor] = {}
 
     def hook(key: int) -> Callable[..., None]:
         def collect(_module: Any, _inputs: Any, out: Any) -> None:
-            taken[key] = take(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 5
+            captured[key] = take(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 5
 
         return collect
 
     handles = [module.register_forward_hook(hook(key)) for key, module in modules.items()]
     try:
-        yield taken
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

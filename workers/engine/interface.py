@@ -26,7 +26,7 @@ class EngineSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelInfo:
     """What an engine has loaded, as far as others must know it."""
 
     model_type: str
@@ -91,7 +91,7 @@ class Request:
 class Engine(Protocol):
     """Computes samples. One method, synchronous; a batch has one recipe."""
 
-    card: ModelCard
+    card: ModelInfo
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order; facts hold what the model alone knows."""
@@ -101,6 +101,6 @@ class Engine(Protocol):
         """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
         ...
 
-    def forget(self) -> None:
+    def free_cache(self) -> None:
         """Free what is kept between batches."""
         ...

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from storage.errors import UserError
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
-from workers.engine.interface import EngineSpec, ModelCard
+from workers.engine.interface import EngineSpec, ModelInfo
 from workers.engine.models import family
 from workers.engine.prompt import PromptParts
 from workers.engine.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
@@ -97,7 +97,7 @@ def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
         ) from error
 
 
-def model_card(
+def model_info(
     model: Any,
     processor: Any,
     prompt: PromptParts,
@@ -105,12 +105,12 @@ def model_card(
     revision: str,
     penalty: float,
     max_batch_tokens: int,
-) -> ModelCard:
+) -> ModelInfo:
     """Return what others must know of a loaded checkpoint."""
     config = model.config
     text, vision = config.get_text_config(), config.vision_config
     minimum, maximum = pixel_limits(processor.image_processor)
-    return ModelCard(
+    return ModelInfo(
         model_type=config.model_type,
         revision=getattr(config, "_commit_hash", None) or revision,
         config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),

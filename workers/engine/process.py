@@ -29,7 +29,7 @@ from storage.errors import UserError
 from storage.sample import Sample
 from storage.screen.terminal import guard_logs
 from workers.checkpoint.identity import local_directory
-from workers.engine.interface import Engine, EngineSpec, ModelCard, Request
+from workers.engine.interface import Engine, EngineSpec, ModelInfo, Request
 from workers.engine.memory_errors import is_out_of_memory
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, RunRefusedError, in_a_line
@@ -63,7 +63,7 @@ class EngineProcess:
         self._connection: Connection | None = None
         self._turn = threading.Lock()
 
-    def start(self) -> ModelCard:
+    def start(self) -> ModelInfo:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
         self.loading_since = time.time()
         try:
@@ -71,7 +71,7 @@ class EngineProcess:
         finally:
             self.loading_since = None
 
-    def _start(self) -> ModelCard:
+    def _start(self) -> ModelInfo:
         ours, theirs = socket.socketpair()
         # Celery sets a default timeout for all sockets while it shuts down, which makes these non-blocking: the child that is
         # started while a worker drains would take an empty socket for a closed one.
@@ -104,7 +104,7 @@ class EngineProcess:
             if answer.traceback:
                 logger.error("the engine could not be loaded:\n%s", answer.traceback)
             raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}")
-        assert isinstance(answer, ModelCard)
+        assert isinstance(answer, ModelInfo)
         return answer
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
@@ -202,7 +202,7 @@ def _serve(connection: Connection) -> None:
                 raise
             answer = _error(error)
         if isinstance(answer, _BatchError) and answer.out_of_memory:
-            engine.forget()  # here, not above: until the handler ends, the traceback holds on to the tensors
+            engine.free_cache()  # here, not above: until the handler ends, the traceback holds on to the tensors
         connection.send(answer)
 
 

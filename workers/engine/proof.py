@@ -21,7 +21,7 @@ from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKE
 from storage.sample import Sample
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.hooks import outputs
-from workers.engine.interface import ModelCard, Recipe, Request
+from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.prompt import QuestionTokenizer
 from workers.errors import EngineStartError, in_a_line
@@ -83,7 +83,7 @@ def plain_prompts(model: Any, processor: Any) -> list[Plain]:
 
 
 def refuse_difference(
-    plain: Sequence[Plain], card: ModelCard, image_token: int, extract: Callable[[list[Request]], list[Sample]]
+    plain: Sequence[Plain], card: ModelInfo, image_token: int, extract: Callable[[list[Request]], list[Sample]]
 ) -> None:
     """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
     factor = card.patch_size * card.merge_size
@@ -108,12 +108,12 @@ def _forward(model: Any, inputs: Any, kernel: AbstractContextManager[Any]) -> Ve
     decoder, visual = model.model.language_model, model.model.visual
     layers = resolve_layers(None, len(decoder.layers))
     modules = {i: decoder.layers[i] for i in layers} | {-1: visual.merger, -2: visual.blocks[-1]}
-    with kernel, outputs(modules, lambda out: out) as taken:
+    with kernel, outputs(modules, lambda out: out) as captured:
         model(**inputs)
     last = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[-1])
-    means = {VISION_ONLY.name: taken[-1].mean(0), VISION_ENCODER.name: taken[-2].mean(0)}
-    vision = by_layer(VISION_TOKEN, {i: taken[i][0, last] for i in layers})  # (1, L, D) -> (D,)
-    query = by_layer(QUERY_TOKEN, {i: taken[i][0, -1] for i in layers})
+    means = {VISION_ONLY.name: captured[-1].mean(0), VISION_ENCODER.name: captured[-2].mean(0)}
+    vision = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)
+    query = by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})
     return {name: _array(vector) for name, vector in (means | vision | query).items()}
 
 

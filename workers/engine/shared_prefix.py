@@ -28,7 +28,7 @@ from workers.engine.generation import Generation
 from workers.engine.hooks import ending_after, outputs
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
-from workers.engine.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_card
+from workers.engine.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_info
 from workers.engine.models import family
 from workers.engine.models.qwen2_5_vl import Image
 from workers.engine.prompt import PromptParts, PromptStyle, split_prompt
@@ -68,11 +68,11 @@ class QwenEngine:
         batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(
             self._model.config.get_text_config(), self._model.dtype
         )
-        self.card = model_card(
+        self.card = model_info(
             self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)
         )
         refuse_difference(plain, self.card, self._image_token, self.extract)
-        self.forget()
+        self.free_cache()
 
     @torch.inference_mode()
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
@@ -87,7 +87,7 @@ class QwenEngine:
         """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
         return split_prompt(self._processor, style)
 
-    def forget(self) -> None:
+    def free_cache(self) -> None:
         """Free what is kept between batches."""
         self._prefixes.clear()
         if self._device.type == "cuda":
@@ -101,14 +101,14 @@ class QwenEngine:
         index = [order.index(request.image_key) for request in requests]
         batch = Batch.of([prefixes[key].row for key in order], index, self._device)
         suffixes = [request.suffix_ids for request in requests]
-        with self._taking(recipe) as taken:
+        with self._capture_states(recipe) as captured:
             last = self._prefill_suffixes(batch, suffixes, recipe)
         prompts = [self._prompt_ids(prefixes[r.image_key].num_tokens, r) for r in requests]
         answers = self._answer(batch, last, prompts, recipe)
         samples = []
         for i, request in enumerate(requests):
             prefix = prefixes[request.image_key]
-            vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i] for n, v in taken.items()})
+            vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i] for n, v in captured.items()})
             facts = {
                 **self._positions(prefix.num_tokens, prefix.grid, prompts[i], request),
                 "batch_size": len(requests),
@@ -155,7 +155,7 @@ class QwenEngine:
         rows = [torch.cat([head, image.tokens.to(self._device)]) for image in images]
         positions = [self._prefix_positions(image.grid, recipe) for image in images]
         batch = Batch.empty([int(p.max()) + 1 for p in positions], self._device)
-        with self._taking(recipe) as taken:
+        with self._capture_states(recipe) as captured:
             padded = _pad_left([p.T for p in positions]).permute(2, 0, 1)  # (3, B, L)
             self._forward(batch, _pad_left(rows), padded, [len(r) for r in rows], recipe)
         return [
@@ -164,7 +164,7 @@ class QwenEngine:
                 image.grid,
                 len(image.tokens),
                 self._vision_fields(image, recipe)
-                | by_layer(VISION_TOKEN, {n: v[i].clone() for n, v in taken.items()}),
+                | by_layer(VISION_TOKEN, {n: v[i].clone() for n, v in captured.items()}),
             )
             for i, (row, image) in enumerate(zip(batch.rows(), images))
         ]
@@ -197,14 +197,14 @@ class QwenEngine:
             facts["vision_token_position"] = min(image.grid[0] * image.grid[1] * image.grid[2], len(prompt) // 2)
         at = [facts["vision_token_position"], facts["query_token_position"]]
         batch = Batch.empty([int(after[-1]) + 1], self._device)
-        with self._taking(recipe, at) as taken:
+        with self._capture_states(recipe, at) as captured:
             states = self._forward(batch, embedded, positions, [len(prompt)], recipe)
         last = None if states is None else states[:, -1]
         [answer] = self._answer(batch, last, [prompt], recipe)
         vectors = (
             self._vision_fields(image, recipe)
-            | by_layer(VISION_TOKEN, {n: v[0] for n, v in taken.items()})
-            | by_layer(QUERY_TOKEN, {n: v[1] for n, v in taken.items()})
+            | by_layer(VISION_TOKEN, {n: v[0] for n, v in captured.items()})
+            | by_layer(QUERY_TOKEN, {n: v[1] for n, v in captured.items()})
         )
         return self._sample(vectors, answer, {**facts, "batch_size": 1, "image_prefix": "computed"})
 
@@ -305,7 +305,7 @@ class QwenEngine:
         embedded: Tensor = self._model.get_input_embeddings()(torch.tensor(ids, device=self._device))
         return embedded
 
-    def _taking(self, recipe: Recipe, at: Sequence[int] | None = None) -> Any:
+    def _capture_states(self, recipe: Recipe, at: Sequence[int] | None = None) -> Any:
         """Take the kept layers' outputs: the last position of each row, (B, D), or some positions of the only row.
 
         A copy: a view would keep all of (B, L, D) alive.

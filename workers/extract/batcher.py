@@ -3,7 +3,7 @@
 Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
 together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
 was in flight runs alone; only a death while it runs alone counts against it. Where deaths are counted is the caller's
-business: `Deaths` of a request.
+business: `Crashes` of a request.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from workers.engine.interface import Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
 
 logger = logging.getLogger(__name__)
-MAX_DEATHS_ALONE = 3
+MAX_CRASHES_ALONE = 3
 
 
-class Deaths(Protocol):
+class Crashes(Protocol):
     """The deaths of the engine under one request."""
 
     @property
@@ -55,7 +55,7 @@ class DeathsInMemory:
 class _Entry:
     group: Hashable
     request: Request
-    deaths: Deaths
+    deaths: Crashes
     future: Future[Sample] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
@@ -84,7 +84,7 @@ class DynamicBatcher:
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, group: Hashable, request: Request, deaths: Deaths | None = None) -> Future[Sample]:
+    def submit(self, group: Hashable, request: Request, deaths: Crashes | None = None) -> Future[Sample]:
         """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
         entry = _Entry(group, request, deaths or DeathsInMemory())
         with self._changed:
@@ -188,13 +188,13 @@ class DynamicBatcher:
         except OSError as fault:  # a full disk: uncounted, it would run for ever
             entry.future.set_exception(fault)
             return False
-        if number < MAX_DEATHS_ALONE:
+        if number < MAX_CRASHES_ALONE:
             return True
-        entry.future.set_exception(killed_worker(f"{error}; that was death {number}"))
+        entry.future.set_exception(engine_crashed(f"{error}; that was death {number}"))
         return False
 
 
-def killed_worker(what: str) -> PermanentError:
+def engine_crashed(what: str) -> PermanentError:
     """Return the failure of a question that has killed the engine too often."""
     return PermanentError("killed_worker", f"{what} with this question alone in the engine")
 

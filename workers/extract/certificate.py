@@ -18,7 +18,7 @@ from storage.runs.run import Run
 from storage.sample import ENGINE_SECONDS, Sample
 from workers.engine.interface import Request
 from workers.errors import EngineDiedError, in_a_line
-from workers.extract.batcher import MAX_DEATHS_ALONE, Deaths
+from workers.extract.batcher import MAX_CRASHES_ALONE, Crashes
 from workers.monitor.metrics import tally
 
 logger = logging.getLogger(__name__)
@@ -28,19 +28,19 @@ _KNOWN_PARTS = 4096  # beyond which the run directory is asked again
 
 
 class _OneTry:
-    """Deaths of the engine under a certificate: they are not the question's, and one ends it."""
+    """Crashes of the engine under a certificate: they are not the question's, and one ends it."""
 
     suspect = True  # it shares no batch
 
     def note(self, _: EngineDiedError, *, alone: bool) -> int:
         """Say that it has had its try."""
-        return MAX_DEATHS_ALONE
+        return MAX_CRASHES_ALONE
 
 
 class Certifier:
     """Adds exact results to a part's first fitting sample. Thread-safe."""
 
-    def __init__(self, compute: Callable[[str, Request, Deaths], Sample]) -> None:
+    def __init__(self, compute: Callable[[str, Request, Crashes], Sample]) -> None:
         self._compute = compute
         self._asked: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
 from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
-from workers.engine.interface import EngineSpec, ModelCard, Recipe, Request
+from workers.engine.interface import EngineSpec, ModelInfo, Recipe, Request
 from workers.engine.process import EngineProcess
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import (
@@ -29,7 +29,7 @@ from workers.errors import (
     RunRefusedError,
     TransientError,
 )
-from workers.extract.batcher import MAX_DEATHS_ALONE, Deaths, DynamicBatcher, killed_worker
+from workers.extract.batcher import MAX_CRASHES_ALONE, Crashes, DynamicBatcher, engine_crashed
 from workers.extract.certificate import Certifier
 from workers.extract.preprocess import Preprocessor, limits_of
 from workers.monitor.metrics import measured
@@ -49,12 +49,12 @@ class OpenRun:
     recipe: Recipe
 
 
-class _DeathsInFiles:
+class _CrashesInFiles:
     """The deaths of the engine under one question, as marks beside its staged file: every worker sees them."""
 
     def __init__(self, run: Run, part: int, sequence: int, worker: str) -> None:
         self._run, self._part, self._sequence, self._worker = run, part, sequence, worker
-        self.alone = run.deaths_alone(part, sequence)
+        self.alone = run.crashes_alone(part, sequence)
 
     @property
     def suspect(self) -> bool:
@@ -65,7 +65,7 @@ class _DeathsInFiles:
         """Record a death."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"error": str(error), "worker": self._worker, "time": time}
-        self.alone = self._run.note_death(self._part, self._sequence, alone=alone, **facts)
+        self.alone = self._run.note_crash(self._part, self._sequence, alone=alone, **facts)
         return self.alone
 
 
@@ -77,7 +77,7 @@ class Extractor:
         cache = cache_of(config.model, config.revision, config.cache_dir)
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, cache)
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
-        self.card: ModelCard = self.engine.start()
+        self.card: ModelInfo = self.engine.start()
         self.preprocess = Preprocessor(self.card)
         self._batcher = DynamicBatcher(
             measured(self.engine.extract),
@@ -118,9 +118,9 @@ class Extractor:
         """
         settings, facts = opened.run.settings, opened.facts
         question = opened.run.questions(part)[sequence]
-        deaths = _DeathsInFiles(opened.run, part, sequence, self._worker)
-        if deaths.alone is not None and deaths.alone >= MAX_DEATHS_ALONE:  # a worker was killed before it could say so
-            raise killed_worker(f"the engine died {deaths.alone} times")
+        deaths = _CrashesInFiles(opened.run, part, sequence, self._worker)
+        if deaths.alone is not None and deaths.alone >= MAX_CRASHES_ALONE:  # a worker was killed before it could say so
+            raise engine_crashed(f"the engine died {deaths.alone} times")
         with self.preprocess.hold(
             question.image_id,
             settings.images.images_dir,
@@ -142,7 +142,7 @@ class Extractor:
         }
         return replace(sample, facts={**sample.facts, **facts_of_image})
 
-    def _compute(self, run_id: str, request: Request, deaths: Deaths) -> Sample:
+    def _compute(self, run_id: str, request: Request, deaths: Crashes) -> Sample:
         return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
 
     def close(self) -> None:
@@ -207,7 +207,7 @@ class Extractor:
         )
         if facts.min_pixels > facts.max_pixels:
             raise RunRefusedError(f"--min-pixels {facts.min_pixels} is above --max-pixels {facts.max_pixels}")
-        recorded = run.agree_on_model(facts)
+        recorded = run.pin_model(facts)
         if recorded != facts:
             ours, theirs = facts.model_dump(), recorded.model_dump()
             differing = ", ".join(

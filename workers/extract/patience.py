@@ -36,7 +36,7 @@ def set_threads(number: int) -> None:
     _threads = number
 
 
-def keep(write: Callable[[], T], location: str, run_id: str) -> T:
+def retry_write(write: Callable[[], T], location: str, run_id: str) -> T:
     """Return what `write` returns, calling it again while the disk refuses.
 
     Raises WorkerEndsError on the way out, RunWaitsError where enough threads wait already. A wait above the visibility timeout

@@ -24,7 +24,7 @@ from storage.images.decoders import DecoderGoneError, Result
 from storage.images.decoding import ImageRefusedError
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.images.opening import NotRegularError
-from workers.engine.interface import ModelCard, Recipe, Request
+from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.prompt import PromptParts, QuestionTokenizer
 from workers.errors import PermanentError, TransientError
 from workers.extract.image_cache import ImageCache
@@ -59,7 +59,7 @@ class PreparedImage:
 class Preprocessor:
     """Prepares questions for one loaded model. Thread-safe."""
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelInfo) -> None:
         self._card = card
         self._tokenize = QuestionTokenizer(card.tokenizer_json)
         self._prompt = card.prompt()

@@ -70,7 +70,7 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
         try:
             moved = claim(client, run)
             if cancelled:
-                Notes(client, run.run_id).forget()
+                Notes(client, run.run_id).clear_progress()
                 return 0
             return _Feeder(run, client, lock, pieces).feed(put, look=moved)
         finally:
@@ -90,10 +90,10 @@ def _take_from_stranger(client: Any, lock: Lock) -> bool:
     return bool(lock.acquire())
 
 
-def forget(run: Run) -> None:
+def reset(run: Run) -> None:
     """Forget what of a run was fed, so that its unfinished questions are fed again."""
     with redis_client() as client:
-        Notes(client, run.run_id).forget()
+        Notes(client, run.run_id).clear_progress()
 
 
 def look_again(run_id: str) -> None:
@@ -123,7 +123,7 @@ def queue_lengths(run: Run) -> dict[str, int]:
     return {queues.retry: retried, f"{queues.retry.removesuffix('.retry')}.lanes": sum(lanes)}
 
 
-def hint_collector(run: Run, part: int) -> None:
+def notify_collector(run: Run, part: int) -> None:
     """Ask the collector to look at a run when a slice seems complete; its own sweeps do not depend on it."""
     now = time.monotonic()
     with _hint_lock:

@@ -55,7 +55,7 @@ class Notes:
         except NoPermissionError:
             raise
         except ResponseError:  # a stranger's key of another type
-            self.forget()
+            self.clear_progress()
             return {}
         noted: dict[int, Fed] = {}
         for name, data in found.items():
@@ -74,7 +74,7 @@ class Notes:
         """Note how far a slice is fed."""
         self._client.hset(self._key, part, json.dumps(asdict(entry)))
 
-    def forget(self) -> None:
+    def clear_progress(self) -> None:
         """Forget what was fed, so that it is fed again."""
         self._client.delete(self._key)
 

@@ -46,12 +46,12 @@ class VisionTower:
         patches = self._processor(images=list(pixels), do_resize=False, return_tensors="pt")
         grid = patches["image_grid_thw"].to(self._device)
         states = patches["pixel_values"].to(self._device, self._dtype)
-        with outputs({0: self._visual.blocks[-1]}, lambda out: out) as taken:
+        with outputs({0: self._visual.blocks[-1]}, lambda out: out) as captured:
             out = self._visual(states, grid_thw=grid)
         merged = out if isinstance(out, Tensor) else out.pooler_output  # (tokens, D); an output object since 5.0
         sizes: list[int] = grid.prod(dim=1).tolist()
         # The last block's rows are in window order, but each image's rows stay together.
-        encoded = torch.split(taken[0], sizes)  # each (patches, E)
+        encoded = torch.split(captured[0], sizes)  # each (patches, E)
         tokens = torch.split(merged, [size // self._merge for size in sizes])  # each (tokens, D)
         return [Image(t, tuple(g), t.mean(0), e.mean(0)) for t, e, g in zip(tokens, encoded, grid.tolist())]
 
