@@ -10,9 +10,9 @@ import pandas as pd
 from producer.demo.gallery import accuracy_table, gallery
 from producer.options import RunOptions
 from producer.planning import plan_run
+from storage.answers import is_right
 from storage.computation import Computation
 from storage.errors import UserError
-from storage.probing.answers import is_right
 from storage.reading.load import load_frame
 from storage.runs.run import Run
 from storage.screen.console import Console

@@ -23,6 +23,7 @@ from storage.stores.location import is_url, join_roots
 from workers.checkpoint.hub import cache_of
 from workers.process.children import Child, on_gpu
 from workers.process.gpus import visible_gpus
+from workers.settings import settings
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: in an object store each request is paid for
 _GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
@@ -69,6 +70,7 @@ def run_locally(
             "HALP_CACHE_DIR": cache_of(model, run.settings.revision, cache_dir),
         }
         os.environ |= {name: environment[name] for name in ("HALP_BROKER_URL", "HALP_DATA_ROOTS")}
+        settings.cache_clear()  # the plan may have asked for them, and had the broker of before
         logs = local_state(run) / "logs"
         logs.mkdir(exist_ok=True)
         processes = [_Logged("collector", ["collect", "--name", "collector"], environment, logs)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from storage.answers import is_right
 from storage.errors import UserError
-from storage.probing.answers import is_right
 from storage.probing.baselines import baseline_scores
 from storage.probing.finding import Finding, best_on_test, find, too_few
 from storage.probing.judge import Breakdown, Judge, Scored, quality

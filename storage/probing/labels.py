@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from storage.answers import normalise
 from storage.errors import UserError
 from storage.images.filetype import refuse_pointer
-from storage.probing.answers import normalise
 
 PUBLISHED = "is_hallucinating_manual"
 ANSWER = "model_answer"

@@ -14,6 +14,7 @@ from storage.fields import in_order, split_layer
 from storage.reading.load import part_frame
 from storage.reading.source import Source
 from storage.screen.terminal import one_line
+from storage.views.components import principal_components
 from storage.views.overview import Overview
 
 _POINTS = 500  # questions in a cloud: as many as a small picture shows; the work grows with their cube
@@ -38,7 +39,7 @@ def plot(source: str | Path, found: Overview, colour_by: str | None, output: Pat
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     _draw_norms(panels[0], found)
     for panel, (field, vectors) in zip(panels[1:], clouds.items(), strict=False):
-        _draw_cloud(panel, field, principal(vectors), colours)
+        _draw_cloud(panel, field, principal_components(vectors)[0], colours)
     for panel in panels[len(clouds) + 1 :]:
         panel.set_visible(False)
     if colour_by is not None and clouds:
@@ -53,19 +54,6 @@ def plot(source: str | Path, found: Overview, colour_by: str | None, output: Pat
 def _plain(text: str) -> str:
     """Return a text that matplotlib draws as it is: between two dollars it would read a formula, and fail on most."""
     return one_line(text).replace("$", r"\$")
-
-
-def principal(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return the coordinates in the two main components of the standardised dimensions, [N, 2].
-
-    Standardised, as a few massive dimensions would be both components otherwise.
-    """
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    spread = centred.std(axis=0)
-    standard = centred[:, spread > 0] / spread[spread > 0]
-    values, axes = np.linalg.eigh(standard @ standard.T)  # [N, N]: fewer questions than dimensions
-    two = axes[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
-    return np.pad(two, ((0, 0), (0, 2 - two.shape[1])))
 
 
 def _sample(source: str | Path, fields: list[str]) -> tuple[pd.DataFrame, dict[str, npt.NDArray[np.float32]]]:

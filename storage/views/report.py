@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -14,6 +13,7 @@ from storage.fields import in_order, split_layer
 from storage.runs.run import Run
 from storage.screen.terminal import visible
 from storage.views import charts
+from storage.views.components import principal_components
 from storage.views.report_data import ReportData, clipped, gather, spread
 
 REPORT = "report.html"
@@ -124,23 +124,9 @@ def _pca_figures(data: ReportData) -> list[tuple[str, Markup]]:
             group: [tuple(p) for p, g in zip(points.tolist(), data.groups) if g == group]
             for group in sorted(set(data.groups))
         }
-        label = f"first two components: {shares[0]:.0%} and {shares[1]:.0%} of the variance"
+        label = f"first two components, standardised: {shares[0]:.0%} and {shares[1]:.0%} of the variance"
         figures.append((name, charts.scatter(groups, label=label)))
     return figures
-
-
-def principal_components(vectors: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
-    """Return [n, 2] coordinates along the first two principal components, and their shares of the variance.
-
-    By the n x n Gram matrix, which is smaller than D x D. Dimensions that are not finite count as zero.
-    """
-    centred = np.nan_to_num(vectors.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    centred -= centred.mean(axis=0)
-    values, bases = np.linalg.eigh(centred @ centred.T)  # ascending
-    values = np.maximum(values[::-1][:2], 0.0)
-    total = float((centred**2).sum())
-    shares = tuple((values / total).tolist()) if total > 0 else (0.0, 0.0)
-    return bases[:, ::-1][:, :2] * np.sqrt(values), (shares[0], shares[1])
 
 
 def _drift(data: ReportData) -> dict[str, Any] | None:

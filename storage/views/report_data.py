@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from storage.answers import is_right
 from storage.errors import DamagedError, UserError
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.part import read_certificate
@@ -121,11 +122,10 @@ def gather(run: Run) -> ReportData:
 
 
 def compare(answer: str, ground_truth: str) -> str:
-    """Tell whether an answer is its ground truth, but for case, space and a final point."""
+    """Tell whether an answer is right, as `storage probe` does."""
     if not ground_truth.strip():
         return "no ground truth"
-    same = answer.strip().rstrip(".").casefold() == ground_truth.strip().rstrip(".").casefold()
-    return "answer equals the ground truth" if same else "answer differs"
+    return "right answers" if is_right(answer, ground_truth) else "wrong answers"
 
 
 def spread(items: Sequence[T], number: int) -> list[T]:

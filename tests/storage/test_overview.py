@@ -14,7 +14,6 @@ from PIL import Image
 from storage.drift import with_certificate
 from storage.runs.pack import pack
 from storage.runs.run import Run
-from storage.views.plot import principal
 from tests.support.builders import make_failure, make_questions, make_run, make_sample
 
 QUERY = "query_token_representation/layer_3"
@@ -125,12 +124,3 @@ def test_mistakes(run, inspect, tmp_path, monkeypatch):
     assert (code, err) == (2, "error: --plot needs matplotlib: pip install 'halp-extractor[plot]'\n")
     code, _, err = inspect(make_run(tmp_path / "new", 3).output_dir)
     assert (code, err) == (2, f"error: {tmp_path / 'new'}: no part of this run is published yet\n")
-
-
-def test_principal_components_are_those_of_the_singular_values():
-    generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((50, 8)).astype(np.float32) * np.array([1000, *[1] * 6, 0], np.float32)
-    standard = (vectors - vectors.mean(0))[:, :7] / vectors.std(0)[:7]
-    left, values, _ = np.linalg.svd(standard.astype(np.float64), full_matrices=False)
-    np.testing.assert_allclose(np.abs(principal(vectors)), np.abs(left[:, :2] * values[:2]), atol=1e-3)
-    assert principal(vectors[:1]).shape == (1, 2)

@@ -16,10 +16,10 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 
+from storage.answers import is_right, normalise
 from storage.errors import UserError
 from storage.fields import in_words
 from storage.probing import experiment, score
-from storage.probing.answers import is_right, normalise
 from storage.probing.experiment import ProbeSettings, run_experiment
 from storage.probing.figure import draw
 from storage.probing.finding import Margin, find, too_few
