@@ -22,6 +22,19 @@ def test_names_tell_model_dtype_and_checkpoint():
     assert len({*QUEUES.lanes, QUEUES.retry, COLLECT}) == LANES + 2 == 130
 
 
+@pytest.mark.parametrize("name", ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL"])
+def test_the_broker_is_named_in_one_place(name):
+    """`producer run` brings a server of its own, whatever another project's Celery uses in this shell."""
+    code = "from workers.queue.app import app; print(app.conf.broker_url, app.conf.broker_read_url)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HALP_BROKER_URL": "redis://127.0.0.1:7/0", name: "redis://other:secret@host/0"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "redis://127.0.0.1:7/0 redis://127.0.0.1:7/0\n"
+    assert done.stderr == f"{name} is not heeded: name the broker by HALP_BROKER_URL\n"
+
+
 def test_a_worker_names_its_queues_by_their_prefix():
     """A log with 129 names is not read; the order in which they are served stays the worker's own."""
     queues = Celery("test", amqp=_AMQP).amqp.queues

@@ -5,6 +5,8 @@ The settings were measured; those that differ from Celery's defaults say why. A 
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +21,9 @@ from workers.checkpoint.identity import checkpoint_digest, former_digest
 from workers.queue.broker import tls
 from workers.queue.queues import COLLECT, ModelQueues
 from workers.settings import WorkerSettings, settings
+
+logger = logging.getLogger(__name__)
+_OTHER_BROKERS = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL")
 
 
 def model_queues(config: WorkerSettings) -> ModelQueues:
@@ -92,7 +97,18 @@ class _AMQP(AMQP):  # type: ignore[misc]
     queues_cls = _Queues
 
 
+def _drop_other_brokers() -> None:
+    """Leave out what Celery would take before our own setting: its messages would be in one server, our notes in another.
+
+    `celery -b` and BROKER_URL arrive here as CELERY_BROKER_URL.
+    """
+    for name in _OTHER_BROKERS:
+        if os.environ.pop(name, None) is not None:
+            logger.warning("%s is not heeded: name the broker by HALP_BROKER_URL", name)
+
+
 # `broker_transport` would be overruled by `redis+socket://`, and would show in every printed URL.
+_drop_other_brokers()
 TRANSPORT_ALIASES.update(redis="workers.queue.transport:Transport", rediss="workers.queue.transport:Transport")
 app = Celery("workers", amqp=_AMQP)
 app.conf.update(_configuration(settings()))
