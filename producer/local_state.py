@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from storage.runs.run import Run
@@ -19,12 +18,14 @@ def begun_here(run: Run) -> bool:
 
 
 def is_worked_on(run: Run) -> bool:
-    """Tell whether `producer run` works on a run on this machine now."""
-    with suppress(OSError), (local_state(run) / LOCK).open() as file:
-        try:
+    """Tell whether `producer run` works on a run now, or may: where the file system has no locks, nobody can say."""
+    try:
+        with (local_state(run) / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 

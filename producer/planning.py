@@ -171,7 +171,7 @@ def _check_model(options: RunOptions) -> None:
 def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int) -> None:
     """Raise UserError where the parts of a new run could not be written: its questions would be computed, and wait for ever."""
     location = resolve_location(options.output_dir)
-    if is_run(location):
+    if is_run(location) and not is_replaceable(options.output_dir, settings):
         return
     if columns > _MOST_COLUMNS:
         raise UserError(

@@ -136,6 +136,15 @@ def test_other_images_are_not_taken_for_those_that_were_moved(options: RunOption
         plan_run(replace(options, relocate=True, output_dir=str(tmp_path / "none")))
 
 
+def test_parts_of_failures_alone_have_no_image_to_compare(options: RunOptions, tmp_path: Path) -> None:
+    begun = plan_run(options)
+    begun.stage_failure(1, 0, make_failure(begun.questions(1)[0]))
+    begun.pin_model(make_facts())
+    assert pack(begun, 1)
+    moved = place(options, tmp_path / "moved")
+    assert plan_run(replace(moved, relocate=True)).run_id == begun.run_id
+
+
 def test_a_run_of_which_nothing_is_computed_is_replaced(
     options: RunOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:

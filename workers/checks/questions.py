@@ -10,9 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from storage.errors import UserError
+from storage.images.bounded import on_image
+from storage.images.decoders import DecoderGoneError
+from storage.images.decoding import ImageRefusedError
 from storage.images.lookup import OutsideRootError, resolve_image
 from workers.extract.preprocess import needs_care, to_rgb
 
@@ -74,11 +78,18 @@ def alike(cases: Sequence[Case], folder: Path) -> list[Case]:
     """
     made: dict[Path, Path] = {}
     for path in dict.fromkeys(case.path for case in cases):
-        with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
-            if needs_care(image):
+        with suppress(
+            OSError, ImageRefusedError, DecoderGoneError, MemoryError
+        ):  # the engine's own way names the reason
+            if (pixels := on_image(str(path), _with_care).array) is not None:
                 made[path] = folder / f"{len(made):03d}.png"
-                to_rgb(image).save(made[path])
+                Image.fromarray(pixels).save(made[path])
     return [replace(case, path=made.get(case.path, case.path)) for case in cases]
+
+
+def _with_care(image: Image.Image) -> tuple[list[int], npt.NDArray[np.uint8] | None]:
+    """Return a picture's pixels as a run has them; none where Pillow's own conversion loses nothing."""
+    return [], np.asarray(to_rgb(image)) if needs_care(image) else None
 
 
 def _draw(index: int, width: int, height: int) -> Image.Image:
