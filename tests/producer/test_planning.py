@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
@@ -170,6 +171,21 @@ def test_what_producer_run_left_behind_is_replaced_while_nobody_works_on_it(opti
             plan_run(other)
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert plan_run(other).run_id != begun.run_id
+
+
+def test_where_nobody_can_say_whether_a_run_is_worked_on_it_is_kept(
+    options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = plan_run(options)
+    (Path(begun.output_dir) / ".run" / "lock").touch()
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        plan_run(replace(options, computation=Computation(dtype="float32")))
+    assert Run.open(options.output_dir).run_id == begun.run_id
 
 
 @pytest.mark.parametrize("computed", ["staged", "failed", "published"])

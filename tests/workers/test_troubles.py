@@ -355,3 +355,24 @@ def test_a_sweep_that_fails_is_followed_by_another_and_a_dead_thread_ends_the_pr
     assert len(swept) == 3
     assert state.should_stop == 1
     assert bootsteps._swept() == 0.0  # what `workers health` takes for a collector that does not sweep
+
+
+def test_one_thread_at_a_time_brings_a_run_forward(tmp_path, monkeypatch):
+    """A hint's task and a sweep would pack the same part at once."""
+    inside, most = [], []
+
+    def collect_run(run, _):
+        inside.append(run)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return False
+
+    monkeypatch.setattr("workers.collect.collector.collect_run", collect_run)
+    collector, run = Collector((str(tmp_path),)), make_run(tmp_path / "run", 3)
+    threads = [threading.Thread(target=collector.bring_forward, args=(run,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
