@@ -37,7 +37,7 @@ class Crashes(Protocol):
         ...
 
 
-class DeathsInMemory:
+class CrashesInMemory:
     """Counts deaths as long as the request waits."""
 
     suspect = False
@@ -86,7 +86,7 @@ class DynamicBatcher:
 
     def submit(self, group: Hashable, request: Request, deaths: Crashes | None = None) -> Future[Sample]:
         """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
-        entry = _Entry(group, request, deaths or DeathsInMemory())
+        entry = _Entry(group, request, deaths or CrashesInMemory())
         with self._changed:
             if self._fatal is not None or self._closed:
                 raise EngineStartError(str(self._fatal or "the batcher is closed"))
