@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -29,9 +32,23 @@ _RESULT, _FAILURE = ".safetensors", ".json"
 _SUSPECT, _DEATH = ".suspect", ".death-"
 _CERTIFICATE = "certificate"
 _MAX_MARK = 1 << 20  # bytes
+_LISTED_SECONDS = 1.0  # how long a listing of a slice serves
 _FACTS = TypeAdapter(dict[str, str])
 _DECODE: dict[str, Callable[[bytes, Identity], Sample | Failure]] = {_RESULT: decode_sample, _FAILURE: decode_failure}
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """The names staged in a slice and whether it was published, when that was last asked; this process's own names since.
+
+    For a second, a missing name counts as missing: at worst a question is computed once more, and the first result stays.
+    A name that is there is read before it counts.
+    """
+
+    at: float
+    names: set[str]
+    published: bool
 
 
 class StagingArea(ABC):
@@ -40,6 +57,8 @@ class StagingArea(ABC):
     def __init__(self, store: Store, settings: RunSettings) -> None:
         self.store = store
         self.settings = settings
+        self._listings: dict[int, _Listing] = {}
+        self._listing_lock = threading.Lock()
 
     @abstractmethod
     def slice(self, part: int) -> Slice:
@@ -81,9 +100,9 @@ class StagingArea(ABC):
             if not self.store.put_new(key, data) and not self._holds(part, sequence, suffix):
                 self.store.put_new(key, data)
 
-        self._stage(part, put)
+        self._stage(part, key, put)
 
-    def _stage(self, part: int, put: Callable[[], object]) -> None:
+    def _stage(self, part: int, key: str, put: Callable[[], object]) -> None:
         # A second computation may end later than the part: then a collector removes the directory under our hands,
         # or is gone already and nobody would remove the file.
         try:
@@ -93,6 +112,18 @@ class StagingArea(ABC):
                 raise
         if self.store.exists(self.sidecar_key(part)):
             self.delete_staging(part)
+        elif listing := self._listings.get(part):
+            listing.names.add(key.rpartition("/")[2])
+
+    def _list(self, part: int) -> _Listing:
+        # Threads that ask at the same time wait for one listing.
+        with self._listing_lock:
+            now = time.monotonic()
+            self._listings = {p: listing for p, listing in self._listings.items() if now - listing.at < _LISTED_SECONDS}
+            if part not in self._listings:
+                names = set(self.store.list(self._staging_directory(part)))
+                self._listings[part] = _Listing(now, names, self.store.exists(self.sidecar_key(part)))
+            return self._listings[part]
 
     def staged(self, part: int) -> dict[int, bool]:
         """Return the finished questions of an unpublished slice, by the files' names: sequence to whether it has a result."""
@@ -108,14 +139,15 @@ class StagingArea(ABC):
 
     def has_finished(self, part: int, sequence: int) -> bool:
         """Tell whether a question is in a published part, or has a staged result or failure of its own."""
-        return any(self._holds(part, sequence, suffix) for suffix in _DECODE) or self.store.exists(
-            self.sidecar_key(part)
-        )
+        listing = self._list(part)
+        seen = [suffix for suffix in _DECODE if f"{sequence:06d}{suffix}" in listing.names]
+        if any(self._holds(part, sequence, suffix) for suffix in seen):
+            return True
+        # What was staged a moment ago and is gone may have been packed since.
+        return bool(seen or listing.published) and self.store.exists(self.sidecar_key(part))
 
     def _holds(self, part: int, sequence: int, suffix: str) -> bool:
         """Tell whether a staged file is there and this question's; one that is not is removed."""
-        if not self.store.exists(self._staged_key(part, sequence, suffix)):
-            return False
         try:
             next(self._read_staged(part, [sequence], suffix, _DECODE[suffix]))
         except (DamagedError, FileNotFoundError):
@@ -128,16 +160,17 @@ class StagingArea(ABC):
         """Record that the engine died under a question; only where it was alone in it that counts. Return how often it was."""
         mark = {"identity": self.identity(part, sequence).text}
         key = self._staged_key(part, sequence, _SUSPECT)
-        self._stage(part, lambda: self.store.put(key, json.dumps(mark).encode()))
+        self._stage(part, key, lambda: self.store.put(key, json.dumps(mark).encode()))
         if alone:
             death = self._staged_key(part, sequence, f"{_DEATH}{secrets.token_hex(4)}")
-            self._stage(part, lambda: self.store.put_new(death, json.dumps(facts | mark).encode()))
+            self._stage(part, death, lambda: self.store.put_new(death, json.dumps(facts | mark).encode()))
         return self._deaths(part, sequence)
 
     def crashes_alone(self, part: int, sequence: int) -> int | None:
         """Return how often the engine died with a question alone in it; None for one that was never there at a death."""
         key = self._staged_key(part, sequence, _SUSPECT)
-        if not self.store.exists(key) or not self._is_mark(key, self.identity(part, sequence)):
+        seen = key.rpartition("/")[2] in self._list(part).names
+        if not seen or not self._is_mark(key, self.identity(part, sequence)):
             return None
         return self._deaths(part, sequence)
 
