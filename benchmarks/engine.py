@@ -60,15 +60,15 @@ class Case:
 
 def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
     """Return `images` x `questions` cases; more images than photographs are crops of them."""
-    preprocess = Preprocessor(engine.card)
-    recipe = Recipe(layers=resolve_layers(None, engine.card.num_hidden_layers), max_new_tokens=0)
+    preprocess = Preprocessor(engine.info)
+    recipe = Recipe(layers=resolve_layers(None, engine.info.num_hidden_layers), max_new_tokens=0)
     cases = []
     for number in range(images):
         image = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
         shift = 8 * (number // len(PHOTOGRAPHS))
         path = directory / f"{number}.png"
         image.crop((shift, shift, image.width, image.height)).save(path)
-        prepared = preprocess.image(path.name, directory, (), (engine.card.min_pixels, MAX_PIXELS))
+        prepared = preprocess.image(path.name, directory, (), (engine.info.min_pixels, MAX_PIXELS))
         for question in QUESTIONS[number % 6 :][:questions] if questions == 1 else QUESTIONS[:questions]:
             content = [
                 {"type": "image", "image": str(path), "max_pixels": MAX_PIXELS},

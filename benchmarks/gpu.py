@@ -405,7 +405,7 @@ def measure_ways(bench: Bench, questions: Questions, directory: Path, options: a
         name = f"engine, {per_image} an image"
         note([name, f"prefixes of {mean:.0f} tokens in the mean"])
         for answers in options.answers:
-            batches = batches_of(with_answers(cases, answers), options.batch, engine.card.max_batch_tokens)
+            batches = batches_of(with_answers(cases, answers), options.batch, engine.info.max_batch_tokens)
             row, stage_row = bench.engine(engine, batches, answers, name)
             rows.append(row)
             stage_rows.append(stage_row)

@@ -71,9 +71,9 @@ def measure_engine(model: str, images: str, batch: int) -> None:
 
     torch.set_num_threads(1)
     engine = QwenEngine(EngineSpec("qwen", model, "main", "float32", model))
-    preprocess = Preprocessor(engine.card)
-    recipe = Recipe(layers=resolve_layers(None, engine.card.num_hidden_layers), max_new_tokens=ANSWER_TOKENS)
-    limits = (engine.card.min_pixels, MAX_PIXELS)
+    preprocess = Preprocessor(engine.info)
+    recipe = Recipe(layers=resolve_layers(None, engine.info.num_hidden_layers), max_new_tokens=ANSWER_TOKENS)
+    limits = (engine.info.min_pixels, MAX_PIXELS)
     requests = [
         preprocess.request(preprocess.image(p.name, p.parent, (), limits), "What is in the image?", recipe)
         for p in sorted(Path(images).iterdir())

@@ -94,12 +94,12 @@ from producer.dataset.table import read_table
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.fake import FakeEngine
 from workers.extract.preprocess import Preprocessor
-card = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", "")).card
-preprocess, images = Preprocessor(card), Path(sys.argv[2])
+info = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", "")).info
+preprocess, images = Preprocessor(info), Path(sys.argv[2])
 questions = read_table(Path(sys.argv[1])).questions
 cpu = time.process_time()
 for q in questions:
-    image = preprocess.image(q.image_id, images, (), (card.min_pixels, card.max_pixels))
+    image = preprocess.image(q.image_id, images, (), (info.min_pixels, info.max_pixels))
     preprocess.request(image, q.question, Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))
 print(time.process_time() - cpu)
 """

@@ -160,11 +160,11 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
 
     torch.set_num_threads(1)
     engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", ""))
-    preprocess = Preprocessor(engine.card)
-    layers = tuple(range(0, engine.card.num_hidden_layers, 2))
+    preprocess = Preprocessor(engine.info)
+    layers = tuple(range(0, engine.info.num_hidden_layers, 2))
     requests = [
         preprocess.request(
-            preprocess.image(q.image_id, images, (), (engine.card.min_pixels, MAX_PIXELS)),
+            preprocess.image(q.image_id, images, (), (engine.info.min_pixels, MAX_PIXELS)),
             q.question,
             Recipe(layers=layers, max_new_tokens=tokens),
         )

@@ -70,7 +70,7 @@ def _now(worker: Any, first: Presence) -> Presence:
     presence = replace(first, done=max(0, taken), swept=_swept(), waits=troubles.sentences())
     if current.extractor is None:
         return presence
-    engine, facts = current.extractor.engine, current.extractor.card.environment
+    engine, facts = current.extractor.engine, current.extractor.info.environment
     use = current.gpu.last if current.gpu is not None else None
     return replace(
         presence,
@@ -137,9 +137,9 @@ class EngineStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except EngineStartError as error:
             logger.critical("%s", error)
             raise SystemExit(1) from None
-        if current.extractor.card.environment["device"].startswith("cuda"):
+        if current.extractor.info.environment["device"].startswith("cuda"):
             current.gpu = GpuWatch()
-        logger.info("loaded %s on %s", config.model, current.extractor.card.environment["device"])
+        logger.info("loaded %s on %s", config.model, current.extractor.info.environment["device"])
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

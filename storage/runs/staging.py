@@ -1,4 +1,4 @@
-"""The staging area of a run: one file per finished question, and marks of the engine's deaths beside them.
+"""The staging area of a run: one file per finished question, and marks of the engine's crashes beside them.
 
 Each says of which run and question it is, and is compared with the plan before anything is made of it: a file of something
 else counts as damaged, is removed, and the question is computed again.
@@ -29,7 +29,7 @@ from storage.stores.store import SCRATCH, Store
 
 _STAGING = ".run/staging"
 _RESULT, _FAILURE = ".safetensors", ".json"
-_SUSPECT, _DEATH = ".suspect", ".death-"
+_SUSPECT, _CRASH = ".suspect", ".death-"  # names in files
 _CERTIFICATE = "certificate"
 _MAX_MARK = 1 << 20  # bytes
 _LISTED_SECONDS = 1.0  # how long a listing of a slice serves
@@ -162,20 +162,20 @@ class StagingArea(ABC):
         key = self._staged_key(part, sequence, _SUSPECT)
         self._stage(part, key, lambda: self.store.put(key, json.dumps(mark).encode()))
         if alone:
-            death = self._staged_key(part, sequence, f"{_DEATH}{secrets.token_hex(4)}")
-            self._stage(part, death, lambda: self.store.put_new(death, json.dumps(facts | mark).encode()))
-        return self._deaths(part, sequence)
+            crash = self._staged_key(part, sequence, f"{_CRASH}{secrets.token_hex(4)}")
+            self._stage(part, crash, lambda: self.store.put_new(crash, json.dumps(facts | mark).encode()))
+        return self._crashes(part, sequence)
 
     def crashes_alone(self, part: int, sequence: int) -> int | None:
-        """Return how often the engine died with a question alone in it; None for one that was never there at a death."""
+        """Return how often the engine died with a question alone in it; None for one that was never there at a crash."""
         key = self._staged_key(part, sequence, _SUSPECT)
         seen = key.rpartition("/")[2] in self._list(part).names
         if not seen or not self._is_mark(key, self.identity(part, sequence)):
             return None
-        return self._deaths(part, sequence)
+        return self._crashes(part, sequence)
 
-    def _deaths(self, part: int, sequence: int) -> int:
-        directory, begin = self._staging_directory(part), f"{sequence:06d}{_DEATH}"
+    def _crashes(self, part: int, sequence: int) -> int:
+        directory, begin = self._staging_directory(part), f"{sequence:06d}{_CRASH}"
         names = [name for name in self.store.list(directory) if name.startswith(begin)]
         identity = self.identity(part, sequence)
         return sum(self._is_mark(f"{directory}/{name}", identity) for name in names)

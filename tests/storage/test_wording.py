@@ -324,8 +324,8 @@ class StyledReference(Reference):
 def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> None:
     """Batches of one style and of another about the same image, shared, exact and compatible."""
     engine = QwenEngine(EngineSpec("qwen", str(small_model), "main", "float32", "unused"))
-    reference, preprocess = StyledReference(small_model), Preprocessor(engine.card)
-    limits = (engine.card.min_pixels, engine.card.max_pixels)
+    reference, preprocess = StyledReference(small_model), Preprocessor(engine.info)
+    limits = (engine.info.min_pixels, engine.info.max_pixels)
     for style in (STYLES[1], STYLES[0], STYLES[6]):
         prompt = engine.prompt(style)
         reference.style = style
@@ -369,7 +369,7 @@ def test_a_worker_refuses_a_template_once(tmp_path: Path) -> None:
             assert time.monotonic() - begun < 0.5
             assert re.search(why, runs[name].refusals()["extract@here"])
         opened = extractor.open_run(str(runs["plain"].location), "plain")
-        assert opened.facts.template_sha256 == opened.prompt.sha256 != extractor.card.template_sha256
+        assert opened.facts.template_sha256 == opened.prompt.sha256 != extractor.info.template_sha256
     finally:
         extractor.close()
 

@@ -83,13 +83,13 @@ def some_staged(output: Path) -> bool:
 def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
     """Every question once, with the values that the engine computes for it; nothing left behind."""
     engine = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", ""))
-    preprocess = Preprocessor(engine.card)
+    preprocess = Preprocessor(engine.info)
     expected = {row["question_id"]: row for row in rows if row["question_id"] not in failed}
     for path in sorted(output.glob("*.h5")):
         with h5py.File(path) as part:
             for question_id, group in part.items():
                 row = expected.pop(question_id)
-                image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
+                image = preprocess.image(row["image_id"], images, (), (engine.info.min_pixels, engine.info.max_pixels))
                 [sample] = engine.compute(
                     [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
                 )

@@ -70,7 +70,7 @@ def table_of(path: Path, number: int) -> tuple[Path, list[dict[str, str]]]:
 def assert_whole(server: S3Server, output: str, rows: list[dict[str, str]], images: Path) -> None:
     """Every question once, with the values that the engine computes for it; nothing staged is left."""
     engine = FakeEngine(EngineSpec("fake", "", "main", "bfloat16", ""))
-    preprocess = Preprocessor(engine.card)
+    preprocess = Preprocessor(engine.info)
     expected = {row["question_id"]: row for row in rows}
     for name in server.keys(output):
         assert not name.startswith(".run/staging/")
@@ -79,7 +79,7 @@ def assert_whole(server: S3Server, output: str, rows: list[dict[str, str]], imag
         with h5py.File(io.BytesIO(server.read(f"{output}/{name}"))) as part:
             for question_id, group in part.items():
                 row = expected.pop(question_id)
-                image = preprocess.image(row["image_id"], images, (), (engine.card.min_pixels, engine.card.max_pixels))
+                image = preprocess.image(row["image_id"], images, (), (engine.info.min_pixels, engine.info.max_pixels))
                 [sample] = engine.extract(
                     [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
                 )

@@ -366,18 +366,18 @@ def test_death_after_an_exception_halved_the_batch(rig):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_innocent_questions_are_never_blamed_for_random_deaths(seed):
-    """Batches die at random, and single questions up to twice: only the killers fail, each after exactly three deaths."""
+def test_innocent_questions_are_never_blamed_for_random_crashes(seed):
+    """Batches die at random, and single questions up to twice: only the killers fail, each after exactly three crashes."""
     dice, killers = random.Random(seed), {7, 40, 41, 90}
-    deaths: Counter[int] = Counter()
+    crashes: Counter[int] = Counter()
 
     def behave(requests: Sequence[Request]) -> list[Sample]:
         numbers = [number_of(request) for request in requests]
         alone = len(numbers) == 1
-        by_chance = dice.random() < 0.3 and not (alone and deaths[numbers[0]] == MAX_CRASHES_ALONE - 1)
+        by_chance = dice.random() < 0.3 and not (alone and crashes[numbers[0]] == MAX_CRASHES_ALONE - 1)
         if killers & set(numbers) or by_chance:
             if alone:
-                deaths[numbers[0]] += 1
+                crashes[numbers[0]] += 1
             raise EngineDiedError("it died")
         return [answer(request) for request in requests]
 
@@ -389,7 +389,7 @@ def test_innocent_questions_are_never_blamed_for_random_deaths(seed):
     blamed = {i for i, error in enumerate(errors) if error is not None}
     assert blamed == killers
     assert {errors[i].reason for i in killers} == {"killed_worker"}
-    assert {deaths[i] for i in killers} == {3}
+    assert {crashes[i] for i in killers} == {3}
 
 
 # The end

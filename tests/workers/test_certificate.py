@@ -39,12 +39,12 @@ class Computing:
 
     def __init__(self, sample: Sample, error: BaseException | None = None) -> None:
         self.recipes: list[Recipe] = []
-        self.deaths: list[Crashes] = []
+        self.crashes: list[Crashes] = []
         self._sample, self._error = sample, error
 
-    def __call__(self, _: str, request: Request, deaths: Crashes) -> Sample:
+    def __call__(self, _: str, request: Request, crashes: Crashes) -> Sample:
         self.recipes.append(request.recipe)
-        self.deaths.append(deaths)
+        self.crashes.append(crashes)
         if self._error is not None:
             raise self._error
         return self._sample
@@ -210,7 +210,7 @@ def test_an_engine_that_fails_at_the_certificate_alone(tmp_path: Path, extractor
     first = extractor.engine.pid
     for sequence in range(3):
         run.stage_sample(1, sequence, extractor.extract(opened, 1, sequence))
-        assert run.crashes_alone(1, sequence) is None  # a death at its certificate is not the question's
+        assert run.crashes_alone(1, sequence) is None  # a crash at its certificate is not the question's
     assert (extractor.engine.pid == first) is (mark == "[error-exact]")
     attributes = published(run)
     assert attributes["num_samples"] == 3

@@ -70,15 +70,15 @@ def test_a_published_size_is_computed_right(name: str, tmp_path: Path, photograp
     layers = tuple(range(small(size).num_hidden_layers))
     assert json.loads((model / "config.json").read_text())["rope_scaling"]["mrope_section"] == [16, 24, 24]
     engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", "unused"))
-    card = engine.card
-    assert (card.num_hidden_layers, card.hidden_size, card.vision_hidden_size) == (
+    info = engine.info
+    assert (info.num_hidden_layers, info.hidden_size, info.vision_hidden_size) == (
         len(layers),
         size.hidden_size,
         VISION_HIDDEN,
     )
 
-    limits = (card.min_pixels, 28 * 28 * 12)
-    preprocess = Preprocessor(card)
+    limits = (info.min_pixels, 28 * 28 * 12)
+    preprocess = Preprocessor(info)
     image = preprocess.image("chelsea.jpg", photographs, (), limits)
     [sample] = engine.extract([preprocess.request(image, QUESTION, Recipe(layers=layers, max_new_tokens=3))])
     del engine

@@ -42,8 +42,8 @@ def engine(small_model: Path) -> QwenEngine:
 @pytest.fixture(scope="module")
 def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tuple[Request, dict[str, Any]]]:
     """Every photograph with two or three questions: the request, and what the reference says."""
-    reference, preprocess = Reference(small_model), Preprocessor(engine.card)
-    limits = (engine.card.min_pixels, engine.card.max_pixels)
+    reference, preprocess = Reference(small_model), Preprocessor(engine.info)
+    limits = (engine.info.min_pixels, engine.info.max_pixels)
     found = []
     for index, path in enumerate(sorted(photographs.iterdir())):
         image = preprocess.image(path.name, photographs, (), limits)
@@ -302,7 +302,7 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
     threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()
     process = engine_process.EngineProcess(EngineSpec("qwen", "", "main", "float32", ""), 60)
     ours.send(process._spec)
-    assert ours.recv() == engine.card
+    assert ours.recv() == engine.info
     process._connection = ours
     fatal: list[BaseException] = []
     batcher = DynamicBatcher(
@@ -324,7 +324,7 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
 
 def test_patches_are_bit_equal_to_the_official_recipe(engine: QwenEngine, small_model: Path, photographs: Path) -> None:
     """uint8 pixels resized in the task threads, normalised and patchified in the engine: qwen-vl-utils and the processor."""
-    preprocess = Preprocessor(engine.card)
+    preprocess = Preprocessor(engine.info)
     for limits in [(3136, 12_845_056), (3136, 20_000), (150_000, 12_845_056)]:
         reference = Reference(small_model, min_pixels=limits[0], max_pixels=limits[1])
         for path in sorted(photographs.iterdir()):

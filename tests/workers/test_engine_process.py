@@ -89,7 +89,7 @@ def test_card_and_samples_equal_the_engine_in_this_process(dtype):
     fake = EngineSpec("fake:0.05", "fake/model", "main", dtype, "")
     here, there = FakeEngine(fake), EngineProcess(fake, 20.0)
     try:
-        assert there.start() == here.card
+        assert there.start() == here.info
         assert there.pid not in (None, os.getpid())
         for count in (3, 1):
             assert_same(there.extract(requests(count)), here.extract(requests(count)))

@@ -15,8 +15,8 @@ SPEC = EngineSpec("fake", "", "main", "bfloat16", "")
 
 
 def ask(text: str) -> Request:
-    card = FakeEngine(SPEC).card
-    ids = (*card.after_image_ids, *QuestionTokenizer(card.tokenizer_json)(text), *card.tail_ids)
+    info = FakeEngine(SPEC).info
+    ids = (*info.after_image_ids, *QuestionTokenizer(info.tokenizer_json)(text), *info.tail_ids)
     return Request("image", np.zeros((28, 28, 3), np.uint8), ids, len(ids), Recipe(layers=(0,), max_new_tokens=1))
 
 

@@ -33,8 +33,8 @@ def checkpoint(small_model: Path, directory: Path, **settings: Any) -> Path:
 def answers(model: Path, photographs: Path, *, penalty: float | None = None) -> tuple[list[Any], list[Any]]:
     """The engine's token ids, of one batch of several images and questions, and the reference's."""
     engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", "unused"))
-    preprocess, reference = Preprocessor(engine.card), Reference(model, repetition_penalty=penalty)
-    limits = (engine.card.min_pixels, engine.card.max_pixels)
+    preprocess, reference = Preprocessor(engine.info), Reference(model, repetition_penalty=penalty)
+    limits = (engine.info.min_pixels, engine.info.max_pixels)
     requests, expected = [], []
     for path in sorted(photographs.iterdir())[:2]:
         image = preprocess.image(path.name, photographs, (), limits)

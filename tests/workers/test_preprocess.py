@@ -616,8 +616,8 @@ def test_no_pixels_at_all(tmp_path, size):
 
 
 @pytest.fixture(scope="module")
-def card() -> ModelInfo:
-    return FakeEngine(EngineSpec("fake", "fake", "main", "float32", "")).card
+def info() -> ModelInfo:
+    return FakeEngine(EngineSpec("fake", "fake", "main", "float32", "")).info
 
 
 @pytest.fixture
@@ -652,8 +652,8 @@ def decodes(monkeypatch) -> Decodes:
     return Decodes(monkeypatch)
 
 
-def test_image_is_decoded_once_for_all_its_questions(card, images, decodes):
-    preprocessor = Preprocessor(card)
+def test_image_is_decoded_once_for_all_its_questions(info, images, decodes):
+    preprocessor = Preprocessor(info)
     with ThreadPoolExecutor(60) as pool:
         futures = [pool.submit(preprocessor.image, "ab"[i % 2] + ".png", images, (), LIMITS) for i in range(60)]
         assert decodes.entered.wait(20)
@@ -665,16 +665,16 @@ def test_image_is_decoded_once_for_all_its_questions(card, images, decodes):
     assert preprocessor.image("sub/../a.png", images, (), LIMITS) is prepared[0]
 
 
-def test_limits_are_part_of_the_image(card, images, decodes):
+def test_limits_are_part_of_the_image(info, images, decodes):
     decodes.go.set()
-    preprocessor = Preprocessor(card)
+    preprocessor = Preprocessor(info)
     large, small = (preprocessor.image("a.png", images, (), limits) for limits in (LIMITS, (784, 784)))
     assert small.resized_size == (28, 28) != large.resized_size
     assert len(decodes.paths) == 2
 
 
-def test_error_reaches_all_who_wait_and_is_not_kept(card, images, decodes):
-    preprocessor = Preprocessor(card)
+def test_error_reaches_all_who_wait_and_is_not_kept(info, images, decodes):
+    preprocessor = Preprocessor(info)
     decodes.error = TransientError("a.png: stale file handle")
     with ThreadPoolExecutor(20) as pool:
         futures = [pool.submit(preprocessor.image, "a.png", images, (), LIMITS) for _ in range(20)]
@@ -689,11 +689,11 @@ def test_error_reaches_all_who_wait_and_is_not_kept(card, images, decodes):
     assert len(decodes.paths) == failed + 1
 
 
-def test_memory_is_bounded(card, images, decodes, monkeypatch):
+def test_memory_is_bounded(info, images, decodes, monkeypatch):
     """The image is enlarged to 4, 9, 16 … merged tokens of 2,352 bytes each: the last two fit."""
     monkeypatch.setattr(preprocess, "_IDLE_IMAGE_BYTES", (16 + 25) * 2352)
     decodes.go.set()
-    preprocessor = Preprocessor(card)
+    preprocessor = Preprocessor(info)
     sizes = [(784 * i * i, 784 * i * i) for i in range(2, 6)]
     Image.new("RGB", (56, 56)).save(images / "square.png")
     assert [preprocessor.image("square.png", images, (), size).nbytes // 2352 for size in sizes] == [4, 9, 16, 25]
@@ -705,39 +705,39 @@ def test_memory_is_bounded(card, images, decodes, monkeypatch):
 
 
 @pytest.mark.parametrize("image_id", ["../secret.png", "/etc/hostname", "link.png", "a\0b.png"])
-def test_outside_the_root(card, images, image_id):
+def test_outside_the_root(info, images, image_id):
     photograph().save(images.parent / "secret.png")
     (images / "link.png").symlink_to(images.parent / "secret.png")
     with pytest.raises(PermanentError) as caught:
-        Preprocessor(card).image(image_id, images, (), LIMITS)
+        Preprocessor(info).image(image_id, images, (), LIMITS)
     assert caught.value.reason == "image_outside_root"
     assert repr(image_id) in caught.value.message
 
 
-def test_further_roots_are_admitted(card, images):
+def test_further_roots_are_admitted(info, images):
     elsewhere = images.parent / "elsewhere"
     elsewhere.mkdir()
     photograph().save(elsewhere / "c.png")
     (images / "c.png").symlink_to(elsewhere / "c.png")
-    assert Preprocessor(card).image("c.png", images, (elsewhere,), LIMITS).original_size == (96, 64)
+    assert Preprocessor(info).image("c.png", images, (elsewhere,), LIMITS).original_size == (96, 64)
 
 
-def test_request_is_the_prompt(card, images):
-    preprocessor = Preprocessor(card)
+def test_request_is_the_prompt(info, images):
+    preprocessor = Preprocessor(info)
     image = preprocessor.image("a.png", images, (), LIMITS)
     request = preprocessor.request(image, "Why?", Recipe(layers=(0, 3), max_new_tokens=20))
     assert request.pixels is image.pixels
     assert request.image_key == image.key
-    assert request.suffix_ids == (*card.after_image_ids, *preprocessor._tokenize("Why?"), *card.tail_ids)
+    assert request.suffix_ids == (*info.after_image_ids, *preprocessor._tokenize("Why?"), *info.tail_ids)
     patches = image.pixels.shape[0] // 28 * (image.pixels.shape[1] // 28)
-    assert request.num_tokens == len(card.head_ids) + patches + len(request.suffix_ids)
+    assert request.num_tokens == len(info.head_ids) + patches + len(request.suffix_ids)
     assert request.recipe == Recipe(layers=(0, 3), max_new_tokens=20)
 
 
 @pytest.mark.parametrize(("positions", "limit"), [(128_000, 32_768), (100, 100)])
-def test_prompt_too_long(card, images, positions, limit):
+def test_prompt_too_long(info, images, positions, limit):
     """Beyond 32,768 tokens, or what the model has positions for, transformers computes on without a word."""
-    preprocessor = Preprocessor(replace(card, max_position_embeddings=positions))
+    preprocessor = Preprocessor(replace(info, max_position_embeddings=positions))
     image = preprocessor.image("a.png", images, (), LIMITS)
     room = limit - preprocessor.request(image, "", Recipe(layers=(0,), max_new_tokens=1)).num_tokens
     assert preprocessor.request(image, "x" * room, Recipe(layers=(0,), max_new_tokens=1)).num_tokens == limit

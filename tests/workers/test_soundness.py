@@ -172,8 +172,8 @@ def test_rows_that_no_token_has_are_told_of(model: Path, caplog: pytest.LogCaptu
 def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model: Path, photographs: Path) -> None:
     WHOLE[name](model)
     engine, reference = load(model), Reference(model)
-    preprocess = Preprocessor(engine.card)
-    limits = (engine.card.min_pixels, engine.card.max_pixels)
+    preprocess = Preprocessor(engine.info)
+    limits = (engine.info.min_pixels, engine.info.max_pixels)
     path = sorted(photographs.iterdir())[0]
     image = preprocess.image(path.name, photographs, (), limits)
     questions = ("Why?", "  What is in the image?\n", " \n", "One line.\n\nAnother. ")

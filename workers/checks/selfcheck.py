@@ -103,8 +103,8 @@ def _run_engine(
     """Return the environment, the pixel limits, and the results of batches and of the `exact` recipe."""
     with _refused(spec.model):
         engine = QwenEngine(spec)
-    limits = (engine.card.min_pixels, min(engine.card.max_pixels, _MAX_PIXELS))
-    preprocess = Preprocessor(engine.card)
+    limits = (engine.info.min_pixels, min(engine.info.max_pixels, _MAX_PIXELS))
+    preprocess = Preprocessor(engine.info)
     found: list[list[Result]] = []
     for one in (recipe, recipe.model_copy(update={"exact": True})):
         requests = []
@@ -126,7 +126,7 @@ def _run_engine(
                 for s in samples
             ]
         )
-    return engine.card.environment, limits, found[0], found[1]
+    return engine.info.environment, limits, found[0], found[1]
 
 
 def _run_reference(

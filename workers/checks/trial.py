@@ -67,15 +67,15 @@ def run_trial(
     """
     engine = EngineProcess(spec, settings().engine_timeout)
     begun = time.monotonic()
-    card = engine.start()
+    info = engine.start()
     loaded = time.monotonic() - begun
     try:
         style = PromptStyle(computation.system_prompt, computation.chat_template)
-        prompt = card.prompt() if style == PromptStyle() else engine.prompt(style)
-        layers = resolve_layers(computation.layers, card.num_hidden_layers)
+        prompt = info.prompt() if style == PromptStyle() else engine.prompt(style)
+        layers = resolve_layers(computation.layers, info.num_hidden_layers)
         recipe = Recipe(**computation.options() | {"layers": layers}, head_ids=prompt.head_ids)
-        prepare = Preprocessor(card)
-        limits = limits_of((computation.min_pixels, computation.max_pixels), card)
+        prepare = Preprocessor(info)
+        limits = limits_of((computation.min_pixels, computation.max_pixels), info)
 
         def request(case: TrialCase) -> Request | None:
             options = {"halp_compat": recipe.halp_compat, "exif_rotation": recipe.exif_rotation}
@@ -89,7 +89,7 @@ def run_trial(
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
         times = []
-        for batch in _batches(requests, 1 if recipe.exact else settings().batch_size, card.max_batch_tokens):
+        for batch in _batches(requests, 1 if recipe.exact else settings().batch_size, info.max_batch_tokens):
             started = time.monotonic()
             engine.extract(batch)
             times.append((len(batch), time.monotonic() - started))
@@ -97,11 +97,11 @@ def run_trial(
         return Trial(
             questions=len(requests),
             images=len({request.image_key for request in requests}),
-            device=card.environment["device"],
-            gpu=card.environment["gpu"],
+            device=info.environment["device"],
+            gpu=info.environment["gpu"],
             load_seconds=loaded,
             questions_per_second=sum(n for n, _ in measured) / max(1e-9, sum(s for _, s in measured)),
-            memory_bytes=_memory(card.environment["device"], engine.pid),
+            memory_bytes=_memory(info.environment["device"], engine.pid),
         )
     finally:
         engine.stop()

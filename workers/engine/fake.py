@@ -44,7 +44,7 @@ class FakeEngine:
         self._errors: Counter[tuple[int, ...]] = Counter()
         self._seconds = float(spec.kind.partition(":")[2] or 0)
         self._dtype = np.dtype(np.float32 if spec.dtype == "float32" else ml_dtypes.bfloat16)
-        self.card = ModelInfo(
+        self.info = ModelInfo(
             model_type="fake",
             revision=spec.revision,
             config_sha256="0" * 64,
@@ -84,14 +84,14 @@ class FakeEngine:
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return a prompt whose head is the style's letters; a template may be marked `[error]` or `[hang]`."""
         if style == PromptStyle():
-            return self.card.prompt()
+            return self.info.prompt()
         text = repr((style.system, style.template))
         if "[error]" in text:
             raise EngineStartError("the template is marked [error]")
         if "[hang]" in text:
             signal.pause()
         head = _byte_tokenizer().encode(text).ids
-        return replace(self.card.prompt(), head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
+        return replace(self.info.prompt(), head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
 
     def free_cache(self) -> None:
         """Forget which images were seen."""
@@ -130,7 +130,7 @@ class FakeEngine:
         self._images[request.image_key] = None
         if len(self._images) > _KEPT_IMAGES:
             self._images.popitem(last=False)
-        return Sample(vectors, hashlib.sha256(question).hexdigest()[:8], facts | self.card.environment)
+        return Sample(vectors, hashlib.sha256(question).hexdigest()[:8], facts)
 
     def _vector(self, content: bytes, field: str) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(field.encode() + content).digest()[:8])

@@ -91,7 +91,7 @@ class Request:
 class Engine(Protocol):
     """Computes samples. One method, synchronous; a batch has one recipe."""
 
-    card: ModelInfo
+    info: ModelInfo
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order; facts hold what the model alone knows."""

@@ -189,7 +189,7 @@ def _serve(connection: Connection) -> None:
     except Exception as error:  # noqa: BLE001  (whatever a checkpoint or driver raises is why the worker exits)
         connection.send(_error(error))
         return
-    connection.send(engine.card)
+    connection.send(engine.info)
     while True:
         try:
             question = connection.recv()

@@ -83,16 +83,16 @@ def plain_prompts(model: Any, processor: Any) -> list[Plain]:
 
 
 def refuse_difference(
-    plain: Sequence[Plain], card: ModelInfo, image_token: int, extract: Callable[[list[Request]], list[Sample]]
+    plain: Sequence[Plain], info: ModelInfo, image_token: int, extract: Callable[[list[Request]], list[Sample]]
 ) -> None:
     """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
-    factor = card.patch_size * card.merge_size
-    pixels, recipe = small_image(factor), Recipe(layers=resolve_layers(None, card.num_hidden_layers), max_new_tokens=0)
-    tokenize = QuestionTokenizer(card.tokenizer_json)
+    factor = info.patch_size * info.merge_size
+    pixels, recipe = small_image(factor), Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=0)
+    tokenize = QuestionTokenizer(info.tokenizer_json)
     requests = []
     for question, one in zip(_QUESTIONS, plain, strict=True):
-        suffix = (*card.after_image_ids, *tokenize(card.prompt().around(question)), *card.tail_ids)
-        ids = (*card.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
+        suffix = (*info.after_image_ids, *tokenize(info.prompt().around(question)), *info.tail_ids)
+        ids = (*info.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
         if ids != one.ids:
             raise EngineStartError(
                 "its prompt is another here than its processor's: the files of its tokenizer, its chat template and "

@@ -68,10 +68,10 @@ class QwenEngine:
         batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(
             self._model.config.get_text_config(), self._model.dtype
         )
-        self.card = model_info(
+        self.info = model_info(
             self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)
         )
-        refuse_difference(plain, self.card, self._image_token, self.extract)
+        refuse_difference(plain, self.info, self._image_token, self.extract)
         self.free_cache()
 
     @torch.inference_mode()
@@ -137,7 +137,7 @@ class QwenEngine:
         """Cut keys, sorted by size, into chunks within the token budget of a prefill."""
         chunk: list[str] = []
         for key in keys:
-            tokens = pixels[key].shape[0] * pixels[key].shape[1] // (self.card.patch_size * self.card.merge_size) ** 2
+            tokens = pixels[key].shape[0] * pixels[key].shape[1] // (self.info.patch_size * self.info.merge_size) ** 2
             if chunk and (len(chunk) + 1) * tokens > self._prefill_tokens:
                 yield chunk
                 chunk = []
@@ -267,7 +267,7 @@ class QwenEngine:
         return Sample(
             {name: _to_numpy(vector) for name, vector in vectors.items()},
             text,
-            {**facts, **answer.facts, **self.card.environment},
+            {**facts, **answer.facts},
         )
 
     def _vision_fields(self, image: Image, recipe: Recipe) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ class QwenEngine:
         return merged | ({VISION_ENCODER.name: image.encoder_mean} if recipe.vision_encoder else {})
 
     def _head(self, recipe: Recipe) -> tuple[int, ...]:
-        return self.card.head_ids if recipe.head_ids is None else recipe.head_ids
+        return self.info.head_ids if recipe.head_ids is None else recipe.head_ids
 
     def _positions(
         self, num_tokens: int, grid: tuple[int, int, int], prompt: Sequence[int], request: Request
@@ -293,7 +293,7 @@ class QwenEngine:
     def _prefix_positions(self, grid: tuple[int, int, int], recipe: Recipe) -> Tensor:
         """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""
         head = len(self._head(recipe))
-        height, width = grid[1] // self.card.merge_size, grid[2] // self.card.merge_size
+        height, width = grid[1] // self.info.merge_size, grid[2] // self.info.merge_size
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         image = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + head
         return torch.cat([torch.arange(head).expand(3, -1), image], dim=1).to(self._device)

@@ -2,7 +2,7 @@
 
 Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
 together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
-was in flight runs alone; only a death while it runs alone counts against it. Where deaths are counted is the caller's
+was in flight runs alone; only a crash while it runs alone counts against it. Where crashes are counted is the caller's
 business: `Crashes` of a request.
 """
 
@@ -25,7 +25,7 @@ MAX_CRASHES_ALONE = 3
 
 
 class Crashes(Protocol):
-    """The deaths of the engine under one request."""
+    """The crashes of the engine under one request."""
 
     @property
     def suspect(self) -> bool:
@@ -38,7 +38,7 @@ class Crashes(Protocol):
 
 
 class CrashesInMemory:
-    """Counts deaths as long as the request waits."""
+    """Counts crashes as long as the request waits."""
 
     suspect = False
 
@@ -46,7 +46,7 @@ class CrashesInMemory:
         self._alone = 0
 
     def note(self, _: EngineDiedError, *, alone: bool) -> int:
-        """Count a death."""
+        """Count a crash."""
         self._alone += alone
         return self._alone
 
@@ -55,7 +55,7 @@ class CrashesInMemory:
 class _Entry:
     group: Hashable
     request: Request
-    deaths: Crashes
+    crashes: Crashes
     future: Future[Sample] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
@@ -84,9 +84,9 @@ class DynamicBatcher:
         self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, group: Hashable, request: Request, deaths: Crashes | None = None) -> Future[Sample]:
+    def submit(self, group: Hashable, request: Request, crashes: Crashes | None = None) -> Future[Sample]:
         """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
-        entry = _Entry(group, request, deaths or CrashesInMemory())
+        entry = _Entry(group, request, crashes or CrashesInMemory())
         with self._changed:
             if self._fatal is not None or self._closed:
                 raise EngineStartError(str(self._fatal or "the batcher is closed"))
@@ -139,12 +139,12 @@ class DynamicBatcher:
 
         A suspect is a full batch by itself.
         """
-        if self._waiting[0].deaths.suspect:
+        if self._waiting[0].crashes.suspect:
             return self._waiting[:1], True
         group = self._waiting[0].group
         images: dict[str, list[_Entry]] = {}
         for entry in self._waiting:
-            if entry.group == group and not entry.deaths.suspect:
+            if entry.group == group and not entry.crashes.suspect:
                 images.setdefault(entry.request.image_key, []).append(entry)
         batch: list[_Entry] = []
         tokens = 0
@@ -182,9 +182,9 @@ class DynamicBatcher:
             self._run([entry])
 
     def _noted(self, entry: _Entry, error: EngineDiedError, *, alone: bool) -> bool:
-        """Note a death for one of its requests; tell whether it may be tried again now."""
+        """Note a crash for one of its requests; tell whether it may be tried again now."""
         try:
-            number = entry.deaths.note(error, alone=alone)
+            number = entry.crashes.note(error, alone=alone)
         except OSError as fault:  # a full disk: uncounted, it would run for ever
             entry.future.set_exception(fault)
             return False

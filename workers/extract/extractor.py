@@ -50,7 +50,7 @@ class OpenRun:
 
 
 class _CrashesInFiles:
-    """The deaths of the engine under one question, as marks beside its staged file: every worker sees them."""
+    """The crashes of the engine under one question, as marks beside its staged file: every worker sees them."""
 
     def __init__(self, run: Run, part: int, sequence: int, worker: str) -> None:
         self._run, self._part, self._sequence, self._worker = run, part, sequence, worker
@@ -58,11 +58,11 @@ class _CrashesInFiles:
 
     @property
     def suspect(self) -> bool:
-        """Whether the question was in flight at a death."""
+        """Whether the question was in flight at a crash."""
         return self.alone is not None
 
     def note(self, error: EngineDiedError, *, alone: bool) -> int:
-        """Record a death."""
+        """Record a crash."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         facts = {"error": str(error), "worker": self._worker, "time": time}
         self.alone = self._run.note_crash(self._part, self._sequence, alone=alone, **facts)
@@ -77,12 +77,12 @@ class Extractor:
         cache = cache_of(config.model, config.revision, config.cache_dir)
         spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, cache)
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
-        self.card: ModelInfo = self.engine.start()
-        self.preprocess = Preprocessor(self.card)
+        self.info: ModelInfo = self.engine.start()
+        self.preprocess = Preprocessor(self.info)
         self._batcher = DynamicBatcher(
             measured(self.engine.extract),
             max_batch_size=config.batch_size,
-            max_batch_tokens=config.max_batch_tokens or self.card.max_batch_tokens,
+            max_batch_tokens=config.max_batch_tokens or self.info.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
         )
@@ -118,9 +118,11 @@ class Extractor:
         """
         settings, facts = opened.run.settings, opened.facts
         question = opened.run.questions(part)[sequence]
-        deaths = _CrashesInFiles(opened.run, part, sequence, self._worker)
-        if deaths.alone is not None and deaths.alone >= MAX_CRASHES_ALONE:  # a worker was killed before it could say so
-            raise engine_crashed(f"the engine died {deaths.alone} times")
+        crashes = _CrashesInFiles(opened.run, part, sequence, self._worker)
+        if (
+            crashes.alone is not None and crashes.alone >= MAX_CRASHES_ALONE
+        ):  # a worker was killed before it could say so
+            raise engine_crashed(f"the engine died {crashes.alone} times")
         with self.preprocess.hold(
             question.image_id,
             settings.images.images_dir,
@@ -131,19 +133,20 @@ class Extractor:
         ) as image:
             text = asked(settings.prompt, question, columns=settings.prompt_columns)
             request = self.preprocess.request(image, text, opened.recipe, opened.prompt)
-            sample = self._compute(settings.run_id, request, deaths)
+            sample = self._compute(settings.run_id, request, crashes)
             _refuse_unfinite(sample)
             if not settings.exact and not settings.halp_compat:
                 sample = self._certifier.add(opened.run, part, request, sample)
-        facts_of_image = {
+        provenance = {
+            **self.info.environment,
             "image_sha256": image.sha256,
             "image_size": list(image.original_size),
             "resized_size": list(image.resized_size),
         }
-        return replace(sample, facts={**sample.facts, **facts_of_image})
+        return replace(sample, facts=sample.facts | provenance)
 
-    def _compute(self, run_id: str, request: Request, deaths: Crashes) -> Sample:
-        return self._batcher.submit((run_id, request.recipe), request, deaths).result(_RESULT_TIMEOUT)
+    def _compute(self, run_id: str, request: Request, crashes: Crashes) -> Sample:
+        return self._batcher.submit((run_id, request.recipe), request, crashes).result(_RESULT_TIMEOUT)
 
     def close(self) -> None:
         """Finish what waits and stop the engine."""
@@ -164,7 +167,7 @@ class Extractor:
     def _prompt(self, style: PromptStyle) -> PromptParts:
         """Return the prompt of a run's style; what was refused once is not tried again, as it may cost the engine's time."""
         if style == PromptStyle():
-            return self.card.prompt()
+            return self.info.prompt()
         if style not in self._prompts:
             try:
                 self._prompts[style] = self.engine.prompt(style)
@@ -180,20 +183,20 @@ class Extractor:
         return found
 
     def _facts(self, run: Run, prompt: PromptParts) -> ModelFacts:
-        settings, card = run.settings, self.card
+        settings, info = run.settings, self.info
         try:
-            layers = resolve_layers(settings.layers, card.num_hidden_layers)
+            layers = resolve_layers(settings.layers, info.num_hidden_layers)
         except UserError as error:
             raise RunRefusedError(str(error)) from error
-        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), card)
+        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), info)
         facts = ModelFacts(
-            model_type=card.model_type,
-            revision=card.revision,
-            config_sha256=card.config_sha256,
+            model_type=info.model_type,
+            revision=info.revision,
+            config_sha256=info.config_sha256,
             template_sha256=prompt.sha256,
-            num_hidden_layers=card.num_hidden_layers,
-            hidden_size=card.hidden_size,
-            vision_hidden_size=card.vision_hidden_size,
+            num_hidden_layers=info.num_hidden_layers,
+            hidden_size=info.hidden_size,
+            vision_hidden_size=info.vision_hidden_size,
             layers=layers,
             chat_template_sha256=settings.chat_template_sha256(),
             **{name: getattr(settings, name) for name in AS_ASKED},
@@ -202,7 +205,7 @@ class Extractor:
             min_pixels=minimum,
             max_pixels=maximum,
             repetition_penalty=(
-                card.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
+                info.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
             ),
         )
         if facts.min_pixels > facts.max_pixels:

@@ -59,11 +59,11 @@ class PreparedImage:
 class Preprocessor:
     """Prepares questions for one loaded model. Thread-safe."""
 
-    def __init__(self, card: ModelInfo) -> None:
-        self._card = card
-        self._tokenize = QuestionTokenizer(card.tokenizer_json)
-        self._prompt = card.prompt()
-        self._factor = card.patch_size * card.merge_size
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
+        self._tokenize = QuestionTokenizer(info.tokenizer_json)
+        self._prompt = info.prompt()
+        self._factor = info.patch_size * info.merge_size
         self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
     @contextmanager
@@ -121,7 +121,7 @@ class Preprocessor:
         suffix = (*prompt.after_image_ids, *asked, *prompt.tail_ids)
         tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
         total = len(prompt.head_ids) + tokens + len(suffix)
-        limit = min(MAX_PROMPT, self._card.max_position_embeddings)
+        limit = min(MAX_PROMPT, self._info.max_position_embeddings)
         if total > limit:
             raise PermanentError(
                 "prompt_too_long",
