@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from storage.errors import DamagedError
 from storage.question import Question
-from storage.settings import RunSettings
+from storage.settings import ALWAYS_WRITTEN, RunSettings
 
-# By name, and only where they are not the default: a setting that a later version adds leaves the digests as they are.
-_COMPUTED = {
-    "model", "revision", "model_digest", "dtype", "layers", "vision_encoder", "prompt", "max_new_tokens",
-    "repetition_penalty", "exact", "halp_compat", "exif_rotation", "min_pixels", "max_pixels", "images_dir", "image_roots",
-    "prompt_columns", "system_prompt", "chat_template", "special_tokens",
-}  # fmt: skip
+# In this order, and only where they are not the default: a setting that a later version adds leaves the digests as they are.
+_COMPUTED = (
+    "model", "revision", "model_digest", "dtype", "layers", "vision_encoder", "prompt", "prompt_columns", "system_prompt",
+    "chat_template", "special_tokens", "max_new_tokens", "repetition_penalty", "exact", "halp_compat", "exif_rotation",
+    "min_pixels", "max_pixels", "images_dir", "image_roots",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,12 @@ class Identity:
 
 def settings_digest(settings: RunSettings) -> str:
     """Return a digest of the settings that a result depends on."""
-    return hashlib.sha256(
-        settings.model_dump_json(include=_COMPUTED, exclude_defaults=True).encode(errors="replace")
-    ).hexdigest()
+    found = settings.model_dump(mode="json", include=set(_COMPUTED), exclude_defaults=True)
+    found |= settings.model_dump(mode="json", include=ALWAYS_WRITTEN)
+    text = json.dumps(
+        {name: found[name] for name in _COMPUTED if name in found}, separators=(",", ":"), ensure_ascii=False
+    )
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def identity_of(settings: RunSettings, digest: str, question: Question) -> Identity:

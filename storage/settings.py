@@ -40,7 +40,7 @@ _NOT_COMPARED = {
 }
 
 # Options that every version has written: where one is not there, its default is not what the run began with.
-_ALWAYS = {"dtype", "layers", "max_new_tokens", "min_pixels", "max_pixels"}
+ALWAYS_WRITTEN = {"dtype", "layers", "max_new_tokens", "min_pixels", "max_pixels"}
 
 
 def _absolute(place: str) -> str:
@@ -102,11 +102,11 @@ class RunSettings(Computation):
         """Return the settings in a run.json. Raises UserError that names the file."""
         try:
             settings = cls.model_validate_json(data)
-            what = ", ".join(sorted(_ALWAYS - settings.model_fields_set)) + ": Field required"
+            what = ", ".join(sorted(ALWAYS_WRITTEN - settings.model_fields_set)) + ": Field required"
         except ValidationError as error:
             what = faults(error)
         else:
-            if settings.model_fields_set >= _ALWAYS:
+            if settings.model_fields_set >= ALWAYS_WRITTEN:
                 return settings
         raise UserError(f"{address} is damaged, or was written by another version of this software: {what}")
 
