@@ -19,11 +19,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def conditions() -> str:
     """Return machine, command and date."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     machine = f"{len(names)} x {names[0]}" if names else platform.processor()
     command = " ".join(["python", *sys.argv])
     return f"{datetime.now(UTC):%Y-%m-%d}, {machine}, `{command}`"

@@ -104,9 +104,7 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
 def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
     engine.free_cache()  # the image prefixes of an earlier run of this cell
-    requests = [
-        replace(c.request, recipe=c.request.recipe.model_copy(update={"max_new_tokens": tokens})) for c in cases
-    ]
+    requests = [replace(c.request, recipe=c.request.recipe.model_copy(update={"max_new_tokens": tokens})) for c in cases]
     for start in range(0, len(requests), size):
         engine.extract(requests[start : start + size])
 
@@ -128,9 +126,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48, help="questions in a batch of the engine")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few questions, to see that it works")
     options = parser.parse_args()
-    sets, answer_tokens, preset = (
-        ([(2, 6), (4, 1)], 4, TEST) if options.quick else ([(8, 6), (48, 1)], ANSWER_TOKENS, BENCH)
-    )
+    sets, answer_tokens, preset = ([(2, 6), (4, 1)], 4, TEST) if options.quick else ([(8, 6), (48, 1)], ANSWER_TOKENS, BENCH)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         directory = build_small_model(Path(scratch) / "model", preset)

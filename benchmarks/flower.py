@@ -95,9 +95,7 @@ def send(url: str, tasks: int) -> float:
                 sender.send("task-succeeded", uuid=uuid, result="'written'", runtime=0.5)
             else:
                 error = "PermanentError('image_missing', '/data/images/x.jpg does not exist')"
-                sender.send(
-                    "task-failed", uuid=uuid, exception=error, traceback="Traceback (most recent call last):\n" * 20
-                )
+                sender.send("task-failed", uuid=uuid, exception=error, traceback="Traceback (most recent call last):\n" * 20)
             if number % CHUNK == 0:
                 wait_for_events(url, 3 * (number - LEAD))
     wait_for_events(url, 3 * tasks)

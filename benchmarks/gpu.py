@@ -475,9 +475,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=192, help="in each of the engine's cells")
     parser.add_argument("--reference", type=int, default=6, help="questions of the batch-1 ways; 0 leaves them out")
     parser.add_argument("--per-image", type=int, nargs="+", default=[1, 2, 6])
-    parser.add_argument(
-        "--answers", nargs="+", default=["20", "200", "mix", "0"], help="tokens; mix; 0: embeddings only"
-    )
+    parser.add_argument("--answers", nargs="+", default=["20", "200", "mix", "0"], help="tokens; mix; 0: embeddings only")
     parser.add_argument("--image-tokens", type=int, default=400, help="the images' mean size")
     parser.add_argument("--batch", type=int, default=128, help="questions in one batch of the engine")
     parser.add_argument("--sizes", action="store_true", help="one image of 1k to 16k tokens with six questions instead")

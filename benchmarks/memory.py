@@ -112,9 +112,7 @@ def run_rows(scratch: Path, sizes: list[int]) -> list[list[str]]:
     before: tuple[int, float] | None = None
     for size in sizes:
         table = _write_table(scratch / f"{size}.csv", images, size)
-        seconds, peaks = _run(
-            table, images[0].parent, scratch / f"run-{size}", model, interval=max(10, min(100, size // 5))
-        )
+        seconds, peaks = _run(table, images[0].parent, scratch / f"run-{size}", model, interval=max(10, min(100, size // 5)))
         slope = f"{(seconds - before[1]) / (size - before[0]) * 1e3:.1f}" if before else "–"
         before = size, seconds
         memory = [f"{peaks.get(role, 0) / 1e6:.0f}" for role in ("producer", *ROLES)]

@@ -170,9 +170,7 @@ def make_table(directory: Path, number: int, images: int) -> tuple[Path, Path]:
         writer = csv.writer(file)
         writer.writerow(["question_id", "image_id", "question", "answer"])
         for row in range(number):
-            writer.writerow(
-                [f"q{row:07d}", f"{row % images}.png", f"What is to be seen there, for the {row}th time?", "sky"]
-            )
+            writer.writerow([f"q{row:07d}", f"{row % images}.png", f"What is to be seen there, for the {row}th time?", "sky"])
     return path, folder
 
 
@@ -284,9 +282,7 @@ def main() -> None:
             print()
         if "overhead" in options.sections:
             row = overhead_row(root, 200 if options.quick else 4000)
-            print_table(
-                ["questions", "worker, CPU ms each", "preparing, CPU ms each", "queue and staging, CPU ms each"], [row]
-            )
+            print_table(["questions", "worker, CPU ms each", "preparing, CPU ms each", "queue and staging, CPU ms each"], [row])
             print()
         if "scaling" in options.sections:
             rows = scaling_rows(root, [1, 2] if options.quick else [1, 2, 4, 8], 60 if options.quick else 1200)

@@ -133,8 +133,7 @@ def measure_reading(options: argparse.Namespace) -> dict[str, float]:
         for number, path in enumerate(files):
             if options.way == "ours":  # ids of its own in each part
                 own = [
-                    (replace(question, question_id=f"{number}-{question.question_id}"), sample)
-                    for question, sample in pairs
+                    (replace(question, question_id=f"{number}-{question.question_id}"), sample) for question, sample in pairs
                 ]
                 write_part(path, make_settings(), make_facts(hidden_size=WIDTH, layers=LAYERS), number + 1, own, [])
             else:
@@ -256,9 +255,7 @@ def tables(options: argparse.Namespace) -> list[list[str]]:
                          f"{ours['cpu']:.0f} samples/s of CPU ({ours['wall']:.0f} of wall time)", ""])  # fmt: skip
     for parts in (1, 4, 8):
         ours = cell("collector", parts=parts, samples=options.samples * parts, per_image=1)
-        rows.append(
-            [f"collector's peak memory, parts: {parts} of {options.samples:,}", "", f"{ours['peak']:.0f} MB", ""]
-        )
+        rows.append([f"collector's peak memory, parts: {parts} of {options.samples:,}", "", f"{ours['peak']:.0f} MB", ""])
     return rows
 
 

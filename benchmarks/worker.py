@@ -116,9 +116,7 @@ def make_table(directory: Path, images: int, questions: int) -> Path:
         for number in range(images):
             photograph = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
             down, right = divmod(number // len(PHOTOGRAPHS), 64)
-            photograph.crop((right, down, photograph.width, photograph.height)).save(
-                directory / "images" / f"{number}.jpg"
-            )
+            photograph.crop((right, down, photograph.width, photograph.height)).save(directory / "images" / f"{number}.jpg")
             for index in range(questions):
                 writer.writerow(
                     [f"q{number:05d}-{index}", f"{number}.jpg", f"What is there, looked at for the {index}th time?", ""]
@@ -144,9 +142,7 @@ def questions_per_prefix(output: Path) -> float:
 def batch_fill(output: Path) -> str:
     """Return the share of questions that were computed in batches of each size."""
     sizes = Counter(int(size) for size in facts(output, "batch_size"))
-    return ", ".join(
-        f"{size}: {number / sizes.total():.0%}" for size, number in sorted(sizes.items(), reverse=True)[:4]
-    )
+    return ", ".join(f"{size}: {number / sizes.total():.0%}" for size, number in sorted(sizes.items(), reverse=True)[:4])
 
 
 def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int) -> float:

@@ -106,9 +106,7 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
         echo(f"{planned}; {number:,} put into the queue now.")
         bound, ahead = settings().queue_limit, settings().staging_limit
         if number and number < account.outstanding:
-            most = (
-                f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
-            )
+            most = f"{bound:,} in the queue at a time" if bound else f"{ahead:,} parts ahead of the first unpublished one"
             echo(f"The collector feeds the rest, at most {most}.")
         echo(f"Watch: {shlex.join(['producer', 'status', options.output_dir, '--watch'])}")
         _print_hints(Console(stderr=True), problems)
@@ -172,9 +170,7 @@ def run_to_end(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            account = run_locally(
-                run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show
-            )
+            account = run_locally(run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show)
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
@@ -304,12 +300,8 @@ def status(
 @app.command()
 def retry(
     directory: Directory,
-    reason: Annotated[
-        list[str] | None, typer.Option(metavar="CLASS", help="Only failures of this class; repeatable.")
-    ] = None,
-    question_id: Annotated[
-        list[str] | None, typer.Option("--id", metavar="ID", help="Only this question; repeatable.")
-    ] = None,
+    reason: Annotated[list[str] | None, typer.Option(metavar="CLASS", help="Only failures of this class; repeatable.")] = None,
+    question_id: Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Only this question; repeatable.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

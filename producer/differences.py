@@ -141,8 +141,4 @@ def _show(value: Any) -> str:
     if value is None:
         return "the default"
     text = str(value)
-    return (
-        text
-        if len(text) <= _MAX_SHOWN
-        else f"{text[:_MAX_SHOWN]!r}… (SHA-256 {sha256(text.encode()).hexdigest()[:12]})"
-    )
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}… (SHA-256 {sha256(text.encode()).hexdigest()[:12]})"

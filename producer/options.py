@@ -62,9 +62,7 @@ def _run_options(
     model: Annotated[str, typer.Option(help="A hub name or a local directory.")] = DEFAULT_MODEL,
     revision: Annotated[str, typer.Option(help="Revision of a hub model.")] = "main",
     checkpoint_interval: Annotated[int, typer.Option(min=1, help="Questions in one part.")] = 1000,
-    order: Annotated[
-        Order, typer.Option(help="Keep the questions of an image together, or the file's order.")
-    ] = "image",
+    order: Annotated[Order, typer.Option(help="Keep the questions of an image together, or the file's order.")] = "image",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Take the first N rows only. [default: all]", show_default=False)
     ] = None,
@@ -130,9 +128,7 @@ def _checked_prompt(prompt: str) -> str:
 
 def _checked_system_prompt(text: str) -> str:
     if held := [token for token in PLACEHOLDERS if token in text]:
-        raise UserError(
-            f"--system-prompt holds {' and '.join(held)}, which would be an image without pixels: remove it"
-        )
+        raise UserError(f"--system-prompt holds {' and '.join(held)}, which would be an image without pixels: remove it")
     return text
 
 

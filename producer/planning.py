@@ -163,9 +163,7 @@ def _check_model(options: RunOptions) -> None:
         and options.computation.max_pixels is not None
         and options.computation.min_pixels > options.computation.max_pixels
     ):
-        raise UserError(
-            f"--min-pixels {options.computation.min_pixels} is above --max-pixels {options.computation.max_pixels}"
-        )
+        raise UserError(f"--min-pixels {options.computation.min_pixels} is above --max-pixels {options.computation.max_pixels}")
 
 
 def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int) -> None:
@@ -206,9 +204,7 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
     parts = part_names(location)
     if not is_run(location):
         if parts:
-            raise UserError(
-                f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir"
-            )
+            raise UserError(f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir")
         return
     run = Run.open(output_dir)
     refuse_differences(run, settings)

@@ -73,9 +73,7 @@ def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], id
     """Raise UserError where there is nothing to retry, or where what is named has not failed."""
     waiting = f"{staged:,} more failed, but their parts are not published yet: retry them later" if staged else ""
     if not failures:
-        raise UserError(
-            f"nothing to retry: no published part of {run.location} has a failure{'; ' * bool(waiting)}{waiting}"
-        )
+        raise UserError(f"nothing to retry: no published part of {run.location} has a failure{'; ' * bool(waiting)}{waiting}")
     counts = Counter(failed.failure.reason for failed in failures)
     there = ", ".join(f"{reason} ({number:,})" for reason, number in counts.most_common())
     if unknown := [reason for reason in reasons if reason not in counts]:
@@ -91,9 +89,7 @@ def _refuse_unknown(run: Run, failures: list[Failed], reasons: Sequence[str], id
             f"failed are {listed}{more} (`producer status {run.location} --failed` lists all). {waiting}".rstrip()
         )
     if not any(_wanted(failed, reasons, ids) for failed in failures):
-        raise UserError(
-            f"nothing to retry: no question named by --id has failed with that --reason; the reasons are {there}"
-        )
+        raise UserError(f"nothing to retry: no question named by --id has failed with that --reason; the reasons are {there}")
 
 
 def _refuse_overflow(run: Run, last: int) -> None:

@@ -28,9 +28,7 @@ def takes_columns(options: RunOptions, questions: Sequence[Question]) -> bool:
     try:
         names = column_names(prompt)
     except LoneBraceError as error:
-        raise UserError(
-            f"--prompt {prompt!r}: {error}: write {{name}} for a column and {{{{ or }}}} for a brace"
-        ) from error
+        raise UserError(f"--prompt {prompt!r}: {error}: write {{name}} for a column and {{{{ or }}}} for a brace") from error
     there = _columns(questions)
     if unknown := [name for name in names if name not in values(questions[0]) or name not in there]:
         listed = ", ".join(there[:_MAX_NAMED]) + (", …" if len(there) > _MAX_NAMED else "")

@@ -41,9 +41,7 @@ def inspect(
     ],
     question: Annotated[
         str | None,
-        typer.Option(
-            metavar="ID", help="The question to show whole. [default: the first of a part]", show_default=False
-        ),
+        typer.Option(metavar="ID", help="The question to show whole. [default: the first of a part]", show_default=False),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Questions in a part's table.")] = 10,
     plot: Annotated[
@@ -168,9 +166,7 @@ def export_command(
     ] = None,
     escape_formulas: Annotated[
         bool,
-        typer.Option(
-            "--escape-formulas", help="Of a CSV for a spreadsheet: write ' before cells that it would compute."
-        ),
+        typer.Option("--escape-formulas", help="Of a CSV for a spreadsheet: write ' before cells that it would compute."),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -217,9 +213,7 @@ def diff(
 
 @app.command()
 def probe(
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A run's output directory or URL, or one with parts.")
-    ],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A run's output directory or URL, or one with parts.")],
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -248,15 +242,11 @@ def probe(
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Also score the best probes for each value of a column.")
     ] = None,
-    mlp: Annotated[
-        bool, typer.Option("--mlp/--no-mlp", help="Train the published MLP too, or the linear probe alone.")
-    ] = True,
+    mlp: Annotated[bool, typer.Option("--mlp/--no-mlp", help="Train the published MLP too, or the linear probe alone.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the MLP and the intervals.")] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="The figure: .svg, .png or .pdf. [default: DIR/probe.svg]", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="The figure: .svg, .png or .pdf. [default: DIR/probe.svg]", show_default=False),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -303,9 +293,7 @@ def _layers(text: str | None) -> int | list[int] | None:
         return None
     layers = text.split(",")
     if not all(layer.strip().isdecimal() for layer in layers):
-        raise UserError(
-            f"--layer {text}: a layer is a number from 0 on, several stand between commas, as in: --layer 0,14"
-        )
+        raise UserError(f"--layer {text}: a layer is a number from 0 on, several stand between commas, as in: --layer 0,14")
     return int(text) if len(layers) == 1 else [int(layer) for layer in layers]
 
 

@@ -26,9 +26,7 @@ class Computation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     dtype: Dtype = Field("bfloat16", description="What the model computes in.")
-    layers: Layers = Field(
-        None, description="Decoder layers to keep, as in 0,7,14, or all. [default: 0, n/4, n/2, 3n/4, n-1]"
-    )
+    layers: Layers = Field(None, description="Decoder layers to keep, as in 0,7,14, or all. [default: 0, n/4, n/2, 3n/4, n-1]")
     max_new_tokens: int = Field(200, ge=0, description="Length of an answer; 0 keeps the vectors only.")
     prompt: str = Field(
         QUESTION,

@@ -125,9 +125,7 @@ class DriftMeter:
         return self._reasons.get(_FAILED) or self._reasons.get(_ABSENT) or _UNKNOWN
 
 
-def _z_score(
-    vector: npt.NDArray[Any], exact: npt.NDArray[Any], spread: npt.NDArray[np.float64]
-) -> dict[str, float] | None:
+def _z_score(vector: npt.NDArray[Any], exact: npt.NDArray[Any], spread: npt.NDArray[np.float64]) -> dict[str, float] | None:
     varying = spread > 0
     if not varying.any():
         return None

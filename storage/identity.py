@@ -43,9 +43,7 @@ def settings_digest(settings: RunSettings) -> str:
     """Return a digest of the settings that a result depends on."""
     found = settings.model_dump(mode="json", include=set(_COMPUTED), exclude_defaults=True)
     found |= settings.model_dump(mode="json", include=ALWAYS_WRITTEN)
-    text = json.dumps(
-        {name: found[name] for name in _COMPUTED if name in found}, separators=(",", ":"), ensure_ascii=False
-    )
+    text = json.dumps({name: found[name] for name in _COMPUTED if name in found}, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 

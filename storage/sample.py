@@ -95,9 +95,7 @@ def encode_failure(failure: Failure, identity: Identity | None = None) -> bytes:
 
 def decode_failure(data: bytes, identity: Identity | None = None) -> Failure:
     """Return the failure of `encode_failure`'s bytes. Raises DamagedError where they were changed or are of something else."""
-    match = re.fullmatch(
-        rb'\{"crc32": (\d{1,10}), (?:"identity": "([\w/-]{1,128})", )?"failure": (.*)\}', data, re.DOTALL
-    )
+    match = re.fullmatch(rb'\{"crc32": (\d{1,10}), (?:"identity": "([\w/-]{1,128})", )?"failure": (.*)\}', data, re.DOTALL)
     try:
         if match is None or zlib.crc32(match[3]) != int(match[1]):
             raise ValueError("checksum mismatch")

@@ -33,9 +33,7 @@ SERVERS = {"valkey": VALKEY, "redis": REDIS}
 def fire(model: Path, seeds: list[int], servers: list[str], questions: int) -> None:
     """Run under fire, once for each seed and server."""
     force = Force(questions=questions, kills=12, rounds=4, freeze=20.0, neighbours=True, timeout=3600.0)
-    print(
-        "\n| server | seed | kills | at named points | workers, engines, collectors, servers | other events | seconds |"
-    )
+    print("\n| server | seed | kills | at named points | workers, engines, collectors, servers | other events | seconds |")
     print("|---|--:|--:|--:|---|---|--:|", flush=True)
     for name in servers:
         for seed in seeds:

@@ -104,9 +104,7 @@ def _retrying(consumer: Any) -> dict[str, int]:
     """Return how many questions of each run wait here for the time of their next attempt. A task's id begins with its run's."""
     entries = [scheduled.entry for scheduled in list(consumer.timer.schedule.queue)]
     waiting = [entry.args[0] for entry in entries if entry.args and not entry.canceled]
-    ids = {
-        r.id for r in waiting if isinstance(r, Request) and r.name == EXTRACT
-    }  # a task may have been delivered twice
+    ids = {r.id for r in waiting if isinstance(r, Request) and r.name == EXTRACT}  # a task may have been delivered twice
     return dict(Counter(task_id.partition("-")[0] for task_id in ids))
 
 

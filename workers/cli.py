@@ -59,16 +59,12 @@ def extract(
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")
-    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Task threads; by default twice --max-batch-size.")] = None,
     data_root: Annotated[
         list[str] | None,
         typer.Option(help="Directory or URL that runs may lie in; repeatable. [HALP_DATA_ROOTS, default: here]"),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: extract-PID]")] = None,
     gpus: Annotated[
         str | None,
         typer.Option(help="Run one worker on each of these GPUs: `all`, or numbers as in 0,2. [default: one worker]"),
@@ -109,13 +105,9 @@ def collect(
     context: typer.Context,
     directory: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[DIR]...", help="Directories and URLs to look for runs in. [HALP_DATA_ROOTS, default: here]"
-        ),
+        typer.Argument(metavar="[DIR]...", help="Directories and URLs to look for runs in. [HALP_DATA_ROOTS, default: here]"),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Worker name, unique on this machine. [default: collect-PID]")] = None,
     loglevel: LogLevel = "INFO",
 ) -> None:
     """Pack finished questions into HDF5 parts and keep the queue fed. One is enough; several do no harm.
@@ -146,9 +138,7 @@ def flower(
     basic_auth: Annotated[
         str | None, typer.Option(metavar="USER:PASSWORD", help="Ask for these. [FLOWER_BASIC_AUTH, which `ps` hides]")
     ] = None,
-    db: Annotated[
-        Path | None, typer.Option(help="File to keep the tasks in over restarts. [default: memory only]")
-    ] = None,
+    db: Annotated[Path | None, typer.Option(help="File to keep the tasks in over restarts. [default: memory only]")] = None,
     max_tasks: Annotated[int, typer.Option(min=1, help="Tasks to remember; 6 to 8 KB each.")] = 20_000,
 ) -> None:
     """Show tasks, retries and workers in a browser. Read-only, and on this machine alone unless told otherwise.
@@ -209,9 +199,7 @@ def selfcheck(
     table: Annotated[
         Path | None, typer.Option("--csv", help="Questions to ask in place of the bundled ones; needs --images-dir.")
     ] = None,
-    images_dir: Annotated[
-        Path | None, typer.Option(help="Directory that the table's image ids are relative to.")
-    ] = None,
+    images_dir: Annotated[Path | None, typer.Option(help="Directory that the table's image ids are relative to.")] = None,
     questions: Annotated[int, typer.Option(min=1, help="Questions to ask, at most; 30 are bundled.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Length of an answer.")] = 32,
     dtype: Annotated[Literal["both", "float32", "bfloat16"], typer.Option(help="What to compute in.")] = "both",

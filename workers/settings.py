@@ -74,9 +74,7 @@ class WorkerSettings(BaseSettings):
     max_batch_tokens: int = Field(
         0, ge=0, description="Prompt tokens in one batch; 0 follows the memory that the loaded model leaves free."
     )
-    max_queue_delay: float = Field(
-        0.05, ge=0, description="Seconds that a question waits for others to fill its batch."
-    )
+    max_queue_delay: float = Field(0.05, ge=0, description="Seconds that a question waits for others to fill its batch.")
     max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")
 
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus' /metrics; 0 serves none.")

@@ -97,9 +97,7 @@ class Checked:
         return self.trial.questions_per_second * self.images / self.questions * self.decode_seconds
 
 
-def check(
-    options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | None, phases: Phases = silent
-) -> Checked:
+def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | None, phases: Phases = silent) -> Checked:
     """Look at everything that a run with these options would use, and write nothing.
 
     Raises UserError where the run would be refused before its images are looked at.

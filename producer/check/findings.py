@@ -52,9 +52,7 @@ def table_findings(questions: Sequence[Question]) -> list[Finding]:
         findings.append(_finding("look", "asked_twice", again, "questions are asked about one image more than once"))
     if broken := [q for q in questions if _looks_broken(q.ground_truth_answer)]:
         examples = [f"{q.question_id}: {short(q.ground_truth_answer)}" for q in broken]
-        findings.append(
-            _finding("look", "answer_looks_broken", examples, "answers look broken: see how the table was made")
-        )
+        findings.append(_finding("look", "answer_looks_broken", examples, "answers look broken: see how the table was made"))
     return findings
 
 
@@ -93,9 +91,7 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
         message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway\n{nearby}"
         findings.append(Finding("refused", "many_missing", missing, message))
     if seen.turned and not options.computation.exif_rotation:
-        message = (
-            "of the images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
-        )
+        message = "of the images are stored turned, by their EXIF data, and are taken as stored: --exif-rotation turns them"
         findings.append(_finding("look", "exif_turned", seen.turned, message))
     return findings
 
@@ -108,9 +104,7 @@ def long_prompts(questions: Sequence[Question], tokens: dict[str, int], prompt: 
         for question in questions
         if tokens.get(question.image_id, 0) + (around + len(question.question)) // 4 + _TEMPLATE_TOKENS > MAX_PROMPT
     ]
-    message = (
-        f"prompts may exceed {MAX_PROMPT:,} tokens and fail as prompt_too_long: lower --max-pixels or shorten them"
-    )
+    message = f"prompts may exceed {MAX_PROMPT:,} tokens and fail as prompt_too_long: lower --max-pixels or shorten them"
     return [_finding("fails", "prompt_too_long", long, message)] if long else []
 
 

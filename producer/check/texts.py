@@ -49,9 +49,7 @@ class Texts:
         found = []
         usual = {t: ids for t, ids in self.special.items() if t not in PLACEHOLDERS}
         if usual and not self.parsed:
-            message = (
-                "of the questions hold special tokens of the model ({}), taken as text: --special-tokens parse takes "
-            )
+            message = "of the questions hold special tokens of the model ({}), taken as text: --special-tokens parse takes "
             found.append(_about("special_tokens", usual, message + "them as the model's processor does"))
         if placeholders := {t: ids for t, ids in self.special.items() if t in PLACEHOLDERS}:
             message = "of the questions hold placeholders of images or videos ({}), which are always taken as text: remove them"
@@ -60,9 +58,7 @@ class Texts:
             message = "of the questions hold {}, which is ordinary text to this model: the image stands before the text anyway"
             found.append(_about("image_words", {_IMAGE_WORD: self.image_words}, message))
         if self.empty:
-            message = (
-                "of the questions have an empty cell in a column of the prompt ({}), for which nothing is inserted"
-            )
+            message = "of the questions have an empty cell in a column of the prompt ({}), for which nothing is inserted"
             found.append(_about("empty_cells", self.empty, message))
         return found
 

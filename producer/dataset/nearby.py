@@ -83,9 +83,7 @@ class _Listing:
 
 def _list(images_dir: str) -> _Listing:
     try:
-        walk: Iterator[str | None] = (
-            iter(some_objects(images_dir, _LISTED + 1)) if is_url(images_dir) else _walk(images_dir)
-        )
+        walk: Iterator[str | None] = iter(some_objects(images_dir, _LISTED + 1)) if is_url(images_dir) else _walk(images_dir)
         entries = list(islice(walk, _LISTED + 1))
     except (OSError, UserError):  # it could be asked for single images a moment ago: then nothing can be said of it
         return _Listing(images_dir, (), complete=False)

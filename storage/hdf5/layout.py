@@ -92,9 +92,7 @@ class Part:
     def allow_vectors(self, number: int, width: int, field: str) -> None:
         """Raise LayoutError where so many vectors cannot be in a file of this size."""
         if 4 * number * width > _VECTOR_LEAST + _VECTOR_RATIO * self.size:
-            raise self.refusal(
-                field, f"{number:,} vectors of {width:,} values are more than {self.size:,} bytes can hold"
-            )
+            raise self.refusal(field, f"{number:,} vectors of {width:,} values are more than {self.size:,} bytes can hold")
 
     def refusal(self, what: str, reason: str) -> LayoutError:
         """Return the error for something in this file that the layout does not have."""

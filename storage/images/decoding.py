@@ -75,9 +75,7 @@ def filled(data: bytes) -> bytes:
 def check_size(width: int, height: int) -> None:
     """Raise ImageRefusedError where an image has too many pixels or too long a side."""
     if width * height > MAX_IMAGE_PIXELS:
-        raise ImageRefusedError(
-            "image_too_large", f"has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it"
-        )
+        raise ImageRefusedError("image_too_large", f"has {width}x{height} pixels, more than {MAX_IMAGE_PIXELS:,}: shrink it")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageRefusedError(
             "image_aspect_ratio",

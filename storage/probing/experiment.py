@@ -81,9 +81,7 @@ class _Questions:
     images: list[str]
 
 
-def run_experiment(
-    directory: Path | str, settings: ProbeSettings, show: Callable[[str], None] = lambda _: None
-) -> Experiment:
+def run_experiment(directory: Path | str, settings: ProbeSettings, show: Callable[[str], None] = lambda _: None) -> Experiment:
     """Fit and score everything; `show` is called with the name of each field before its probes are fitted.
 
     Raises UserError where the labels do not fit the run or do not suffice.
@@ -135,17 +133,13 @@ def _check_packages() -> None:
 def _labels(frame: pd.DataFrame, settings: ProbeSettings) -> Labels:
     answers = dict(zip(frame["question_id"], frame["answer"]))
     if settings.labels is not None:
-        return read_labels(
-            settings.labels, answers, column=settings.label_column, keep_mismatches=settings.keep_mismatches
-        )
+        return read_labels(settings.labels, answers, column=settings.label_column, keep_mismatches=settings.keep_mismatches)
     if settings.label_column is not None or settings.keep_mismatches:
         raise UserError("--label-column and --keep-mismatches are of a label file: add --labels")
     truths = dict(zip(frame["question_id"], frame["ground_truth_answer"]))
     wrong = {name: not is_right(answers[name], truth) for name, truth in truths.items() if truth.strip()}
     if not wrong:
-        raise UserError(
-            "no question has a ground truth answer: give --labels, a CSV with question_id and true or false"
-        )
+        raise UserError("no question has a ground truth answer: give --labels, a CSV with question_id and true or false")
     return Labels(wrong, _EXACT_MATCH, unlabelled=len(frame) - len(wrong))
 
 

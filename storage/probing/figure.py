@@ -61,9 +61,7 @@ def draw(experiment: Experiment, path: Path) -> None:
         named = {_label(b.name, experiment) for b in experiment.baselines}
         order = sorted(range(len(labels)), key=lambda i: labels[i] in named)
         figure.suptitle(_headline(experiment.finding), fontsize=9)
-        figure.legend(
-            [handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False
-        )
+        figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         try:
             figure.savefig(path, dpi=150, metadata=metadata)

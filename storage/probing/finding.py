@@ -67,11 +67,7 @@ def too_few(wrong: int, test_images: int) -> list[str]:
     """Say what there is too little of for the figures to be trusted."""
     found = []
     if wrong < ENOUGH_WRONG:
-        found.append(
-            f"{wrong:,} wrong answers are few: below {ENOUGH_WRONG} the figures depend much on the split's luck"
-        )
+        found.append(f"{wrong:,} wrong answers are few: below {ENOUGH_WRONG} the figures depend much on the split's luck")
     if test_images < ENOUGH_IMAGES:
-        found.append(
-            f"the test side has {test_images:,} images: below {ENOUGH_IMAGES} the intervals are too narrow to trust"
-        )
+        found.append(f"the test side has {test_images:,} images: below {ENOUGH_IMAGES} the intervals are too narrow to trust")
     return found

@@ -75,9 +75,7 @@ class Judge:
             auroc=self._bootstrap.auroc(scores[test]),
             auprc=self._bootstrap.auprc(scores[test]),
             f1=self._bootstrap.f1(scores[test], threshold),
-            above={
-                other: self._bootstrap.difference(scores[test], values[test]) for other, values in baselines.items()
-            },
+            above={other: self._bootstrap.difference(scores[test], values[test]) for other, values in baselines.items()},
         )
 
     def break_down(self, scored: Scored, scores: Floats, values: Sequence[str]) -> Iterator[Breakdown]:

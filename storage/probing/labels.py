@@ -31,9 +31,7 @@ class Labels:
     mismatched: tuple[str, ...] = field(default=())  # questions whose label was given to another answer
 
 
-def read_labels(
-    path: Path, answers: Mapping[str, str], *, column: str | None = None, keep_mismatches: bool = False
-) -> Labels:
+def read_labels(path: Path, answers: Mapping[str, str], *, column: str | None = None, keep_mismatches: bool = False) -> Labels:
     """Read the labels of a run's questions; `answers` are the run's own, by question id.
 
     Where the file carries `model_answer`, a label holds for the run only if the two answers agree after normalisation:

@@ -56,9 +56,7 @@ def published_split(wrong: npt.NDArray[np.bool_], ids: Sequence[str], csv_rows: 
     from sklearn.model_selection import train_test_split
 
     order = published_order(ids, csv_rows) if csv_rows is not None else np.arange(len(ids))
-    train, test = train_test_split(
-        order, test_size=_PUBLISHED_TEST, random_state=_PUBLISHED_SEED, stratify=wrong[order]
-    )
+    train, test = train_test_split(order, test_size=_PUBLISHED_TEST, random_state=_PUBLISHED_SEED, stratify=wrong[order])
     return _checked(Split(train, np.empty(0, np.intp), test), wrong)
 
 
@@ -73,9 +71,7 @@ def check_classes(wrong: npt.NDArray[np.bool_]) -> None:
     errors, right = int(wrong.sum()), int((~wrong).sum())
     if not errors or not right:
         state = "right" if not errors else "wrong"
-        raise UserError(
-            f"all {len(wrong)} answers are {state}: there is nothing to predict. Are these the right labels?"
-        )
+        raise UserError(f"all {len(wrong)} answers are {state}: there is nothing to predict. Are these the right labels?")
     if min(errors, right) < MIN_OF_EACH:
         raise UserError(
             f"{errors} wrong and {right} right answers are too few: at least {MIN_OF_EACH} of each are needed, "
@@ -86,7 +82,5 @@ def check_classes(wrong: npt.NDArray[np.bool_]) -> None:
 def _checked(split: Split, wrong: npt.NDArray[np.bool_]) -> Split:
     for name, rows in (("train", split.train), ("validation", split.validation), ("test", split.test)):
         if len(rows) and len(set(wrong[rows].tolist())) < 2:
-            raise UserError(
-                f"the {name} side of the split has answers of one class only: too few images. Run more questions"
-            )
+            raise UserError(f"the {name} side of the split has answers of one class only: too few images. Run more questions")
     return split

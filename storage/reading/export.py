@@ -52,9 +52,7 @@ def export(
     if to == "csv" and field is not None:
         raise UserError("a CSV has no vectors: leave --field out, or choose --to parquet")
     if field is None and to in {"npz", "safetensors"}:
-        raise UserError(
-            f"which vectors? `--to {to}` needs --field, as in: --field query_token_representation --layer 21"
-        )
+        raise UserError(f"which vectors? `--to {to}` needs --field, as in: --field query_token_representation --layer 21")
     output = output or Path(f"{'answers' if field is None else _name(field, layer)}.{to}")
     if output.exists():
         raise UserError(f"{output} exists: move it elsewhere, or give another --output")

@@ -133,9 +133,7 @@ def locate(
     return Located(name, [ids[row] for row in rows], stack, rows, frame, source.missing())
 
 
-def iter_chunks(
-    source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] | None = None
-) -> Iterator[Loaded]:
+def iter_chunks(source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] | None = None) -> Iterator[Loaded]:
     """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
     opened = Source(source)
     opened.warn_if_unfinished()

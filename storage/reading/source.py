@@ -191,9 +191,7 @@ def _refuse_repetition(seen: dict[str, File], part: OpenPart) -> None:
     path = part.path
     for question in part.ids:
         if (other := seen.setdefault(question, path)) is not path:
-            raise UserError(
-                f"question {question} is in {other} and in {path}: load one of them, or one after the other"
-            )
+            raise UserError(f"question {question} is in {other} and in {path}: load one of them, or one after the other")
 
 
 def _refuse_mixture(first: File, second: OpenPart) -> None:

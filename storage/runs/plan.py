@@ -47,9 +47,7 @@ class _Generation:
     slices: tuple[Slice, ...]
     generation: int = 0
     run_id: str | None = None  # of the version before: not there
-    based_on: dict[int, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # beside the slices: an earlier version reads those
+    based_on: dict[int, tuple[int, ...]] = field(default_factory=dict)  # beside the slices: an earlier version reads those
 
 
 _GENERATION, _QUESTION = TypeAdapter(_Generation), TypeAdapter(Question)
@@ -76,9 +74,7 @@ def write_generation(
         data = b"".join(json.dumps(asdict(q), ensure_ascii=False).encode() + b"\n" for q in questions)
         key = f"{directory}/{part:06d}.jsonl"
         if len(data) > MAX_SLICE:
-            raise UserError(
-                f"part {part} would have {len(data):,} bytes of questions: use a smaller --checkpoint-interval"
-            )
+            raise UserError(f"part {part} would have {len(data):,} bytes of questions: use a smaller --checkpoint-interval")
         store.put_new(key, data)
         written.append(Slice(part, len(questions), key, hashlib.sha256(data).hexdigest(), generation))
     bases = {piece.part: sorted(parts) for piece, parts in zip(written, based_on)}
@@ -133,9 +129,7 @@ def read_questions(store: Store, piece: Slice) -> tuple[Question, ...]:
     try:
         questions = tuple(map(_QUESTION.validate_json, data.splitlines()))
     except ValidationError as error:
-        raise DamagedError(
-            f"{address}: a line of the plan's slice {piece.part} is no question: {faults(error)}"
-        ) from None
+        raise DamagedError(f"{address}: a line of the plan's slice {piece.part} is no question: {faults(error)}") from None
     if len(questions) != piece.size:
         raise DamagedError(
             f"{address} has {len(questions):,} questions, not the {piece.size:,} of the plan's slice {piece.part}"

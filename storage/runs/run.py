@@ -85,9 +85,7 @@ class Run(StagingArea):
         location = resolve_location(location)
         data = settings.model_dump_json(indent=1).encode()
         if len(data) > MAX_SETTINGS:
-            raise UserError(
-                f"the settings have {len(data):,} bytes, more than {MAX_SETTINGS:,}: use a shorter --prompt"
-            )
+            raise UserError(f"the settings have {len(data):,} bytes, more than {MAX_SETTINGS:,}: use a shorter --prompt")
         store = open_store(location)
         there = store.list(".run")
         remains = [n for n in _REMAINS if n in there and (n.endswith(".json") or store.list(f".run/{n}"))]
@@ -112,9 +110,7 @@ class Run(StagingArea):
         for name in self.store.list(".run/staging"):
             self.store.delete_directory(f".run/staging/{name}")
         for name in self.store.list(".run/plan"):
-            self.store.delete_directory(f".run/plan/{name}") if "." not in name else self.store.delete(
-                f".run/plan/{name}"
-            )
+            self.store.delete_directory(f".run/plan/{name}") if "." not in name else self.store.delete(f".run/plan/{name}")
         for directory in (".run/refusals", ".run/retries", ".run/parts"):
             self.store.delete_directory(directory)
         for key in (_MODEL, _SUMMARY, _CANCELLED, _RUN):

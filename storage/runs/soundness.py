@@ -9,9 +9,7 @@ from storage.errors import DamagedError
 from storage.runs import plan
 from storage.runs.run import Run
 
-_ADVICE = (
-    "put it back from a backup, or begin a new run in another --output-dir; parts that are written stay as they are"
-)
+_ADVICE = "put it back from a backup, or begin a new run in another --output-dir; parts that are written stay as they are"
 
 
 def check_private_files(run: Run, limit: int | None = None) -> None:

@@ -43,9 +43,7 @@ def _open(path: str, flags: int, at: int | None = None) -> int:
         return _open_by_steps(path, flags, at) if number is None else number
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise DamagedError(
-                f"{path} is a link, or lies behind one: nothing in a run is followed through a link"
-            ) from None
+            raise DamagedError(f"{path} is a link, or lies behind one: nothing in a run is followed through a link") from None
         raise
 
 

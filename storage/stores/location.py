@@ -40,9 +40,7 @@ def split_url(url: str) -> tuple[str, str]:
             f"{url} is no location that we know: name a directory, or s3://BUCKET/PREFIX (gs:// and az:// are untested)"
         )
     if "@" in bucket or ":" in bucket:  # it would stand in run.json, in messages and in logs
-        raise UserError(
-            f"{scheme}://…/{prefix or ''} carries credentials or a port: set {VARIABLES[scheme]} variables instead"
-        )
+        raise UserError(f"{scheme}://…/{prefix or ''} carries credentials or a port: set {VARIABLES[scheme]} variables instead")
     prefix = (prefix or "").strip("/")
     if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         raise UserError(f"{url} has an empty name, `.` or `..` in it: spell the prefix out")

@@ -23,9 +23,7 @@ _REASONS = {
 
 def describe(error: OSError, location: str) -> str:
     """Return an error of writing to a location as a sentence: what is wrong there, and how much is free."""
-    code = error.errno or next(
-        (c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None
-    )  # HDF5's
+    code = error.errno or next((c for c in (errno.ENOSPC, errno.EDQUOT) if f"errno = {c}" in str(error)), None)  # HDF5's
     what = _REASONS.get(code or 0, str(error))
     try:
         free = os.statvfs(location)  # an object store is no such place

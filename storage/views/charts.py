@@ -93,9 +93,7 @@ def _chart(body: str, x: _Axis, y: _Axis, label: str, names: Sequence[str] = ())
     bottom = _TOP + _PLOT_HEIGHT
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">']
     for value in np.linspace(y.low, y.high, 3):
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        )
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     for value, anchor in ((x.low, "start"), (x.high, "end")):
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 14}" text-anchor="{anchor}">{_number(value)}</text>')

@@ -87,9 +87,7 @@ def overview(path: str | Path, *, progress: bool = False) -> Overview:
 
 def overview_tables(found: Overview) -> list[Table]:
     """Return the overview as tables for a terminal."""
-    head = Table(
-        found.source, f"{amount(found.questions, 'question')} in {amount(found.parts, 'part')}", show_header=False
-    )
+    head = Table(found.source, f"{amount(found.questions, 'question')} in {amount(found.parts, 'part')}", show_header=False)
     for name, value in found.settings.items():
         head.row((name, Sentence(str(value))))
     tables = [head]

@@ -54,8 +54,7 @@ def render(data: ReportData) -> str:
         pca=_pca_figures(data),
         pca_groups=sorted(set(data.groups)),
         failures=[
-            {"question_id": clipped(f.question_id), "reason": f.reason, "message": clipped(f.message)}
-            for f in data.failures
+            {"question_id": clipped(f.question_id), "reason": f.reason, "message": clipped(f.message)} for f in data.failures
         ],
         shown=data.shown,
     )
@@ -121,8 +120,7 @@ def _pca_figures(data: ReportData) -> list[tuple[str, Markup]]:
             continue
         points, shares = principal_components(vectors)
         groups = {
-            group: [tuple(p) for p, g in zip(points.tolist(), data.groups) if g == group]
-            for group in sorted(set(data.groups))
+            group: [tuple(p) for p, g in zip(points.tolist(), data.groups) if g == group] for group in sorted(set(data.groups))
         }
         label = f"first two components, standardised: {shares[0]:.0%} and {shares[1]:.0%} of the variance"
         figures.append((name, charts.scatter(groups, label=label)))

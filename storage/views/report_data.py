@@ -68,9 +68,7 @@ class ReportData:
     run: Run
     account: Account
     stalls: list[str] = field(default_factory=list)  # of a run that is not finished
-    progress: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # hours since the plan, questions computed by then
+    progress: list[tuple[float, float]] = field(default_factory=list)  # hours since the plan, questions computed by then
     certificates: list[dict[str, Any]] = field(default_factory=list)
     certificate_cost: list[tuple[float, float]] = field(
         default_factory=list
@@ -82,9 +80,7 @@ class ReportData:
     batch_sizes: list[int] = field(default_factory=list)
     shared_prefixes: int = 0
     answers_equal: dict[str, int] = field(default_factory=dict)
-    vectors: dict[str, npt.NDArray[np.float32]] = field(
-        default_factory=dict
-    )  # field: [n, D], of one order of questions
+    vectors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # field: [n, D], of one order of questions
     groups: list[str] = field(default_factory=list)  # of the same questions
     failures: list[Failure] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
@@ -156,9 +152,7 @@ def _read_attributes(data: ReportData, file: Part) -> npt.NDArray[np.float64]:
 
 def _hours(run: Run, file: Part) -> npt.NDArray[np.float64]:
     """Return the hours from the plan to each question's end; to the part's, where an earlier version wrote it."""
-    created, begun = (
-        datetime.fromisoformat(t).timestamp() for t in (file.text("created_at") or "", run.settings.created_at)
-    )
+    created, begun = (datetime.fromisoformat(t).timestamp() for t in (file.text("created_at") or "", run.settings.created_at))
     times = computed_at(file)
     if times is None:
         times = np.full(len(file.keys), created)

@@ -233,9 +233,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     port = free_port()
     (tmp_path / "bin").mkdir()
     server = tmp_path / "bin" / "redis-server"
-    server.write_text(
-        f"#!/bin/sh\nexec {get_binary_path()} --port {port} --bind 127.0.0.1 --save '' --dir {tmp_path}\n"
-    )
+    server.write_text(f"#!/bin/sh\nexec {get_binary_path()} --port {port} --bind 127.0.0.1 --save '' --dir {tmp_path}\n")
     server.chmod(0o755)
     (tmp_path / "data").mkdir()
     scene = Scene(
@@ -296,9 +294,7 @@ def on_one_machine(scene: Scene, lines: list[str]) -> None:
     good = image.read_bytes()
     image.write_bytes(good[:40])
     for line in lines:
-        scene.run(
-            line, expected=1 if line.startswith("producer run ") or line.endswith("--watch") or line == CHECK else 0
-        )
+        scene.run(line, expected=1 if line.startswith("producer run ") or line.endswith("--watch") or line == CHECK else 0)
         if line == "producer retry output/":
             image.write_bytes(good)
             scene.run(RUN)
@@ -431,9 +427,7 @@ def test_a_command_that_nothing_runs_is_seen(tmp_path: Path, monkeypatch: pytest
     for page in PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
     with (tmp_path / "README.md").open("a") as readme:
-        readme.write(
-            "## New\n\nFirst `producer status other/ --json`, or `producer status`.\n\n```bash\nmake coffee   # hot\n"
-        )
+        readme.write("## New\n\nFirst `producer status other/ --json`, or `producer status`.\n\n```bash\nmake coffee   # hot\n")
         readme.write("make tea   # not run by the tests: there is no kettle\n```\n")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     assert run_here("README.md")["New"] == ["make coffee", "producer status other/ --json"]

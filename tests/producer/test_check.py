@@ -151,9 +151,7 @@ def test_many_missing_images_are_shown_with_what_is_there(tmp_path: Path, images
 
 def test_special_tokens_in_questions_are_shown(tmp_path: Path, images: Path) -> None:
     """Of a hub model, whose tokenizer is not at hand, those that Qwen2.5-VL has."""
-    table = table_of(
-        tmp_path, ("q1", "small.png", "Find <|box_start|>it", ""), ("q2", "small.png", "<image>\nWhat?", "")
-    )
+    table = table_of(tmp_path, ("q1", "small.png", "Find <|box_start|>it", ""), ("q2", "small.png", "<image>\nWhat?", ""))
     code, body = checked(table, images)
     assert (code, found(body)) == (1, {"special_tokens": ("look", 1), "image_words": ("look", 1)})
     assert (body["special_tokens"], body["image_words"]) == ({"<|box_start|>": 1}, 1)
@@ -185,9 +183,7 @@ def test_decoding_finds_what_a_header_hides(tmp_path: Path, images: Path) -> Non
 
 
 def test_a_sample_through_the_real_engine(tmp_path: Path, photographs: Path, small_model: Path) -> None:
-    rows = [
-        (f"q{n}{k}", p.name, f"What is {k}?", "") for n, p in enumerate(sorted(photographs.iterdir())) for k in "ab"
-    ]
+    rows = [(f"q{n}{k}", p.name, f"What is {k}?", "") for n, p in enumerate(sorted(photographs.iterdir())) for k in "ab"]
     table = table_of(tmp_path, *rows)
     code, body = checked(
         table, photographs, "--model", small_model, "--sample", 6, "--max-new-tokens", 2, HALP_MAX_BATCH_SIZE="2"
@@ -198,9 +194,7 @@ def test_a_sample_through_the_real_engine(tmp_path: Path, photographs: Path, sma
     assert trial["memory_bytes"] > 50e6
     assert body["hours"] == pytest.approx(24 / trial["questions_per_second"] / 3600)
     assert body["decode_cores"] > 0
-    failed = command(
-        "producer", "check", table, "--images-dir", photographs, "--model", tmp_path / "none", "--sample", 1
-    )
+    failed = command("producer", "check", table, "--images-dir", photographs, "--model", tmp_path / "none", "--sample", 1)
     assert failed.returncode == 2
 
 

@@ -46,15 +46,11 @@ def test_bars_on_a_terminal(tmp_path: Path) -> None:
     run = make_run(tmp_path, 6)
     console = Console(file=io.StringIO(), force_terminal=True, width=240, height=40, color_system=None)
     with LiveAccount(console, run, lambda: [worker()]) as live:
-        live.show(
-            Account(planned=100, written=40, failed=2, staged=8, outstanding=50, parts_planned=10, parts_published=4)
-        )
+        live.show(Account(planned=100, written=40, failed=2, staged=8, outstanding=50, parts_planned=10, parts_published=4))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for state, number in {"written": 40, "staged": 8, "retrying": 3, "failed": 2}.items():
         assert re.search(rf"{state} +[━╸╺]+ +{number} of 100", shown), shown
-    assert f"{run.location}: 4/10 parts, 2 failed, 3 tried again, waiting for the first question, " in " ".join(
-        shown.split()
-    )
+    assert f"{run.location}: 4/10 parts, 2 failed, 3 tried again, waiting for the first question, " in " ".join(shown.split())
     assert re.search(r"[0-9.]+ GB of disk free", shown)
     assert re.search(r"extract-1@host .*│ 12\.0 +│ 6\.0", shown)
 

@@ -80,9 +80,7 @@ def test_the_nearest_name(holding: Callable[..., Path], there: str, image_id: st
     assert "holds 2 files" in message
 
 
-@pytest.mark.parametrize(
-    "image_id", ["dog_1.jpg", "cat.jpg", "", ".", "..\\..", "a\0b", "x" * 300, "http://[/", "é\udcff.jpg"]
-)
+@pytest.mark.parametrize("image_id", ["dog_1.jpg", "cat.jpg", "", ".", "..\\..", "a\0b", "x" * 300, "http://[/", "é\udcff.jpg"])
 def test_what_is_near_nothing(holding: Callable[..., Path], image_id: str) -> None:
     """`dog_1` and `cat_1` have a number in common, and nothing else."""
     assert "there is" not in describe_missing([image_id], str(holding("cat_1.jpg", "sub/2.png")))

@@ -44,9 +44,7 @@ def options(tmp_path: Path, photographs: Path, model: Path) -> RunOptions:
     return _run_options(table, **fields)
 
 
-def test_a_note_beside_the_weights_changes_nothing_and_a_changed_file_is_named(
-    options: RunOptions, model: Path
-) -> None:
+def test_a_note_beside_the_weights_changes_nothing_and_a_changed_file_is_named(options: RunOptions, model: Path) -> None:
     begun = plan_run(options)
     (model / "training_log.jsonl").write_text("{}")
     assert plan_run(options).run_id == begun.run_id
@@ -87,9 +85,7 @@ def publish(run: Run, images: Path) -> None:
     assert pack(run, 1)
 
 
-def test_a_model_that_lies_elsewhere_is_the_same_by_its_content(
-    options: RunOptions, model: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_lies_elsewhere_is_the_same_by_its_content(options: RunOptions, model: Path, tmp_path: Path) -> None:
     begun = plan_run(options)
     moved = tmp_path / "elsewhere" / model.name
     moved.parent.mkdir()
@@ -102,9 +98,7 @@ def test_a_model_that_lies_elsewhere_is_the_same_by_its_content(
     assert plan_run(options).run_id == begun.run_id
 
 
-def test_images_that_lie_elsewhere_are_taken_from_there_when_that_is_asked_for(
-    options: RunOptions, tmp_path: Path
-) -> None:
+def test_images_that_lie_elsewhere_are_taken_from_there_when_that_is_asked_for(options: RunOptions, tmp_path: Path) -> None:
     begun = plan_run(options)
     publish(begun, Path(options.images_dir))
     begun.stage_failure(1, 0, make_failure(begun.questions(1)[0]))
@@ -146,9 +140,7 @@ def test_parts_of_failures_alone_have_no_image_to_compare(options: RunOptions, t
     assert plan_run(replace(moved, relocate=True)).run_id == begun.run_id
 
 
-def test_a_run_of_which_nothing_is_computed_is_replaced(
-    options: RunOptions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_which_nothing_is_computed_is_replaced(options: RunOptions, capsys: pytest.CaptureFixture[str]) -> None:
     begun = plan_run(options)
     other = replace(options, computation=Computation(dtype="float32"))
     with pytest.raises(UserError, match="Nothing of it is computed yet: after `producer cancel`"):

@@ -155,9 +155,7 @@ def test_storage_says_it_too(run, unwritable, storage_command, tmp_path, command
     unwritable(28)
     more = ("--to", "csv", "--output", tmp_path / "x.csv") if command == "export" else ()
     exit_code, _, err = storage_command(command, run.location, *more)
-    assert (
-        exit_code == 2 and err.startswith("error: cannot write") and "its disk is full" in err and err.count("\n") == 1
-    )
+    assert exit_code == 2 and err.startswith("error: cannot write") and "its disk is full" in err and err.count("\n") == 1
     assert not (tmp_path / "x.csv").exists()
 
 

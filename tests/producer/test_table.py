@@ -53,9 +53,7 @@ def test_reads_the_documented_table(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "text", ["001", "NA", "nan", " ", "", "None", "1e5", "TRUE", " padded ", "日本 🦆", "a,b", "x\ty"]
-)
+@pytest.mark.parametrize("text", ["001", "NA", "nan", " ", "", "None", "1e5", "TRUE", " padded ", "日本 🦆", "a,b", "x\ty"])
 def test_answer_stays_as_it_is(tmp_path, text):
     [question] = read_questions(table(tmp_path, f'{HEADER}001, i 1.jpg ," What? ","{text}"\n'))
     assert question == Question("001", " i 1.jpg ", " What? ", text, 1, {})
@@ -117,17 +115,13 @@ def test_long_field_is_read_and_the_process_wide_limit_is_put_back(tmp_path):
 
 
 def test_repeated_texts_are_one_object(tmp_path):
-    first, second = read_questions(
-        table(tmp_path, HEADER + "1,long-name.jpg,A?,some answer\n2,long-name.jpg,B?,some answer\n")
-    )
+    first, second = read_questions(table(tmp_path, HEADER + "1,long-name.jpg,A?,some answer\n2,long-name.jpg,B?,some answer\n"))
     assert first.image_id is second.image_id
     assert first.ground_truth_answer is second.ground_truth_answer
     assert first.extra is second.extra
 
 
-@pytest.mark.parametrize(
-    "question", ["3 dogs?", "Nan?", "None of these?", "null?", "NA", "inf", "1,5", "1/2", "٣", "-", "."]
-)
+@pytest.mark.parametrize("question", ["3 dogs?", "Nan?", "None of these?", "null?", "NA", "inf", "1,5", "1/2", "٣", "-", "."])
 def test_text_that_only_looks_like_a_broken_export(tmp_path, question):
     assert read_questions(table(tmp_path, f'{HEADER}1,a.jpg,"{question}",x\n'))[0].question == question
 
@@ -186,9 +180,7 @@ def test_no_rows(tmp_path):
     assert refusal(table(tmp_path, HEADER + "\n")) == expected
 
 
-@pytest.mark.parametrize(
-    "data", [HEADER.encode("utf-16"), HEADER.encode("utf-16-le"), gzip.compress(HEADER.encode(), mtime=0)]
-)
+@pytest.mark.parametrize("data", [HEADER.encode("utf-16"), HEADER.encode("utf-16-le"), gzip.compress(HEADER.encode(), mtime=0)])
 def test_header_that_is_no_utf8_text(tmp_path, data):
     expected = ", line 1: the columns' names are not UTF-8 text: save the table as CSV in UTF-8 (gzip only as .csv.gz)"
     assert refusal(table(tmp_path, data)) == expected

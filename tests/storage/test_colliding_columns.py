@@ -73,9 +73,7 @@ def test_in_a_torch_dataset(directory: Path) -> None:
     assert (item["vector_csv"], item["part"], len(item["vector"])) == ("their vector", 1, 8)
 
 
-def test_in_a_parquet_file(
-    directory: Path, tmp_path: Path, storage_command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_in_a_parquet_file(directory: Path, tmp_path: Path, storage_command: Callable[..., tuple[int, str, str]]) -> None:
     path = tmp_path / "all.parquet"
     code, _, err = storage_command("export", directory, "--to", "parquet", "--field", FIELD, "--output", path)
     assert code == 0, err
@@ -84,9 +82,7 @@ def test_in_a_parquet_file(
     assert len(frame["vector"][0]) == 8
 
 
-def test_in_a_csv_of_answers(
-    directory: Path, tmp_path: Path, storage_command: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_in_a_csv_of_answers(directory: Path, tmp_path: Path, storage_command: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = storage_command("export", directory, "--to", "csv", "--output", tmp_path / "a.csv")
     assert code == 0, err
     assert pd.read_csv(tmp_path / "a.csv").iloc[0].to_dict() == {

@@ -156,9 +156,7 @@ def test_a_column_is_one_run_of_the_file_and_the_index_says_where(tmp_path):
 
 
 def test_the_index_is_right_where_a_column_is_in_several_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        placement.Placement, "metadata_size", 2048
-    )  # headers of datasets come to lie between the chunks
+    monkeypatch.setattr(placement.Placement, "metadata_size", 2048)  # headers of datasets come to lie between the chunks
     path = write(tmp_path / "part.h5", samples := pairs(60))
     with h5py.File(path, "r") as file:
         index = index_of(file)[FIELD]
@@ -352,9 +350,7 @@ def test_h5dump_reads_every_value(tmp_path):
             command = ["h5dump", "-d", f"/{question.question_id}/{field}", "-b", "LE", "-o", target, path]
             subprocess.run(command, capture_output=True, check=True)
             assert target.read_bytes() == vector.astype(np.float32).tobytes()
-        texts = [
-            f"/{question.question_id}/{name}" for name in ("question", "image_id", "answer", "ground_truth_answer")
-        ]
+        texts = [f"/{question.question_id}/{name}" for name in ("question", "image_id", "answer", "ground_truth_answer")]
         command = ["h5dump", *(word for text in texts for word in ("-d", text)), path]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         values = [question.question, question.image_id, sample.answer, question.ground_truth_answer]

@@ -60,9 +60,7 @@ def export(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
 
 @pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
 def test_formulas_are_escaped_where_that_is_asked_for_alone(tmp_path, export, begin):
-    run = make_run(
-        tmp_path / "formulas", [replace(q, question_id=f"{begin}{q.question_id}") for q in make_questions(2)]
-    )
+    run = make_run(tmp_path / "formulas", [replace(q, question_id=f"{begin}{q.question_id}") for q in make_questions(2)])
     for sequence, question in enumerate(run.questions(1)):
         run.stage_sample(1, sequence, make_sample(question, answer=f"{begin}1+1"))
     assert pack(run, 1)
@@ -81,8 +79,7 @@ def test_csv_is_what_labelling_scripts_take(run, export, tmp_path):
         rows = list(csv.reader(file))
     assert rows[0] == ["question_id", "image_id", "question", "ground_truth_answer", "model_answer"]
     assert rows[1:] == [
-        [q.question_id, q.image_id, q.question, q.ground_truth_answer, ANSWERS[n]]
-        for n, q in enumerate(make_questions(7))
+        [q.question_id, q.image_id, q.question, q.ground_truth_answer, ANSWERS[n]] for n, q in enumerate(make_questions(7))
     ]
 
 

@@ -116,9 +116,7 @@ def reference_file(path: Path, ids: list[str], **attributes: object) -> Path:
 # What is loaded
 
 
-@pytest.mark.parametrize(
-    "field", [(QUERY, LAYER), (FIELD, None), (VISION, None), ("vision_encoder_representation", None)]
-)
+@pytest.mark.parametrize("field", [(QUERY, LAYER), (FIELD, None), (VISION, None), ("vision_encoder_representation", None)])
 def test_every_value_is_that_of_bare_h5py(run, field):
     name = field[0] if field[1] is None else FIELD
     loaded = storage.load(run.output_dir, *field)
@@ -491,16 +489,12 @@ def test_damage_is_refused_with_the_file_and_the_cure(run, kind):
 def test_a_part_of_another_size_is_named_before_hdf5_sees_it(run, monkeypatch):
     path = run.part_path(2)
     size = path.stat().st_size
-    monkeypatch.setattr(
-        "storage.reading.source.open_part", lambda path: open_part(path) if path != run.part_path(2) else 1 / 0
-    )
+    monkeypatch.setattr("storage.reading.source.open_part", lambda path: open_part(path) if path != run.part_path(2) else 1 / 0)
     for other in (0, 8, size - 1, size + 1):
         os.truncate(path, other)
         with pytest.raises(DamagedError) as caught:
             storage.load(run.output_dir, QUERY, LAYER)
-        assert str(caught.value).startswith(
-            f"{path} has {other:,} bytes; it was published with {size:,}; `storage verify`"
-        )
+        assert str(caught.value).startswith(f"{path} has {other:,} bytes; it was published with {size:,}; `storage verify`")
 
 
 def load_with_zeroed_pages(output_dir: Path, answers: Any) -> None:
@@ -635,8 +629,7 @@ def test_any_table_round_trips_or_is_refused(tmp_path_factory, rows, answers, di
         return
     pool = np.random.default_rng(0).standard_normal((distinct, 5)).astype(dtype)
     samples = [
-        (question, Sample({FIELD: pool[number % distinct]}, answers[number], {}))
-        for number, question in enumerate(questions)
+        (question, Sample({FIELD: pool[number % distinct]}, answers[number], {})) for number, question in enumerate(questions)
     ]
     path = directory / "x_embeddings_part_001.h5"
     write_part(path, make_settings(), make_facts(), 1, samples, [])

@@ -17,9 +17,9 @@ ODD_IDS = [
 # Pieces of which escaping could be confused are far likelier than in plain text.
 IDS = st.one_of(
     st.text(max_size=30),
-    st.lists(
-        st.sampled_from(["%", "2", "F", "f", "0", "E", "5", "/", "\0", ".", "%2F", "%00", "%2E", "%25", "日"])
-    ).map("".join),
+    st.lists(st.sampled_from(["%", "2", "F", "f", "0", "E", "5", "/", "\0", ".", "%2F", "%00", "%2E", "%25", "日"])).map(
+        "".join
+    ),
 )
 
 

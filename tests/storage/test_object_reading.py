@@ -167,9 +167,7 @@ def test_damage_is_named_with_the_cure(run, url, s3_server, kind, described):
     if kind == "vector":
         with h5py.File(run.part_path(2)) as file:
             data[int(file.attrs[COLUMN + FIELD][1, 0]) + 5] ^= 1
-    s3_server.write(
-        address, bytes(data[: len(data) // 2] if kind == "truncated" else data if kind == "vector" else b"x")
-    )
+    s3_server.write(address, bytes(data[: len(data) // 2] if kind == "truncated" else data if kind == "vector" else b"x"))
     if not described:
         s3_server.request("DELETE", f"/{url.removeprefix('s3://')}/{run.sidecar_key(2)}")
     for read in (
@@ -320,8 +318,7 @@ def test_probe_writes_its_results_beside_the_parts(s3_url, s3_server, storage_co
         assert code == 0
         assert out.endswith(f"figure: {place}/probe.svg\n")
     found = [
-        json.loads(data)
-        for data in ((tmp_path / "run" / "probe.json").read_bytes(), s3_server.read(f"{s3_url}/probe.json"))
+        json.loads(data) for data in ((tmp_path / "run" / "probe.json").read_bytes(), s3_server.read(f"{s3_url}/probe.json"))
     ]
     assert found[1]["directory"] == s3_url
     assert found[1]["probes"] == found[0]["probes"]

@@ -285,10 +285,7 @@ def test_h5dump_reads_it(tmp_path, options):
 
 
 def odd_questions() -> list[Question]:
-    return [
-        replace(question, question_id=text)
-        for question, text in zip(make_questions(len(ODD_IDS)), ODD_IDS, strict=True)
-    ]
+    return [replace(question, question_id=text) for question, text in zip(make_questions(len(ODD_IDS)), ODD_IDS, strict=True)]
 
 
 def test_odd_ids_are_escaped_only_where_needed_and_kept_in_an_attribute(tmp_path):
@@ -347,9 +344,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    rows=st.lists(
-        st.tuples(CELLS, CELLS, CELLS, CELLS, st.text(max_size=20)), max_size=5, unique_by=lambda row: row[0]
-    ),
+    rows=st.lists(st.tuples(CELLS, CELLS, CELLS, CELLS, st.text(max_size=20)), max_size=5, unique_by=lambda row: row[0]),
     column=CELLS.filter(lambda name: name.strip() and name not in QUESTION_ATTRIBUTES),
 )
 def test_any_texts_come_back(tmp_path_factory, rows, column):
@@ -766,9 +761,7 @@ def test_a_foreign_file_under_the_name_is_never_overwritten(tmp_path, monkeypatc
 
         monkeypatch.setattr(storage.runs.pack, "write_part", slowly)
     for _ in range(2):
-        what = (
-            "damaged, and was not described before" if kind == "empty" else "not part 1 of this run: move it elsewhere"
-        )
+        what = "damaged, and was not described before" if kind == "empty" else "not part 1 of this run: move it elsewhere"
         with pytest.raises(UserError, match=f"{re.escape(FILE)} is {what}"):
             pack(run, 1)
     assert run.part_path(1).read_bytes() == prepared.read_bytes()

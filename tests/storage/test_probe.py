@@ -108,9 +108,7 @@ def test_a_damaged_heap_hangs_neither_enqueue_nor_pack(run, monkeypatch):
         zero_page(path, page)
         if identify_part(path, run.run_id, 1) == "ours":
             continue  # a heap of the questions' texts alone: the root can be read
-        with pytest.raises(
-            UserError, match=r"part_001\.h5 is damaged, .* `producer enqueue … --repair` packs it again"
-        ):
+        with pytest.raises(UserError, match=r"part_001\.h5 is damaged, .* `producer enqueue … --repair` packs it again"):
             pack(run, 1)
         with pytest.raises(UserError, match=r"holds damaged parts of this run \(.*part_001.h5\): .* with --repair"):
             planning._refuse_other_content(run.output_dir, run.settings)

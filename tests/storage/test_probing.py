@@ -458,9 +458,7 @@ def test_a_missing_package_is_named(planted: Path, monkeypatch: pytest.MonkeyPat
         (lambda row: row <= 30, ("--label-column", "bad"), "add --labels"),
     ],
 )
-def test_what_is_refused(
-    wrong: Callable[[int], bool], arguments: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
+def test_what_is_refused(wrong: Callable[[int], bool], arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     result = command("storage", "probe", write_run(tmp_path / "run", 60, wrong), "--no-mlp", *arguments)
     assert result.returncode == 2
     assert message in result.stderr

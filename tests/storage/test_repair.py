@@ -206,9 +206,7 @@ def test_repair_of_a_sound_run_changes_nothing(run):
 
 def test_values_that_are_not_finite_are_left_where_they_are(tmp_path):
     """The model gave them, and the part is as it was published: the same would come again."""
-    run = publish_by_hand(
-        tmp_path, lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts)
-    )
+    run = publish_by_hand(tmp_path, lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts))
     assert repair(run) == {}
     assert run.part_path(1).exists()
     assert {finding.part for finding in verify(run)} == {None}
@@ -240,9 +238,7 @@ def test_a_damaged_part_is_moved_aside_and_computed_again(run, kind):
 
 def test_values_that_are_not_finite_are_found_and_not_computed_again(tmp_path, monkeypatch, capsys):
     """The same weights would give the same again, whatever the repair costs."""
-    run = publish_by_hand(
-        tmp_path, lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts)
-    )
+    run = publish_by_hand(tmp_path, lambda s: s.__class__({k: v * float("nan") for k, v in s.vectors.items()}, "", s.facts))
     assert repair(run) == {}
     assert run.part_path(1).exists()
     monkeypatch.setattr(sys, "argv", ["storage", "verify", str(run.output_dir)])
@@ -261,9 +257,7 @@ def test_a_repair_that_was_killed_half_way_is_finished_by_the_next(run, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "storage.runs.repair._move_aside", lambda run, key: run.part_path(1).unlink() if key == FIRST else die()
-        )
+        patch.setattr("storage.runs.repair._move_aside", lambda run, key: run.part_path(1).unlink() if key == FIRST else die())
         with pytest.raises(KeyboardInterrupt):
             repair(run)
     assert list(repair(run)) == [FIRST]

@@ -90,9 +90,7 @@ def test_in_a_browser(finished: Run, browser: Browser, scheme: Literal["light", 
         provenance = page.inner_text("#provenance")
         assert "Qwen/Qwen2.5-VL-7B-Instruct" in provenance
         assert "torch 2.14.0" in provenance
-        red, green, blue, *_ = map(
-            int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        )
+        red, green, blue, *_ = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")))
         assert (min(red, green, blue) > 200) is light
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -172,9 +170,7 @@ def test_answers_compared() -> None:
     assert compare("yes", " ") == "no ground truth"
 
 
-def test_a_report_that_cannot_be_written_costs_the_others_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_report_that_cannot_be_written_costs_the_others_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     runs = [make_run(tmp_path / name, 3) for name in ("first", "second", "third")]
     for run in runs:
         stage(run, 1)
@@ -218,9 +214,7 @@ def test_no_run_waits_for_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_ends_with_its_report(tmp_path: Path, photographs: Path, small_model: Path) -> None:
-    rows = [
-        {"question_id": p.name, "image_id": p.name, "question": "What?", "answer": ""} for p in photographs.iterdir()
-    ]
+    rows = [{"question_id": p.name, "image_id": p.name, "question": "What?", "answer": ""} for p in photographs.iterdir()]
     table, output = write_csv(tmp_path / "vqa.csv", rows), tmp_path / "output"
     options = ["--images-dir", photographs, "--output-dir", output, "--model", small_model]
     assert command("producer", "run", table, *options, HALP_ENGINE="fake").returncode == 0

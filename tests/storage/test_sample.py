@@ -71,9 +71,7 @@ def test_any_sample_round_trips(answer, facts, vectors):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_flipped_bit_is_noticed(dtype):
-    vectors = {
-        name: v.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32) for name, v in SMALL.vectors.items()
-    }
+    vectors = {name: v.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32) for name, v in SMALL.vectors.items()}
     data = encode_sample(replace(SMALL, vectors=vectors))
     unnoticed = []
     for position in range(len(data)):

@@ -206,8 +206,7 @@ def race(location: str, hard_links: bool) -> dict[str, bytes]:
     context = multiprocessing.get_context("spawn")
     barrier, won = context.Barrier(PROCESSES), context.SimpleQueue()
     processes = [
-        context.Process(target=put_in_rounds, args=(location, number, hard_links, barrier, won))
-        for number in range(PROCESSES)
+        context.Process(target=put_in_rounds, args=(location, number, hard_links, barrier, won)) for number in range(PROCESSES)
     ]
     for process in processes:
         process.start()
@@ -301,9 +300,7 @@ def test_each_error_is_one_sentence_without_what_signed_the_request(s3_url, s3_s
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
     for ask in (lambda s: s.get("key"), lambda s: s.list("")):
-        with pytest.raises(
-            ObjectStoreError, match="there is no bucket s3://nobucket: create it, or see AWS_ENDPOINT_URL"
-        ):
+        with pytest.raises(ObjectStoreError, match="there is no bucket s3://nobucket: create it, or see AWS_ENDPOINT_URL"):
             ask(open_store("s3://nobucket/run"))
     with pytest.raises(ObjectStoreError, match="Could not parse path"):
         store.get("a//b")

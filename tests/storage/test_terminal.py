@@ -154,10 +154,7 @@ def test_a_warning_commands_nothing(capsys, undone):
 
 
 def hostile_run(directory: Path):
-    rows = [
-        Question(f"{HOSTILE[:-15]}{n}", f"{OSC}{n}.png", f"What {OSC}?", f"{C1}", n, {f"col{CSI}": OSC})
-        for n in range(3)
-    ]
+    rows = [Question(f"{HOSTILE[:-15]}{n}", f"{OSC}{n}.png", f"What {OSC}?", f"{C1}", n, {f"col{CSI}": OSC}) for n in range(3)]
     run = make_run(directory, rows)
     stage(run, 1, skipped={2})
     run.stage_failure(1, 2, make_failure(rows[2], message=f"{OSC}\nerror: forged", worker=f"w{CSI}"))

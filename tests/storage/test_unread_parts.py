@@ -58,9 +58,7 @@ def fail_at(place: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     elif place == "HDF5 opening":
         monkeypatch.setattr(layout.h5py, "File", fail)
     else:
-        error = OSError(
-            f"Can't synchronously read data (file read failed: time = Mon, errno = {number}, error message = 'x')"
-        )
+        error = OSError(f"Can't synchronously read data (file read failed: time = Mon, errno = {number}, error message = 'x')")
         monkeypatch.setattr("storage.hdf5.stored.StoredQuestion._text", fail)
 
 

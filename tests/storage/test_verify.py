@@ -187,9 +187,7 @@ def test_a_vector_that_is_not_whole_is_found(tmp_path, change, problem):
 def test_a_vector_of_two_dimensions_is_found(tmp_path):
     two = np.zeros((1, 8), np.float32)
     [finding] = findings(publish_by_hand(tmp_path, with_vectors(lambda v: {**v, "vision_only_representation": two})))
-    assert finding == (
-        f"{FIRST}: is not a part of this layout: q2/vision_only_representation has 2 dimensions, not one"
-    )
+    assert finding == (f"{FIRST}: is not a part of this layout: q2/vision_only_representation has 2 dimensions, not one")
 
 
 def test_one_bad_value_in_one_layer_is_found(tmp_path):
@@ -201,10 +199,7 @@ def test_one_bad_value_in_one_layer_is_found(tmp_path):
 
     [finding] = findings(publish_by_hand(tmp_path, with_vectors(change)))
     what = f"{FIRST}, question q2: query_token_representation/layer_3 has values that are not finite"
-    assert (
-        finding
-        == f"{what}: the model's weights or the run's dtype make them, so computing it again would give the same"
-    )
+    assert finding == f"{what}: the model's weights or the run's dtype make them, so computing it again would give the same"
 
 
 def test_every_missing_vector_is_named(tmp_path):

@@ -169,9 +169,7 @@ def test_a_run_from_before_goes_on(options: Any, tmp_path: Path) -> None:
         ("t.jinja", None, "No such file"),
     ],
 )
-def test_a_template_file_that_is_none(
-    options: Any, tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_a_template_file_that_is_none(options: Any, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"--chat-template {tmp_path / name}: .*{message}"):
@@ -215,9 +213,7 @@ PARSED = [token for token in SPECIAL_TOKENS if token not in PLACEHOLDERS]
 
 @pytest.mark.parametrize("token", PARSED)
 @pytest.mark.parametrize("question", ["{}", "What is in {}(10,10),(40,40)\n {} \n?", " {0}{0} cafe\u0301"])
-def test_parsed_tokens_are_the_processors(
-    processor: Any, tokenize: QuestionTokenizer, question: str, token: str
-) -> None:
+def test_parsed_tokens_are_the_processors(processor: Any, tokenize: QuestionTokenizer, question: str, token: str) -> None:
     text = question.format(token, token)
     assert list(tokenize(text, "parse")) == processor.tokenizer(text)["input_ids"]
 
@@ -277,9 +273,7 @@ def test_prompts_are_the_processors(processor: Any, tokenize: QuestionTokenizer,
 
 
 def test_every_style_has_a_digest_of_its_own(processor: Any) -> None:
-    assert (
-        len({split_prompt(processor, style).sha256 for style in STYLES}) == len(STYLES) - 1
-    )  # `trim` shows in no rendering
+    assert len({split_prompt(processor, style).sha256 for style in STYLES}) == len(STYLES) - 1  # `trim` shows in no rendering
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,7 @@ class Server:
 class Member:
     """A worker or a collector that is started again whenever it was killed, armed with its next crash point."""
 
-    def __init__(
-        self, directory: Path, kind: str, index: int, variables: dict[str, str], points: Iterable[str]
-    ) -> None:
+    def __init__(self, directory: Path, kind: str, index: int, variables: dict[str, str], points: Iterable[str]) -> None:
         self.kind = kind
         self.points = list(points)
         self.armed = ""
@@ -170,9 +168,7 @@ class Force:
 class Chaos:
     """Two workers, two collectors and a server over one run, and the harm that is done to them, all by one seed."""
 
-    def __init__(
-        self, directory: Path, model: Path, seed: int, binary: str = VALKEY, force: Force | None = None
-    ) -> None:
+    def __init__(self, directory: Path, model: Path, seed: int, binary: str = VALKEY, force: Force | None = None) -> None:
         self.force = force or Force()
         self.tally = Tally(seed, Path(binary).name)
         self.output = directory / "output"
@@ -281,11 +277,7 @@ class Chaos:
             robbed = code == 1 and "ended with signal SIGKILL while it loaded" in log
             assert code == -signal.SIGKILL or robbed, f"{member.kind} ended by itself with {code}:\n{log[-3000:]}"
             points = self._directory / "points.log"
-            if (
-                member.armed
-                and points.exists()
-                and f"{member.armed.split(':')[0]} {member.pid}\n" in points.read_text()
-            ):
+            if member.armed and points.exists() and f"{member.armed.split(':')[0]} {member.pid}\n" in points.read_text():
                 self.tally.kills[member.armed.split(":")[0]] += 1
             elif member.armed:  # it was killed before it came to its point
                 member.points.insert(0, member.armed)

@@ -63,9 +63,7 @@ def reused_directory(around: Surroundings) -> None:
     first, second = around.dataset("first"), around.dataset("second")
     output = around.directory / "reused"
     around.enqueue(first, output)
-    wait_for(
-        lambda: any(output.glob(".run/staging/*/*")) or any(output.glob("*.h5")), _PATIENCE, "a question is staged"
-    )
+    wait_for(lambda: any(output.glob(".run/staging/*/*")) or any(output.glob("*.h5")), _PATIENCE, "a question is staged")
     while output.exists():
         shutil.rmtree(output, ignore_errors=True)
     around.enqueue(second, output)

@@ -24,9 +24,7 @@ def environment(**variables: str) -> dict[str, str]:
 def command(*arguments: object, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run one of our commands to its end."""
     line = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=timeout, env=environment(**variables), check=False
-    )
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=environment(**variables), check=False)
 
 
 def start(*arguments: object, log: Path, cwd: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:

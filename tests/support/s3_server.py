@@ -67,9 +67,7 @@ class S3Server:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         keys, token = [], ""
         while True:
-            query = urlencode(
-                {"list-type": 2, "prefix": f"{prefix}/"} | ({"continuation-token": token} if token else {})
-            )
+            query = urlencode({"list-type": 2, "prefix": f"{prefix}/"} | ({"continuation-token": token} if token else {}))
             page = ElementTree.fromstring(self.request("GET", f"/{bucket}?{query}"))
             keys += [entry.text or "" for entry in page.iterfind("{*}Contents/{*}Key")]
             token = page.findtext("{*}NextContinuationToken") or ""

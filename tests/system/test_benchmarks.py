@@ -51,13 +51,9 @@ def test_gpu() -> None:
     work = {(row["way"], row["answer tokens"]): float(row["TFLOP/sample"]) for row in ways}
     for answers in ("3", "0"):
         assert work["engine, 6 an image", answers] < 0.6 * work["engine, 1 an image", answers]  # prefixes are shared
-    assert [(row["engine"], row["answer tokens"]) for row in stages] == [
-        (row["way"], row["answer tokens"]) for row in ways[5:]
-    ]
+    assert [(row["engine"], row["answer tokens"]) for row in stages] == [(row["way"], row["answer tokens"]) for row in ways[5:]]
     for row in stages:
-        vision, prefix, suffix, decode = (
-            float(row[f"{s}, s"].split()[0]) for s in ("vision", "prefix", "suffix", "decode")
-        )
+        vision, prefix, suffix, decode = (float(row[f"{s}, s"].split()[0]) for s in ("vision", "prefix", "suffix", "decode"))
         assert vision + prefix + suffix > 0  # in hundredths of a second: one alone may round to none
         assert (decode > 0) == (row["answer tokens"] != "0")
 
@@ -117,14 +113,10 @@ def test_object_store() -> None:
     table = {row["what"]: row for row in rows}
     asked = table["requests of a question: worker"]["object store"].split(", ")
     costs = {kind: float(number) for number, kind in (cost.split() for cost in asked)}
-    assert (
-        2 <= costs.pop("HEAD") <= 2.3
-    )  # that it is not cancelled, that its part is not published; listings ask once more
+    assert 2 <= costs.pop("HEAD") <= 2.3  # that it is not cancelled, that its part is not published; listings ask once more
     assert costs.pop("PUT") == 1
     assert all(cost <= 0.3 for cost in costs.values())  # the run's and plan's, and listings
-    assert (
-        "1.1 GET" in table["requests of a question: packing"]["object store"]
-    )  # 20 results, whose run it is, its model
+    assert "1.1 GET" in table["requests of a question: packing"]["object store"]  # 20 results, whose run it is, its model
     for place in ("object store", "directory"):
         assert 1 < float(table["packing"][place].split()[0]) < 100_000
     assert re.fullmatch(r"\d+ GET, 2 HEAD, 3 LIST", table["read one layer: requests"]["object store"])

@@ -216,10 +216,7 @@ def test_the_services_work_together(tmp_path: Path, broker: ValkeyServer, photog
     def healthy(name: str) -> bool:
         _, *check = OURS[name]["healthcheck"]["test"]
         program = [str(BIN / check[0]), *check[1:]]
-        return (
-            subprocess.run(program, env=environment(**variables(name)), capture_output=True, check=False).returncode
-            == 0
-        )
+        return subprocess.run(program, env=environment(**variables(name)), capture_output=True, check=False).returncode == 0
 
     processes = []
     try:

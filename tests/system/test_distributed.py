@@ -170,14 +170,11 @@ def test_a_worker_whose_model_cannot_be_loaded_says_so(cluster: Cluster, tmp_pat
     assert f"cannot load {broken}" in log
 
 
-def test_order_batches_and_number_of_workers_do_not_change_values(
-    cluster: Cluster, photographs: Path, tmp_path: Path
-) -> None:
+def test_order_batches_and_number_of_workers_do_not_change_values(cluster: Cluster, photographs: Path, tmp_path: Path) -> None:
     """The same questions twice: two workers, batches of 3, the file's order; and one worker, larger batches, by image."""
     names = sorted(path.name for path in photographs.iterdir())
     rows = [
-        {"question_id": f"q{n}", "image_id": names[n % len(names)], "question": f"Is it {n}?", "answer": ""}
-        for n in range(24)
+        {"question_id": f"q{n}", "image_id": names[n % len(names)], "question": f"Is it {n}?", "answer": ""} for n in range(24)
     ]
     table = write_csv(tmp_path / "vqa.csv", rows)
     common = ("--dtype", "float32", "--max-new-tokens", "8", "--checkpoint-interval", "12")
@@ -203,9 +200,7 @@ def vectors(output: Path) -> dict[str, np.ndarray]:
             for question_id, group in part.items():
                 group.visititems(
                     lambda name, node, q=question_id: (
-                        found.__setitem__(f"{q}/{name}", node[:])
-                        if isinstance(node, h5py.Dataset) and node.ndim
-                        else None
+                        found.__setitem__(f"{q}/{name}", node[:]) if isinstance(node, h5py.Dataset) and node.ndim else None
                     )
                 )
     return found

@@ -106,16 +106,12 @@ def staged(output: Path) -> int:
     return len(list((output / ".run" / "staging").glob("*/*.safetensors")))
 
 
-def test_a_host_that_is_cut_off_and_comes_back_loses_and_repeats_nothing(
-    hosts: Hosts, images: Path, tmp_path: Path
-) -> None:
+def test_a_host_that_is_cut_off_and_comes_back_loses_and_repeats_nothing(hosts: Hosts, images: Path, tmp_path: Path) -> None:
     """What it had taken goes to the other worker meanwhile. Once back it ends the run alone: the other one is killed."""
     table, rows = table_of(tmp_path / "vqa.csv", 400)
     output = tmp_path / "output"
     address = ADDRESSES["redis"]
-    hosts.start(
-        "redis", VALKEY, "--bind", address, "--port", PORT, "--protected-mode", "no", "--save", "", "--dir", tmp_path
-    )
+    hosts.start("redis", VALKEY, "--bind", address, "--port", PORT, "--protected-mode", "no", "--save", "", "--dir", tmp_path)
     wait_for(lambda: "Ready to accept connections" in hosts.log("redis").read_text(), 30, "the server is ready")
     options = ("--images-dir", images, "--output-dir", output, "--model", hosts.model, "--checkpoint-interval", 50)
     enqueued = hosts.command("collector", BIN / "producer", "enqueue", table, *options)

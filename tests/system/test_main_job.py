@@ -265,9 +265,7 @@ def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs:
 
 def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     table = write_csv(tmp_path / "vqa.csv", rows_for(photographs))
-    result = command(
-        "producer", "run", *run_options(table, photographs, tmp_path / "o", small_model), "--layers", "0,99"
-    )
+    result = command("producer", "run", *run_options(table, photographs, tmp_path / "o", small_model), "--layers", "0,99")
     assert (result.returncode, result.stderr) == (2, "error: --layers: the model has layers 0 to 6; not 99\n")
     assert not (tmp_path / "o").exists()
 

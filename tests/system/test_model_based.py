@@ -386,9 +386,7 @@ class Life(RuleBasedStateMachine):
         assert account == Bookkeeper(Run.open(self.directory)).account()
         assert account.planned == QUESTIONS == account.written + account.failed + account.staged + account.outstanding
         described = {part: ids for part, ids in self._parts().items() if part in self.run.parts_with_sidecar()}
-        if (
-            described.keys() == self.run.parts_with_sidecar()
-        ):  # else a part is gone, and its sidecar not yet moved aside
+        if described.keys() == self.run.parts_with_sidecar():  # else a part is gone, and its sidecar not yet moved aside
             assert (account.written, account.failed, account.staged) == self._counts(described)
 
     def _counts(self, described: dict[int, tuple[list[str], list[str]]]) -> tuple[int, int, int]:

@@ -299,8 +299,6 @@ def test_a_run_on_this_machine_into_an_object_store(
     s3_server.control(deny="GET")
     refused = command("producer", "status", f"{s3_url}/run")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith(
-        f"error: {s3_url}/run/.run/run.json: access denied (AccessDenied): check the AWS_*"
-    )
+    assert refused.stderr.startswith(f"error: {s3_url}/run/.run/run.json: access denied (AccessDenied): check the AWS_*")
     nowhere = command("producer", "enqueue", table, *options[:2], "--output-dir", "s3://nobucket/run")
     assert (nowhere.returncode, "Traceback" in nowhere.stderr) == (2, False)

@@ -103,9 +103,7 @@ def test_keys_of_another_type(cluster: Cluster, images: Path, client: redis.Redi
     assert log_of(cluster).count("Traceback") == 0, log_of(cluster)
 
 
-def test_a_foreign_key_is_tried_again(
-    broker: ValkeyServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_foreign_key_is_tried_again(broker: ValkeyServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.queue.foreign._LOOK", 0.1)
     with app.connection_for_write(f"redis://127.0.0.1:{broker.port}/0") as connection:
         channel = connection.channel()

@@ -23,9 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 4 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, check=False)
     if mounted.returncode:
         assert not os.environ.get("CI"), mounted.stderr
         pytest.skip("only root can make a small file system")
@@ -115,9 +113,7 @@ def test_a_full_broker_slows_a_run_and_loses_nothing(
     assert again.returncode == 2
     assert "is full: its memory has reached maxmemory" in again.stderr
     assert "Traceback" not in again.stderr
-    wait_for(
-        lambda: "waits: the broker is full" in (tmp_path / "collect-1.log").read_text(), 30, "the collector says so"
-    )
+    wait_for(lambda: "waits: the broker is full" in (tmp_path / "collect-1.log").read_text(), 30, "the collector says so")
     server.config_set("maxmemory", 0)
     wait_for(lambda: finished(output), 200, "the run is finished")
     assert all(process.poll() is None for process in cluster.processes)

@@ -36,9 +36,7 @@ def failed_json(cluster: Cluster, output: Path) -> dict[str, dict[str, Any]]:
 
 
 def marks_of(output: Path) -> list[str]:
-    return sorted(
-        p.name for p in (output / ".run" / "staging").glob("*/*") if ".suspect" in p.name or ".death" in p.name
-    )
+    return sorted(p.name for p in (output / ".run" / "staging").glob("*/*") if ".suspect" in p.name or ".death" in p.name)
 
 
 def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images: Path, tmp_path: Path) -> None:
@@ -87,9 +85,7 @@ def test_each_failure_has_its_reason_and_can_be_retried(cluster: Cluster, images
     retried = command("producer", "retry", output, "--reason", "image_missing", **cluster.variables)
     assert retried.returncode == 0, retried.stderr
     # None where the collector was faster.
-    assert re.match(
-        r"1 failed question is planned again in part 3; [01] put into the queue now.\nWatch: ", retried.stdout
-    )
+    assert re.match(r"1 failed question is planned again in part 3; [01] put into the queue now.\nWatch: ", retried.stdout)
     wait_for(lambda: finished(output), 60, "the retry is finished")
     assert_whole(output, rows, images, failed={"q3", "q14"})
     status = cluster.status(output)
@@ -128,9 +124,7 @@ def test_deaths_are_counted_over_workers_and_restarts(cluster: Cluster, images: 
     assert max(sizes.values()) > 1
 
 
-def test_a_killed_worker_and_a_task_delivered_twice_blame_nobody(
-    cluster: Cluster, images: Path, tmp_path: Path
-) -> None:
+def test_a_killed_worker_and_a_task_delivered_twice_blame_nobody(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     """Batches take longer than the visibility timeout, and a worker is killed in the middle of one."""
     table, rows = table_of(tmp_path / "vqa.csv", 16)
     output = tmp_path / "output"

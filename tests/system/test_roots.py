@@ -90,9 +90,7 @@ def test_enqueue_and_status_say_so_at_once(cluster: Cluster, images: Path, tmp_p
     assert f"may not touch this run, though of its model: {output} lies outside the data roots ({allowed})" in told
     assert f"add it: --data-root {output}, or in HALP_DATA_ROOTS" in told
     assert f"may not pack this run: {output} lies outside" in told
-    problems = [
-        p for p in cluster.status(output)["problems"] if " may " in p
-    ]  # beside what a worker has refused by then
+    problems = [p for p in cluster.status(output)["problems"] if " may " in p]  # beside what a worker has refused by then
     assert [p.split(" may ")[1].split(":")[0] for p in problems] == [
         "not touch this run, though of its model",
         "not pack this run",

@@ -193,8 +193,7 @@ def test_batches_obey_every_bound(requests, size, tokens):
     r = Rig(size=size, tokens=tokens)
     r.occupy()
     futures = [
-        r.batcher.submit(group, ask(i, image=f"image {image}", tokens=n))
-        for i, (group, image, n) in enumerate(requests)
+        r.batcher.submit(group, ask(i, image=f"image {image}", tokens=n)) for i, (group, image, n) in enumerate(requests)
     ]
     batches = r.finish()
     assert sorted(i for batch in batches for i in batch) == list(range(len(requests)))

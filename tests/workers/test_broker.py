@@ -57,9 +57,7 @@ def test_troubles_are_words_without_a_password() -> None:
     assert SECRET not in trouble(error)
     assert "is full" in trouble(redis.ResponseError("OOM command not allowed when used memory > 'maxmemory'."))
     assert "refuses the password" in trouble(redis.AuthenticationError("invalid username-password pair"))
-    refused = trouble(
-        redis.ConnectionError("[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] a certificate of the client is wanted")
-    )
+    refused = trouble(redis.ConnectionError("[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] a certificate of the client is wanted"))
     assert refused.startswith("does not answer (")  # it speaks TLS
 
 
@@ -119,9 +117,7 @@ def certificates(directory: Path) -> tuple[Path, Path, Path]:
     """Make an authority, and a key and certificate of 127.0.0.1 signed by it; return the three files."""
     now = datetime.now(UTC)
 
-    def make(
-        name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool
-    ) -> Path:
+    def make(name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool) -> Path:
         names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
         builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
         builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))

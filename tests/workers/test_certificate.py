@@ -238,9 +238,7 @@ def test_vectors_that_are_not_finite_fail_their_question(
 
 @pytest.mark.parametrize("size", [1, 4000, 1 << 24])
 @pytest.mark.parametrize("masked", ["causal", "mask", "broadcast", "none"])
-def test_the_plain_kernel_in_chunks_is_the_plain_kernel(
-    masked: str, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plain_kernel_in_chunks_is_the_plain_kernel(masked: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_SCORES", size)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 37, 8), torch.randn(2, 2, 37, 8), torch.randn(2, 2, 37, 8)

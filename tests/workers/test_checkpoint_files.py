@@ -144,9 +144,7 @@ def test_a_processor_in_one_file_passes(model: Path) -> None:
 
 def test_an_adapter_alone_is_called_one(tmp_path: Path) -> None:
     adapter(tmp_path)
-    with pytest.raises(
-        UserError, match=r"it holds an adapter \(LoRA; adapter_config\.json\) and no model: merge it into"
-    ):
+    with pytest.raises(UserError, match=r"it holds an adapter \(LoRA; adapter_config\.json\) and no model: merge it into"):
         local_directory(str(tmp_path))
 
 

@@ -49,9 +49,7 @@ def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tupl
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS[index % 3 : index % 3 + 2 + index % 2]:
             expected = reference(path, question, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
-            found.append(
-                (preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=MAX_NEW_TOKENS)), expected)
-            )
+            found.append((preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=MAX_NEW_TOKENS)), expected))
     assert len(found) >= 24
     return found
 
@@ -118,8 +116,7 @@ def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
     [sample] = engine.extract([cases[0][0]])
     assert {vector.dtype.name for vector in sample.vectors.values()} == {"bfloat16"}
     worst = max(
-        np.abs(v.astype(np.float32) - cases[0][1][k]).max() / np.abs(cases[0][1][k]).max()
-        for k, v in sample.vectors.items()
+        np.abs(v.astype(np.float32) - cases[0][1][k]).max() / np.abs(cases[0][1][k]).max() for k, v in sample.vectors.items()
     )
     assert worst < 0.1  # bfloat16 keeps 8 bits
 
@@ -164,9 +161,7 @@ def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QwenEngine, "_forward", forward)
 
 
-@pytest.mark.parametrize(
-    "mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored]
-)
+@pytest.mark.parametrize("mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored])
 def test_a_mistake_would_show(
     engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,9 +186,7 @@ def test_exact_equals_the_reference(engine: QwenEngine, cases: Any) -> None:
 
 def test_another_kernel_is_the_noise_floor(engine: QwenEngine, cases: Any) -> None:
     request, expected = cases[0]
-    [sample] = engine.extract(
-        [replace(request, recipe=request.recipe.model_copy(update={"exact": True, "math_kernel": True}))]
-    )
+    [sample] = engine.extract([replace(request, recipe=request.recipe.model_copy(update={"exact": True, "math_kernel": True}))])
     assert 0 < worst_error(sample, expected) < TOLERANCE
 
 
@@ -220,9 +213,7 @@ def test_the_prefix_cache_is_bounded(engine: QwenEngine, cases: Any, monkeypatch
     engine.free_cache()
 
 
-def test_images_are_prefilled_together_where_that_pays(
-    engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_prefilled_together_where_that_pays(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
     monkeypatch.setattr(engine, "_prefill_tokens", 250)  # as on a GPU: several images of different sizes, padded
     for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
@@ -233,17 +224,13 @@ def test_images_are_prefilled_together_where_that_pays(
 def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases: Any) -> None:
     request, expected = cases[0]
     ran: list[int] = []
-    handles = [
-        layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._decoder.layers)
-    ]
+    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._decoder.layers)]
     [sample] = engine.extract([replace(request, recipe=Recipe(layers=(0, 3), max_new_tokens=0))])
     for handle in handles:
         handle.remove()
     assert max(ran) == 3
     for name in ("vision_token_representation/layer_3", "query_token_representation/layer_0"):
-        np.testing.assert_allclose(
-            sample.vectors[name], expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max()
-        )
+        np.testing.assert_allclose(sample.vectors[name], expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max())
 
 
 def test_halp_compat_takes_the_published_positions(

@@ -124,9 +124,7 @@ def test_staged_questions_are_not_fed(tmp_path: Path, client: redis.Redis, confi
     assert keys(run, client) == [(1, s) for s in (1, 2, 3, 5, 6, 7, 8)]
 
 
-def test_after_a_wipe_everything_unfinished_is_fed_again(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_after_a_wipe_everything_unfinished_is_fed_again(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     run = make_run(tmp_path, 10, checkpoint_interval=5)
     feeding.feed(run)
     stage(run, 1, 0)
@@ -275,9 +273,7 @@ def test_a_run_that_is_moved_goes_on(tmp_path: Path, client: redis.Redis, config
     assert {message["run_dir"] for message in messages(run, client)} == {run.location, moved.location}
 
 
-def test_a_home_that_a_stranger_names_is_not_looked_at(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_a_home_that_a_stranger_names_is_not_looked_at(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     outside = make_run(tmp_path / "outside" / "run", 3, run_id="7" * 16)
     run = make_run(tmp_path / "roots" / "run", 3, run_id="7" * 16)
     for noted in (outside.location, "/dev/zero", "\0", "s3://bucket/x", "s3://@/", f"{run.location}/../run"):
@@ -286,9 +282,7 @@ def test_a_home_that_a_stranger_names_is_not_looked_at(
         assert feeding.feed(run) == 3
 
 
-def test_a_damaged_slice_is_named_when_the_others_are_fed(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_a_damaged_slice_is_named_when_the_others_are_fed(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     run = make_run(tmp_path, 9, checkpoint_interval=3)
     run.store.path(run.slices[0].key).unlink()
     with pytest.raises(DamagedError, match=r"000001\.jsonl, a slice of the plan, is gone"):
@@ -309,9 +303,7 @@ def test_two_feeders_at_once(tmp_path: Path, client: redis.Redis, configure: Con
 
 
 @pytest.mark.parametrize("kind", ["text", "list", "a day"])
-def test_a_lock_that_nobody_frees_is_removed(
-    tmp_path: Path, client: redis.Redis, configure: Configure, kind: str
-) -> None:
+def test_a_lock_that_nobody_frees_is_removed(tmp_path: Path, client: redis.Redis, configure: Configure, kind: str) -> None:
     """A stranger's key; or a killed feeder's, after the server's clock was set back by a day."""
     run = make_run(tmp_path, 3, checkpoint_interval=3, run_id="8" * 16)
     name = f"halp:feeding:{run.run_id}"
@@ -323,9 +315,7 @@ def test_a_lock_that_nobody_frees_is_removed(
     assert not client.exists(name)
 
 
-def test_a_broker_that_is_away_is_an_error_not_a_hang(
-    tmp_path: Path, broker: ValkeyServer, configure: Configure
-) -> None:
+def test_a_broker_that_is_away_is_an_error_not_a_hang(tmp_path: Path, broker: ValkeyServer, configure: Configure) -> None:
     broker.terminate()
     begun = time.monotonic()
     with pytest.raises(OperationalError):
@@ -333,9 +323,7 @@ def test_a_broker_that_is_away_is_an_error_not_a_hang(
     assert time.monotonic() - begun < 10
 
 
-def test_a_staged_file_that_is_gone_again_is_fed_at_once(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_a_staged_file_that_is_gone_again_is_fed_at_once(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     """A damaged one is removed when its slice is packed; nothing else may wait for a visibility timeout because of it."""
     run = make_run(tmp_path, 4, checkpoint_interval=4)
     feeding.feed(run)
@@ -362,18 +350,14 @@ def test_a_finished_run_is_forgotten_so_that_a_repair_feeds_it_again(
     assert not collect_run(run)
 
 
-def test_a_hint_without_a_broker_does_not_fail_the_task(
-    tmp_path: Path, broker: ValkeyServer, configure: Configure
-) -> None:
+def test_a_hint_without_a_broker_does_not_fail_the_task(tmp_path: Path, broker: ValkeyServer, configure: Configure) -> None:
     run = make_run(tmp_path, 1, checkpoint_interval=1)
     stage_slice(run, 1)
     broker.terminate()
     feeding.notify_collector(run, 1)
 
 
-def test_no_part_is_computed_far_ahead_of_the_collector(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_no_part_is_computed_far_ahead_of_the_collector(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     configure(staging_limit=2, queue_limit=0)
     run = make_run(tmp_path, 25, checkpoint_interval=5)
     assert feeding.feed(run) == 10

@@ -26,9 +26,7 @@ def raws(run: Run, client: redis.Redis) -> dict[str, bytes]:
     return {lane: raw for lane in feeding.queues_of(run).lanes for raw in client.lrange(lane, 0, -1)}
 
 
-def test_a_question_that_is_fed_again_is_another_task(
-    tmp_path: Path, client: redis.Redis, configure: Configure
-) -> None:
+def test_a_question_that_is_fed_again_is_another_task(tmp_path: Path, client: redis.Redis, configure: Configure) -> None:
     run = make_run(tmp_path, 1)
     ids = set()
     for _ in range(2):

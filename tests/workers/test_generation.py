@@ -40,9 +40,7 @@ def answers(model: Path, photographs: Path, *, penalty: float | None = None) -> 
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS:
             requests.append(
-                preprocess.request(
-                    image, question, Recipe(layers=LAYERS, max_new_tokens=LENGTH, repetition_penalty=penalty)
-                )
+                preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=LENGTH, repetition_penalty=penalty))
             )
             expected.append(reference(path, question, max_new_tokens=LENGTH, layers=LAYERS)["answer_token_ids"])
     return [sample.facts["answer_token_ids"] for sample in engine.extract(requests)], expected
@@ -66,22 +64,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_answers_equal_generates(
-    name: str, plain: list[Any], small_model: Path, photographs: Path, tmp_path: Path
-) -> None:
+def test_answers_equal_generates(name: str, plain: list[Any], small_model: Path, photographs: Path, tmp_path: Path) -> None:
     found, expected = answers(checkpoint(small_model, tmp_path / "model", **SETTINGS[name]), photographs)
     assert found == expected
     assert expected != plain  # else the setting would not be tested
 
 
 @pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"])
-def test_tokens_that_may_not_be_said(
-    name: str, plain: list[Any], small_model: Path, photographs: Path, tmp_path: Path
-) -> None:
+def test_tokens_that_may_not_be_said(name: str, plain: list[Any], small_model: Path, photographs: Path, tmp_path: Path) -> None:
     first = sorted({ids[0] for ids in plain})
-    value: Any = {"bad_words_ids": [[t] for t in first], "sequence_bias": [[[t], -50.0] for t in first]}.get(
-        name, first
-    )
+    value: Any = {"bad_words_ids": [[t] for t in first], "sequence_bias": [[[t], -50.0] for t in first]}.get(name, first)
     found, expected = answers(checkpoint(small_model, tmp_path / "model", **{name: value}), photographs)
     assert found == expected
     assert expected != plain

@@ -321,9 +321,7 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path: Path, data: bytes, word
 
 
 @pytest.mark.slow
-def test_a_worker_serves_others_meanwhile_and_ends_when_it_is_asked(
-    cluster: Cluster, images: Path, tmp_path: Path
-) -> None:
+def test_a_worker_serves_others_meanwhile_and_ends_when_it_is_asked(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     """More slow images than it has places for: their run waits, another is written, and SIGTERM is not held up by them."""
     cluster.variables["HALP_RUNTIME_DIR"] = str(tmp_path / "runtime")
     slow = progressive(40_000, 9_000, hidden=True)  # minutes

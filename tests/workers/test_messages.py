@@ -65,9 +65,7 @@ BROKEN = {
     "a time in the year 9999": message(headers={"eta": "9999-12-31T23:59:59+00:00"}),
     "a time without a zone": message(headers={"eta": "2026-01-01T00:00:00"}),
     "an id that is none": message(headers={"id": "a\x1b]0;b"}),
-    "an object of kombu's": message(
-        body=body_of([[], GOOD | {"run_id": {"__type__": "uuid", "__value__": 5}}, OPTIONS])
-    ),
+    "an object of kombu's": message(body=body_of([[], GOOD | {"run_id": {"__type__": "uuid", "__value__": 5}}, OPTIONS])),
     "a hint in a lane": message(headers={"task": "workers.collect"}),
     "10 MB": message(GOOD | {"run_dir": "/" + "a" * 10_000_000}),
     "body not base64": message(body="%%%"),

@@ -50,8 +50,7 @@ def test_a_worker_and_a_collector(tmp_path: Path, broker: ValkeyServer, photogra
     images = sorted(photographs.iterdir())
     names = [path.name for path in images for _ in "ab"] + ["gone.jpg"]
     rows: list[dict[str, Any]] = [
-        {"question_id": f"q{n}", "image_id": name, "question": f"What is {n}?", "answer": ""}
-        for n, name in enumerate(names)
+        {"question_id": f"q{n}", "image_id": name, "question": f"What is {n}?", "answer": ""} for n, name in enumerate(names)
     ]
     table, output = write_csv(tmp_path / "vqa.csv", rows), tmp_path / "output"
     options = ["--images-dir", photographs, "--output-dir", output, "--model", small_model]

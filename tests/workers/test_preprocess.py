@@ -139,9 +139,7 @@ SIDES = st.integers(1, 20_000) | st.integers(1, 300)
 
 
 @settings(max_examples=500, deadline=None)
-@given(
-    height=SIDES, width=SIDES, low=st.integers(1, 4000), high=st.integers(1, 20_000), factor=st.sampled_from([28, 32])
-)
+@given(height=SIDES, width=SIDES, low=st.integers(1, 4000), high=st.integers(1, 20_000), factor=st.sampled_from([28, 32]))
 def test_smart_resize_is_the_recipes(height, width, low, high, factor):
     assume(max(height, width) <= MAX_ASPECT_RATIO * min(height, width))
     limits = (min(low, high) * factor**2, high * factor**2)
@@ -398,9 +396,7 @@ def test_empty(tmp_path):
     refused(tmp_path / "a.jpg", "image_empty")
 
 
-@pytest.mark.parametrize(
-    "content", [b"<!DOCTYPE html><html><body>404</body></html>", b"not an image\n", b"\0", b"\xff\xd8"]
-)
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html><body>404</body></html>", b"not an image\n", b"\0", b"\xff\xd8"])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
 def test_not_an_image(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

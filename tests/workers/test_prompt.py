@@ -64,9 +64,7 @@ def tokenize(processor) -> QuestionTokenizer:
 def rendered(processor, question: str) -> str:
     """The official path up to the tokenizer, the image still one token."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 
 def whole(processor, parts: PromptParts, tokenize: QuestionTokenizer, question: str) -> list[int]:

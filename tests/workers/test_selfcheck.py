@@ -73,9 +73,7 @@ def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pyt
     result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", dtype, *quiet)
     assert result.exit_code == 1, result.output
     assert f"{dtype}, all 7 layers, 4 questions: FAIL\n" in result.output
-    verdicts = {
-        row[1].strip(): row[-2].strip() for row in (line.split("│") for line in result.output.splitlines()) if row[1:]
-    }
+    verdicts = {row[1].strip(): row[-2].strip() for row in (line.split("│") for line in result.output.splitlines()) if row[1:]}
     assert verdicts["vision_encoder"] == "pass"  # the mistake is in the decoder
     assert verdicts["vision_token"] == "FAIL"
 
@@ -86,9 +84,7 @@ def test_a_model_too_large_is_checked_as_far_as_it_fits(small_model: Path, monke
     monkeypatch.setattr(selfcheck, "free_bytes", lambda: weights)  # a tenth more is wanted
     result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", "float32")
     assert result.exit_code == 0, result.output
-    assert (
-        "float32, the first 3 of 7 layers only (it needs 0.0 GB, 0.0 GB are free), 4 questions: PASS\n" in result.output
-    )
+    assert "float32, the first 3 of 7 layers only (it needs 0.0 GB, 0.0 GB are free), 4 questions: PASS\n" in result.output
 
 
 def test_a_model_that_does_not_fit_at_all_is_not_passed(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

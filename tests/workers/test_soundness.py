@@ -50,9 +50,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     def edit(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
         change(tensors)
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, model / "model.safetensors", metadata={"format": "pt"}
-        )
+        save_file({k: v.contiguous() for k, v in tensors.items()}, model / "model.safetensors", metadata={"format": "pt"})
 
     return edit
 
@@ -177,9 +175,7 @@ def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model:
     path = sorted(photographs.iterdir())[0]
     image = preprocess.image(path.name, photographs, (), limits)
     questions = ("Why?", "  What is in the image?\n", " \n", "One line.\n\nAnother. ")
-    requests = [
-        preprocess.request(image, question, Recipe(layers=(0, 3, 6), max_new_tokens=8)) for question in questions
-    ]
+    requests = [preprocess.request(image, question, Recipe(layers=(0, 3, 6), max_new_tokens=8)) for question in questions]
     for question, sample in zip(questions, engine.extract(requests), strict=True):
         expected = reference(path, question, max_new_tokens=8, layers=(0, 3, 6))
         assert sample.facts["answer_token_ids"] == expected["answer_token_ids"]
@@ -227,9 +223,7 @@ def padding_mask_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored]
-)
+@pytest.mark.parametrize("mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored])
 def test_a_mistake_is_found_at_load(
     mistake: Callable[[pytest.MonkeyPatch], None], dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,9 +235,7 @@ def test_a_mistake_is_found_at_load(
 def test_what_overflows_is_refused(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = proof._array
     monkeypatch.setattr(proof, "_array", lambda tensor: original(tensor) * np.float32("inf"))
-    with pytest.raises(
-        EngineStartError, match=r"has values that are not finite in float32, though its weights have none"
-    ):
+    with pytest.raises(EngineStartError, match=r"has values that are not finite in float32, though its weights have none"):
         load(small_model)
 
 

@@ -170,9 +170,7 @@ def test_a_failure_that_cannot_be_staged_waits_for_the_disk(tmp_path: Path, monk
     assert run.read_failure(1, 0).reason == "internal_error"
 
 
-def test_a_question_that_waits_for_the_disk_goes_back_when_the_worker_ends(
-    tmp_path: Path, monkeypatch, retries
-) -> None:
+def test_a_question_that_waits_for_the_disk_goes_back_when_the_worker_ends(tmp_path: Path, monkeypatch, retries) -> None:
     run = make_run(tmp_path / "run", 1)
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", OSError(28, "full")))
     monkeypatch.setattr(state, "should_stop", 0)  # the exit code of a warm shutdown
@@ -200,9 +198,7 @@ def test_countdowns_stay_far_below_the_visibility_timeout(tmp_path: Path, monkey
     run = make_run(tmp_path / "run", 1)
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", ValueError("bad")))
     seen: list[float] = []
-    monkeypatch.setattr(
-        tasks.extract, "retry", lambda **options: seen.append(options["countdown"]) or RuntimeError("retried")
-    )
+    monkeypatch.setattr(tasks.extract, "retry", lambda **options: seen.append(options["countdown"]) or RuntimeError("retried"))
     monkeypatch.setattr(tasks, "settings", lambda: WorkerSettings(max_retries=100))
     for retried in (0, 3, 6, 50, 50):
         with pytest.raises(RuntimeError):

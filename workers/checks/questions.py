@@ -78,9 +78,7 @@ def alike(cases: Sequence[Case], folder: Path) -> list[Case]:
     """
     made: dict[Path, Path] = {}
     for path in dict.fromkeys(case.path for case in cases):
-        with suppress(
-            OSError, ImageRefusedError, DecoderGoneError, MemoryError
-        ):  # the engine's own way names the reason
+        with suppress(OSError, ImageRefusedError, DecoderGoneError, MemoryError):  # the engine's own way names the reason
             if (pixels := on_image(str(path), _with_care).array) is not None:
                 made[path] = folder / f"{len(made):03d}.png"
                 Image.fromarray(pixels).save(made[path])

@@ -48,9 +48,7 @@ class Reference:
         self.repetition_penalty = repetition_penalty
 
     @torch.inference_mode()
-    def __call__(
-        self, image_path: str | Path, question: str, *, max_new_tokens: int, layers: Iterable[int]
-    ) -> dict[str, Any]:
+    def __call__(self, image_path: str | Path, question: str, *, max_new_tokens: int, layers: Iterable[int]) -> dict[str, Any]:
         """Return the representations (float32 arrays), the answer and its ids, end of turn included, and positions."""
         inputs = self.inputs(image_path, question)
         ids = inputs["input_ids"]  # (1, L)

@@ -81,9 +81,7 @@ def verdict_table(verdict: Verdict) -> Table:
         cells = [f"{c.median[family]:.0e} {c.worst[family]:.0e}" for c in columns]
         table.add_row(family, *cells, "pass" if verdict.family_passes(family) else "FAIL")
     if columns:
-        table.add_row(
-            "answers identical", *(f"{c.same_answers}/{verdict.questions}" for c in columns), _answers(verdict)
-        )
+        table.add_row("answers identical", *(f"{c.same_answers}/{verdict.questions}" for c in columns), _answers(verdict))
     return table
 
 

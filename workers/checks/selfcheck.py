@@ -60,9 +60,7 @@ def check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Cal
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{spec.dtype}: the device ran out of memory: end what else uses it, or take another"
-        ) from error
+        raise UserError(f"{spec.dtype}: the device ran out of memory: end what else uses it, or take another") from error
 
 
 def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Callable[[str], None]) -> Verdict:
@@ -120,9 +118,7 @@ def _run_engine(
         samples = [sample for batch in batches for sample in engine.extract(batch)]
         found.append(
             [
-                Result(
-                    {name: v.astype(np.float32) for name, v in s.vectors.items()}, s.facts.get("answer_token_ids", [])
-                )
+                Result({name: v.astype(np.float32) for name, v in s.vectors.items()}, s.facts.get("answer_token_ids", []))
                 for s in samples
             ]
         )
@@ -146,12 +142,8 @@ def _run_reference(
     found: list[list[Result]] = []
     for kernel in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
         with kernel:
-            results = [
-                reference(c.path, c.question, max_new_tokens=recipe.max_new_tokens, layers=recipe.layers) for c in cases
-            ]
-        found.append(
-            [Result({n: v for n, v in r.items() if "_representation" in n}, r["answer_token_ids"]) for r in results]
-        )
+            results = [reference(c.path, c.question, max_new_tokens=recipe.max_new_tokens, layers=recipe.layers) for c in cases]
+        found.append([Result({n: v for n, v in r.items() if "_representation" in n}, r["answer_token_ids"]) for r in results])
     return found[0], found[1]
 
 

@@ -62,9 +62,7 @@ class TrainingRecipe:
     other_rate: float = 2e-3  # of AdamW, for embeddings, norms and biases
     warmup: int = 60
     weight_decay: float = 0.05
-    shape_weight: float = (
-        3.0  # how much likelier a question about the shape is asked: colours are learned by themselves
-    )
+    shape_weight: float = 3.0  # how much likelier a question about the shape is asked: colours are learned by themselves
     held_out_images: int = 200  # of the train split, for the accuracy that the log shows
     seed: int = 0
 
@@ -207,9 +205,7 @@ def _optimizers(model: Any, recipe: TrainingRecipe) -> list[torch.optim.Optimize
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else others).append(parameter)
     return [
-        torch.optim.Muon(
-            matrices, lr=recipe.matrix_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.other_rate, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
@@ -256,9 +252,7 @@ def _save_progress(
     partial.rename(path)
 
 
-def _resume(
-    path: Path, recipe: TrainingRecipe, model: Any, optimizers: list[torch.optim.Optimizer]
-) -> tuple[int, float]:
+def _resume(path: Path, recipe: TrainingRecipe, model: Any, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
     """Load what an interrupted training of the same recipe left; return its step and its seconds."""
     if not path.exists():
         return 0, 0.0

@@ -65,9 +65,7 @@ def decode(
         entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
         for row, entropy in zip(alive, entropies):
             answers[row].entropy = entropy
-        for row, token, log_probability, end in zip(
-            alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()
-        ):
+        for row, token, log_probability, end in zip(alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()):
             if row in running:
                 answers[row].ids.append(token)
                 answers[row].log_probabilities.append(log_probability)

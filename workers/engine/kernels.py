@@ -20,9 +20,7 @@ _SCORES = 1 << 24  # of a chunk, in all rows and heads: 64 MB in float32, and ab
 class PlainAttention(TorchFunctionMode):
     """While this context lasts, every scaled_dot_product_attention runs in the MATH kernel, some queries at a time."""
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take attention over; let everything else pass."""
         kwargs = kwargs or {}
         return _in_chunks(*args, **kwargs) if func is scaled_dot_product_attention else func(*args, **kwargs)

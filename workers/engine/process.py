@@ -91,9 +91,7 @@ class EngineProcess:
             self._connection.send(self._spec)
             if not self._connection.poll(self._load_timeout):
                 self.stop()
-                raise EngineStartError(
-                    f"{self._spec.model} was not loaded after {self._load_timeout:g} s (HALP_LOAD_TIMEOUT)"
-                )
+                raise EngineStartError(f"{self._spec.model} was not loaded after {self._load_timeout:g} s (HALP_LOAD_TIMEOUT)")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise EngineStartError(

@@ -65,9 +65,7 @@ class QwenEngine:
         free = free_memory(self._device)
         self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
         self._prefixes = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
-        batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(
-            self._model.config.get_text_config(), self._model.dtype
-        )
+        batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype)
         self.info = model_info(
             self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)
         )
@@ -163,8 +161,7 @@ class QwenEngine:
                 row,
                 image.grid,
                 len(image.tokens),
-                self._vision_fields(image, recipe)
-                | by_layer(VISION_TOKEN, {n: v[i].clone() for n, v in captured.items()}),
+                self._vision_fields(image, recipe) | by_layer(VISION_TOKEN, {n: v[i].clone() for n, v in captured.items()}),
             )
             for i, (row, image) in enumerate(zip(batch.rows(), images))
         ]
@@ -234,9 +231,7 @@ class QwenEngine:
         # Of a model on several GPUs, the final norm is on another than the embeddings, where everything of ours is.
         return None if out is None else out.last_hidden_state.to(self._device)
 
-    def _answer(
-        self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe
-    ) -> list[Answer]:
+    def _answer(self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[Answer]:
         if last is None:
             return [Answer() for _ in prompts]
 

@@ -119,9 +119,7 @@ class Extractor:
         settings, facts = opened.run.settings, opened.facts
         question = opened.run.questions(part)[sequence]
         crashes = _CrashesInFiles(opened.run, part, sequence, self._worker)
-        if (
-            crashes.alone is not None and crashes.alone >= MAX_CRASHES_ALONE
-        ):  # a worker was killed before it could say so
+        if crashes.alone is not None and crashes.alone >= MAX_CRASHES_ALONE:  # a worker was killed before it could say so
             raise engine_crashed(f"the engine died {crashes.alone} times")
         with self.preprocess.hold(
             question.image_id,
@@ -213,9 +211,7 @@ class Extractor:
         recorded = run.pin_model(facts)
         if recorded != facts:
             ours, theirs = facts.model_dump(), recorded.model_dump()
-            differing = ", ".join(
-                f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k]
-            )
+            differing = ", ".join(f"{k}: {v!r} here, {theirs[k]!r} in the run" for k, v in ours.items() if v != theirs[k])
             raise RunRefusedError(f"this worker's model is not the one that the run began with ({differing})")
         return facts
 

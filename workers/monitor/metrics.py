@@ -37,9 +37,7 @@ _engine_seconds = Histogram(
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150),
     registry=REGISTRY,
 )
-_failed_batches = Counter(
-    "halp_failed_batches", "Batches that raised an error or killed the engine.", registry=REGISTRY
-)
+_failed_batches = Counter("halp_failed_batches", "Batches that raised an error or killed the engine.", registry=REGISTRY)
 _prefixes = Counter(
     "halp_image_prefixes",
     "Questions by their image's prefix: computed with them, or shared with one before.",

@@ -70,9 +70,7 @@ class Presence:
     engine_seconds: Time = 0.0  # that it took for them, and how much of that for drift certificates
     exact_seconds: Time = 0.0
     retrying: dict[Line, Number] = field(default_factory=dict)  # run id to its questions to be tried again here
-    again: dict[Line, Line] = field(
-        default_factory=dict
-    )  # run id to why one was last tried again: `(3 of 6): engine_error: …`
+    again: dict[Line, Line] = field(default_factory=dict)  # run id to why one was last tried again: `(3 of 6): engine_error: …`
     waits: dict[Line, Line] = field(default_factory=dict)  # runs that do not go on here: location to the reason
     data_roots: tuple[Line, ...] | None = None  # that it keeps to; None where it does not say, as an earlier version
     gpu_memory_used: Number | None = None  # bytes, of the GPU, by whomever

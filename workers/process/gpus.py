@@ -59,9 +59,7 @@ def chosen_gpus(choice: str) -> list[str]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise UserError(f"--gpus {choice}: give `all`, or different numbers separated by commas, as in 0,2")
     if missing := [name for name in chosen if name not in there]:
-        raise UserError(
-            f"--gpus {choice}: there is no GPU {', '.join(missing)} here; there is {', '.join(there) or 'none'}"
-        )
+        raise UserError(f"--gpus {choice}: there is no GPU {', '.join(missing)} here; there is {', '.join(there) or 'none'}")
     return chosen
 
 
@@ -69,9 +67,7 @@ def gpu_use(gpu: str | None = None) -> list[GpuUse]:
     """Return what the machine's GPUs, or one of them, are doing; empty where that cannot be known."""
     uses = []
     for index, name, used, total, busy in _ask("index,name,memory.used,memory.total,utilization.gpu", gpu):
-        if (
-            used.isdecimal() and total.isdecimal()
-        ):  # a driver that does not know answers [N/A], [Unknown Error] and more
+        if used.isdecimal() and total.isdecimal():  # a driver that does not know answers [N/A], [Unknown Error] and more
             utilisation = int(busy) / 100 if busy.isdecimal() else None  # [N/A] of a GPU in MIG mode
             uses.append(GpuUse(index, name, int(used) << 20, int(total) << 20, utilisation))
     return uses

@@ -30,9 +30,7 @@ _LONGEST_SKEW = timedelta(hours=1)  # between two machines' clocks
 _MAX_REPR = 1024  # characters of a message's arguments that Flower shows
 _MAILBOX, _REPLIES = ".celery.pidbox", "reply.celery.pidbox"
 # What Flower asks a worker, and `celery inspect ping`. What would change a worker is not obeyed: a worker's machine stops it.
-_COMMANDS = frozenset(
-    ("ping", "stats", "active_queues", "registered", "scheduled", "active", "reserved", "revoked", "conf")
-)
+_COMMANDS = frozenset(("ping", "stats", "active_queues", "registered", "scheduled", "active", "reserved", "revoked", "conf"))
 
 
 class NotOursError(Exception):

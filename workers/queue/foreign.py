@@ -79,9 +79,7 @@ def foreign_keys(client: Any, lists: Iterable[str]) -> dict[str, str]:
 
 def sentence(name: str, kind: str) -> str:
     """Return what is to be said of a foreign key."""
-    return (
-        f"The key {name} in Redis holds a {kind}, which is not ours (WRONGTYPE). It is left alone: delete or rename it."
-    )
+    return f"The key {name} in Redis holds a {kind}, which is not ours (WRONGTYPE). It is left alone: delete or rename it."
 
 
 def type_of(client: Any, name: str) -> str:

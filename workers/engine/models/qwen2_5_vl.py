@@ -86,9 +86,7 @@ class _BatchedWindowAttention:
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any, **_: Any) -> Tensor:
         attention = self._attention
         rows = hidden_states.shape[0]
-        query, key, value = (
-            attention.qkv(hidden_states).reshape(rows, 3, attention.num_heads, -1).unbind(1)
-        )  # (N, heads, d)
+        query, key, value = attention.qkv(hidden_states).reshape(rows, 3, attention.num_heads, -1).unbind(1)  # (N, heads, d)
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         result = torch.empty_like(query)
         for index in self._windows.of(cu_seqlens):
