@@ -97,7 +97,7 @@ def test_diff(storage_command, home: Path, at: int) -> None:
 
 @WIDTHS
 def test_failures(home: Path, at: int, capsys: pytest.CaptureFixture[str]) -> None:
-    from producer.cli import status
+    from producer.commands.looking import status
 
     run = publish(home / "run")
     status(run.location, failed=True)

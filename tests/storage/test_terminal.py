@@ -18,6 +18,7 @@ from rich.table import Table
 
 import producer.cli
 import storage
+from producer.commands.common import print_failures
 from storage.command import run_command
 from storage.errors import UserError
 from storage.question import Question
@@ -196,7 +197,7 @@ def test_a_failure_forges_no_line(tmp_path, capsys):
     from storage.runs.account import Bookkeeper
 
     run = hostile_run(tmp_path / "run")
-    producer.cli._print_failures(run, Bookkeeper(run).account())
+    print_failures(run, Bookkeeper(run).account())
     assert "\nerror: forged" not in capsys.readouterr().err
 
 

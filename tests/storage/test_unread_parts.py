@@ -11,7 +11,8 @@ from typing import Any
 import h5py
 import pytest
 
-from producer import cli as producer_cli
+import producer.cli
+from producer.commands.here import run_to_end
 from producer.local import machine as local
 from producer.resuming import Resumption
 from storage import cli
@@ -145,18 +146,18 @@ def test_a_part_that_is_gone_or_cut_is_no_success(run, tmp_path, monkeypatch, ca
     [sentence] = books.lost_parts()
     assert sentence.startswith(path.name)
     assert sentence.endswith(expected)
-    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache") == 4
+    assert run_to_end(run, Resumption(None), tmp_path / "cache") == 4
     shown = capsys.readouterr()
     assert sentence in shown.err
     assert "--repair" in shown.err
-    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 4
+    assert run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 4
     assert json.loads(capsys.readouterr().out)["lost_parts"] == [sentence]
     monkeypatch.setattr(sys, "argv", ["producer", "status", str(run.output_dir)])
     with pytest.raises(SystemExit):
-        producer_cli.main()
+        producer.cli.main()
     assert sentence in capsys.readouterr().err
 
 
 def test_a_sound_run_is_a_success(run, tmp_path, capsys):
-    assert producer_cli.run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 0
+    assert run_to_end(run, Resumption(None), tmp_path / "cache", as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["lost_parts"] == []
