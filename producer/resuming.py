@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.runs.run import Cancellation, Run, is_run
+from storage.runs.cancellation import Cancellation
+from storage.runs.run import Run, is_run
 from storage.stores.location import resolve_location
 
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")

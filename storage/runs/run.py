@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from storage.errors import DamagedError, UserError
 from storage.naming import labelled_part, part_label, part_name
 from storage.question import Question
 from storage.runs import plan
+from storage.runs.cancellation import CANCELLED, Cancellable
 from storage.runs.plan import Slice
 from storage.runs.staging import StagingArea
 from storage.settings import MAX_SETTINGS, ImagePlaces, ModelFacts, RunSettings
@@ -25,17 +24,8 @@ from storage.stores.location import join, resolve_location
 from storage.stores.store import DirectoryStore, open_store
 
 _RUN, _MODEL, _SUMMARY = ".run/run.json", ".run/model.json", ".run/summary.json"
-_CANCELLED = ".run/cancelled.json"
 # What in `.run` may be left where run.json is not, and would be taken for the next run's.
 _REMAINS = ("plan", "parts", "model.json", "summary.json", "cancelled.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Cancellation:
-    """What cancels a run: the file's bytes, and the time in it on the wall clock of whoever wrote it."""
-
-    note: bytes
-    at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +39,7 @@ class _Summary:
 _TEXT, _SUMMARY_TYPE = TypeAdapter(str), TypeAdapter(_Summary)
 
 
-class Run(StagingArea):
+class Run(StagingArea, Cancellable):
     """Access to a run. Holds no state that the files do not: any number of processes may have one open.
 
     It is known by what its run.json says. Where that is another one by now, whatever is written through this object raises
@@ -113,7 +103,7 @@ class Run(StagingArea):
             self.store.delete_directory(f".run/plan/{name}") if "." not in name else self.store.delete(f".run/plan/{name}")
         for directory in (".run/refusals", ".run/retries", ".run/parts"):
             self.store.delete_directory(directory)
-        for key in (_MODEL, _SUMMARY, _CANCELLED, _RUN):
+        for key in (_MODEL, _SUMMARY, CANCELLED, _RUN):
             self.store.delete(key)
 
     @property
@@ -260,48 +250,6 @@ class Run(StagingArea):
     def withdraw_summary(self) -> None:
         """Take the mark away: a part must be computed."""
         self.store.delete(_SUMMARY)
-
-    def cancel(self) -> bool:
-        """Have nobody begin another question of this run; return False where that is so already.
-
-        Each call leaves a note of its own: a command that takes back an earlier one must see that this one is another.
-        """
-        note = json.dumps({"at": time.time(), "id": secrets.token_hex(8)}).encode()
-        if self.store.put_new(_CANCELLED, note):
-            return True
-        self.store.put(_CANCELLED, note)
-        return False
-
-    def is_cancelled(self) -> bool:
-        """Tell whether the run is cancelled."""
-        return self.store.exists(_CANCELLED)
-
-    def cancellation(self) -> Cancellation | None:
-        """Return what cancels the run; None where nothing does."""
-        try:
-            note = self.store.get(_CANCELLED)
-        except FileNotFoundError:
-            return None
-        try:
-            at = json.loads(note)["at"]
-        except (ValueError, TypeError, KeyError):  # of an earlier version, which noted no time
-            at = None
-        return Cancellation(note, at if isinstance(at, float) else None)
-
-    def withdraw_cancellation(self, only: Cancellation | None = None) -> None:
-        """Let the run go on; with `only` where that is still what cancels it."""
-        if only is None:
-            self.store.delete(_CANCELLED)
-            return
-        aside = f"{_CANCELLED}.{secrets.token_hex(4)}"
-        self.store.move(_CANCELLED, aside)  # first, and looked at then: whoever cancels in between is not overwritten
-        try:
-            note = self.store.get(aside)
-        except FileNotFoundError:  # taken back already
-            return
-        if note != only.note:
-            self.store.put_new(_CANCELLED, note)
-        self.store.delete(aside)
 
 
 def _refusal(worker: str) -> str:

@@ -15,8 +15,9 @@ from PIL import Image
 import producer.cli
 from producer import planning, resuming
 from producer.resuming import Resumption
+from storage.runs.cancellation import Cancellation
 from storage.runs.pack import pack
-from storage.runs.run import Cancellation, Run
+from storage.runs.run import Run
 from storage.stores.store import DirectoryStore
 from tests.support.builders import make_run, stage
 from tests.support.processes import write_csv
