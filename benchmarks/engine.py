@@ -32,7 +32,8 @@ from qwen_vl_utils import process_vision_info
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from workers.checkpoint.identity import resolve_layers
-from workers.demo.small_model import BENCH, TEST, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import BENCH, TEST
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.shared_prefix import QwenEngine
 from workers.extract.preprocess import Preprocessor

@@ -39,7 +39,8 @@ from roofline import STAGES, Case, Counter, Peak, Work, find_peak
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from workers.checkpoint.identity import resolve_layers
-from workers.demo.small_model import TEST, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import TEST
 from workers.engine.decode import decode
 from workers.engine.generation import Generation
 from workers.engine.interface import EngineSpec, Recipe, Request

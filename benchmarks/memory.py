@@ -29,7 +29,8 @@ import skimage.data
 from common import print_table
 from PIL import Image
 
-from workers.demo.small_model import BENCH, TEST, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import BENCH, TEST
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
 QUESTIONS_PER_IMAGE = 5

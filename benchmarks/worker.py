@@ -225,7 +225,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model and few questions: does it run at all")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which tables")
     options = parser.parse_args()
-    from workers.demo.small_model import BENCH, TEST, build_small_model
+    from workers.demo.small_model import build_small_model
+    from workers.demo.small_spec import BENCH, TEST
 
     with tempfile.TemporaryDirectory() as scratch:
         model = build_small_model(Path(scratch) / "model", TEST if options.quick else BENCH)

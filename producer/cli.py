@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from producer.commands import feeding, here, looking
-from storage.command import Version, run_command
+from storage.command_line import Version, run_command
 
 app = typer.Typer(
     no_args_is_help=True,

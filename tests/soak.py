@@ -22,7 +22,8 @@ import psutil
 from tests.support.chaos import REDIS, VALKEY, Chaos, Force, Member, Server
 from tests.support.expectations import assert_whole, files_below, make_dataset
 from tests.support.processes import command
-from workers.demo.small_model import TEST, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import TEST
 
 MIN_KILLS = 66
 GROWTH = 1.1, 8  # a process may grow by a tenth and 8 MB from a third of the run on

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from storage.command import Version, child_environment, run_command
+from storage.command_line import Version, child_environment, run_command
 from storage.errors import UserError
 from storage.screen.console import Console
 from storage.screen.terminal import echo, echo_json, one_line

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from storage.command import child_environment
+from storage.command_line import child_environment
 from storage.errors import UserError
 from workers.process.parent import PARENT_VARIABLE, die_with_named_parent
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from storage.command import child_environment
+from storage.command_line import child_environment
 from storage.errors import DamagedError, LayoutError, NotReadError
 from storage.hdf5.part import read_header
 from storage.screen.terminal import echo_json

@@ -2,13 +2,10 @@
 
 Creating is a PUT with `If-None-Match: *`. obstore cannot say that of a multipart upload
 (https://github.com/apache/arrow-rs-object-store/issues/289), so a part goes up in one request: S3 takes 5 GB in one.
-Credentials and the endpoint come from the usual AWS_* variables, and appear in no message.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import secrets
 import tempfile
 import time
@@ -16,30 +13,25 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import from_url
+from obstore.exceptions import AlreadyExistsError, BaseError
 
-from storage.errors import DamagedError, ObjectStoreError, ReplacedError
+from storage.errors import DamagedError, ReplacedError
 from storage.stores.directory_store import MAX_OBJECT
-from storage.stores.location import VARIABLES, join, split_url
+from storage.stores.location import join, split_url
+from storage.stores.object_client import request_of
 
 T = TypeVar("T")
-_RETRY_SECONDS = 20  # a request is tried again for so long; then the caller's own retries begin
 _SMALL, _LARGE = 30, 600  # seconds for one request: of a staged result, of a part
 _HOLD_SECONDS = 5.0  # between two looks at the object that is held
 _SHORT_RANGE = 1 << 20  # bytes
 _CONCURRENCY = 16
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _FEW = 100  # so many objects are asked for one by one rather than listed
 _PUT_ID = "put-id"  # metadata of a created object: which PUT made it
 _PARTIAL, _COPY = "halp-partial-", "halp-copy-"
-_first_used_by: set[int] = set()  # the process that made the first client
 
 
 class ObjectStore:
@@ -268,78 +260,13 @@ class ObjectStore:
 
     def _ask(self, key: str, request: Callable[[Any, str], T], timeout: int = _SMALL) -> T:
         """Make a request; raise FileNotFoundError where there is no such object, else ObjectStoreError, for any failure."""
-        if _first_used_by and os.getpid() not in _first_used_by:
-            # The client has threads, which a fork leaves behind: it would wait for ever
-            # (https://github.com/tokio-rs/tokio/issues/4301).
-            raise ObjectStoreError(
-                f"{self.address(key)}: a process that was forked cannot use an object store that its parent has used: start it "
-                "anew, as a DataLoader does with multiprocessing_context='spawn'"
-            )
-        try:
-            return request(connect(self._bucket, timeout), self._at(key))
-        except (BaseError, FileNotFoundError) as error:
-            translated = _translate(error, self.address(key), self._bucket)
-        except ValueError as error:
-            translated = ObjectStoreError(f"{self.address(key)}: {_first_line(error)}")
-        raise translated from None  # obstore's own text may repeat what signed the request
-
-
-@lru_cache(maxsize=32)
-def connect(bucket: str, timeout: int) -> Any:
-    """Return obstore's client of a bucket; it keeps its connections, and is used by many threads."""
-    _first_used_by.add(os.getpid())
-    endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
-    return from_url(
-        bucket,
-        client_options={
-            "timeout": timedelta(seconds=timeout),
-            "connect_timeout": timedelta(seconds=5),
-            "allow_http": endpoint.startswith("http://"),
-        },
-        retry_config={
-            "max_retries": 100,  # the time is what bounds them
-            "backoff": {"base": 3, "max_backoff": timedelta(seconds=5)},
-            "retry_timeout": timedelta(seconds=_RETRY_SECONDS),
-        },
-    )
+        return request_of(self._bucket, self.address(key), lambda client: request(client, self._at(key)), timeout)
 
 
 def _download(client: Any, at: str, path: Path) -> None:
     with path.open("wb") as file:
         for chunk in client.get(at).stream():
             file.write(chunk)
-
-
-def _translate(error: Exception, url: str, bucket: str) -> OSError:
-    text = str(error)
-    scheme = bucket.partition(":")[0]
-    code = match[1] if (match := re.search(r"<Code>(\w+)</Code>", text)) else ""
-    if code == "NoSuchBucket":
-        see = "AWS_ENDPOINT_URL and AWS_REGION" if scheme == "s3" else VARIABLES[scheme]
-        return ObjectStoreError(f"there is no bucket {bucket}: create it, or see {see}")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{url} does not exist")
-    # Of a cloud machine's own role, which obstore asks for where the environment has none.
-    if scheme == "s3" and "/latest/api/token" in text:
-        return ObjectStoreError(
-            f"{url}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a"
-            " public bucket"
-        )
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or re.search("40[13] (Forb|Unau)", text):
-        reason = f"access denied{f' ({code})' if code else ''}"
-        rights = "that they may read, list, write and delete there"
-        return ObjectStoreError(f"{url}: {reason}: check the {VARIABLES[scheme]} credentials, and {rights}")
-    if "error sending request" in text:
-        endpoint = "AWS_ENDPOINT_URL" if scheme == "s3" else VARIABLES[scheme]
-        return ObjectStoreError(f"{url}: no answer: check the network and {endpoint} ({_first_line(error)})")
-    message = f"{url}: {code or _first_line(error)}"
-    if scheme != "s3":
-        message += f"; {VARIABLES[scheme]} variables say which store it is, and {scheme}:// is untested"
-    return ObjectStoreError(message)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].partition("<")[0].strip()
 
 
 def _name(path: str) -> str:

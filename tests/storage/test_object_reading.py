@@ -182,17 +182,17 @@ def test_damage_is_named_with_the_cure(run, url, s3_server, kind, described):
 
 
 def test_a_network_that_goes_away_is_named(url, s3_server, monkeypatch):
-    from storage.stores import object_store
+    from storage.stores import object_client
 
-    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 1)
-    object_store.connect.cache_clear()
+    monkeypatch.setattr(object_client, "_RETRY_SECONDS", 1)
+    object_client.connect.cache_clear()
     chunks = storage.iter_chunks(url, QUERY, LAYER)
     next(chunks)
     s3_server.control(away=True)
     with pytest.raises(UserError, match=f"{url}/.*: no answer: check the network"):
         next(chunks)
     s3_server.control(away=False)
-    object_store.connect.cache_clear()
+    object_client.connect.cache_clear()
 
 
 def run_script(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

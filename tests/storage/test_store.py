@@ -15,8 +15,9 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 
 from storage.errors import ObjectStoreError
-from storage.stores import handles, object_store
-from storage.stores.object_store import ObjectStore, connect
+from storage.stores import handles, object_client
+from storage.stores.object_client import connect
+from storage.stores.object_store import ObjectStore
 from storage.stores.space import describe
 from storage.stores.store import DirectoryStore, Store, local_file, open_store
 from tests.support.s3_server import CREDENTIALS
@@ -308,7 +309,7 @@ def test_each_error_is_one_sentence_without_what_signed_the_request(s3_url, s3_s
 
 def test_a_server_that_is_away_is_tried_for_a_while(s3_url, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 1)
+    monkeypatch.setattr(object_client, "_RETRY_SECONDS", 1)
     connect.cache_clear()
     with pytest.raises(OSError, match=f"{s3_url}/key: no answer: check the network and AWS_ENDPOINT_URL"):
         open_store(s3_url).get("key")
@@ -319,7 +320,7 @@ def test_a_lack_of_credentials_is_named(s3_url, monkeypatch):
     for name in CREDENTIALS:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 1)
+    monkeypatch.setattr(object_client, "_RETRY_SECONDS", 1)
     connect.cache_clear()
     with pytest.raises(ObjectStoreError, match=f"{s3_url}/key: no credentials: set AWS_ACCESS_KEY_ID"):
         open_store(s3_url).get("key")
@@ -329,8 +330,8 @@ def test_a_lack_of_credentials_is_named(s3_url, monkeypatch):
 @pytest.mark.parametrize(("scheme", "variables"), [("s3", "AWS_*"), ("gs", "GOOGLE_*"), ("az", "AZURE_STORAGE_*")])
 def test_messages_name_the_variables_of_the_store(scheme, variables):
     for error in (PermissionDeniedError("403 Forbidden"), UnauthenticatedError("401 Unauthorized")):
-        assert f"check the {variables} credentials" in str(object_store._translate(error, "url", f"{scheme}://b"))
-    other = str(object_store._translate(GenericError("Account must be specified"), "url", f"{scheme}://b"))
+        assert f"check the {variables} credentials" in str(object_client.translate(error, "url", f"{scheme}://b"))
+    other = str(object_client.translate(GenericError("Account must be specified"), "url", f"{scheme}://b"))
     assert other.startswith("url: Account must be specified")
     assert (f"{variables} variables say which store it is, and {scheme}:// is untested" in other) == (scheme != "s3")
 

@@ -19,7 +19,7 @@ from rich.table import Table
 import producer.cli
 import storage
 from producer.commands.common import print_failures
-from storage.command import run_command
+from storage.command_line import run_command
 from storage.errors import UserError
 from storage.question import Question
 from storage.runs.pack import pack

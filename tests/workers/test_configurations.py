@@ -12,7 +12,8 @@ import pytest
 
 from workers.checkpoint.identity import resolve_layers
 from workers.checks.reference import Reference
-from workers.demo.small_model import SmallModelSpec, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import SmallModelSpec
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.shared_prefix import QwenEngine
 from workers.extract.preprocess import Preprocessor

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from workers.checks.reference import Reference
-from workers.demo.small_model import CHAT_TEMPLATE, PLAIN_TOKENS, SPECIAL_TOKENS
+from workers.demo.small_tokenizer import CHAT_TEMPLATE, PLAIN_TOKENS, SPECIAL_TOKENS
 from workers.engine.prompt import PromptParts, QuestionTokenizer, split_prompt
 from workers.errors import EngineStartError
 

@@ -15,17 +15,9 @@ import skimage
 from PIL import Image
 
 from workers.checks.reference import Reference
-from workers.demo.small_model import (
-    BPE_RANKS,
-    DEMO,
-    FILES,
-    PLAIN_TOKENS,
-    SPECIAL_TOKENS,
-    TEST,
-    SmallModelSpec,
-    build_small_model,
-    main,
-)
+from workers.demo.small_model import FILES, build_small_model, main
+from workers.demo.small_spec import DEMO, TEST, SmallModelSpec
+from workers.demo.small_tokenizer import BPE_RANKS, PLAIN_TOKENS, SPECIAL_TOKENS
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # files of the scikit-image wheel
 QUESTIONS = (

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workers.checks.reference import Reference
-from workers.demo.small_model import CHAT_TEMPLATE
+from workers.demo.small_tokenizer import CHAT_TEMPLATE
 from workers.engine import proof
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.shared_prefix import QwenEngine

@@ -32,7 +32,8 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from workers.demo.easy_vqa import SHAPES, EasyVqa, read_easy_vqa
 from workers.demo.pictures import Lesson, Picture, Pixels, draw_batch
-from workers.demo.small_model import SmallModelSpec, build_small_model
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import SmallModelSpec
 from workers.engine.loading import pixel_limits
 from workers.engine.models.qwen2_5_vl import VisionTower
 from workers.engine.prompt import QuestionTokenizer, split_prompt

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from storage.command import child_environment
+from storage.command_line import child_environment
 from workers.process.parent import PARENT_VARIABLE
 
 

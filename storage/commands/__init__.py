@@ -1,0 +1,1 @@
+"""The commands of `storage`, one function each. They import what they need when they are called: `--help` is quick."""
