@@ -30,7 +30,7 @@ FORMATS = {
 }  # fmt: skip
 PROCESS = """
 import json, sys, time
-from workers.extract.preprocess import load_image
+from workers.extract.loading import load_image
 for line in sys.stdin:
     path, number = json.loads(line)
     times = []

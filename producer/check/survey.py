@@ -14,7 +14,8 @@ from storage.images.decoders import decoders
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.stores.location import is_url
 from workers.errors import PermanentError, TransientError
-from workers.extract.preprocess import image_header, load_image, smart_resize, vision_tokens
+from workers.extract.loading import image_header, load_image, smart_resize
+from workers.extract.preprocess import vision_tokens
 
 T = TypeVar("T")
 _TIMED = 32  # images that are decoded for the time it takes

@@ -23,7 +23,7 @@ from tests.support.builders import make_facts, make_questions, make_run, stage
 from tests.support.processes import command, write_csv
 from tests.support.s3_server import S3Server
 from workers.errors import PermanentError, TransientError
-from workers.extract.preprocess import image_size, load_image
+from workers.extract.loading import image_size, load_image
 
 LIMITS = (3136, 12845056)
 SIZES = {"small.png": (224, 224), "wide.jpg": (1400, 700), "large.jpg": (2800, 2800)}

@@ -17,7 +17,7 @@ from storage.images import opening
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.images.opening import LinkError, NotRegularError, open_regular, read_bounded
 from workers.errors import PermanentError, TransientError
-from workers.extract.preprocess import image_size, load_image
+from workers.extract.loading import image_size, load_image
 
 LIMITS = (3136, 12845056)
 

@@ -31,7 +31,7 @@ from tests.support.clusters import Cluster, finished, table_of
 from tests.support.image_work import dies_of, endless, greedy, size_of, stops
 from tests.support.processes import command, wait_for, write_csv
 from workers.errors import PermanentError, TransientError
-from workers.extract.preprocess import image_size, load_apart, load_image, load_quick
+from workers.extract.loading import image_size, load_apart, load_image, load_quick
 
 LIMITS = (3136, 12845056)
 OPTIONS = {"halp_compat": False, "exif_rotation": False}

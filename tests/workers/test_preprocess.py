@@ -30,7 +30,8 @@ from workers.engine.fake import FakeEngine
 from workers.engine.interface import EngineSpec, ModelInfo, Recipe
 from workers.errors import PermanentError, TransientError
 from workers.extract import preprocess
-from workers.extract.preprocess import PreparedImage, Preprocessor, load_image, load_quick, smart_resize
+from workers.extract.loading import PreparedImage, load_image, load_quick, smart_resize
+from workers.extract.preprocess import Preprocessor
 
 FACTOR = 28
 LIMITS = (3136, 12845056)  # the checkpoint's own

@@ -18,7 +18,7 @@ from storage.images.bounded import on_image
 from storage.images.decoders import DecoderGoneError
 from storage.images.decoding import ImageRefusedError
 from storage.images.lookup import OutsideRootError, resolve_image
-from workers.extract.preprocess import needs_care, to_rgb
+from workers.extract.colour import needs_care, to_rgb
 
 _QUESTIONS = (
     "What is in the image?",

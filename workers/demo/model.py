@@ -37,7 +37,7 @@ from workers.demo.small_spec import SmallModelSpec
 from workers.engine.loading import pixel_limits
 from workers.engine.models.qwen2_5_vl import VisionTower
 from workers.engine.prompt import QuestionTokenizer, split_prompt
-from workers.extract.preprocess import smart_resize
+from workers.extract.loading import smart_resize
 
 log = logging.getLogger("demo_model")
 
