@@ -9,7 +9,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo demo-model test quick check soak cases bench lock clean tools
+# Tests mostly wait for processes of their own: more of them than cores. Their files go into memory where it has 2 GB.
+AT_ONCE ?= $(shell n=$$(nproc); echo $$((n < 4 ? 4 : n > 8 ? 8 : n)))
+MEMORY := $(shell [ -w /dev/shm ] && [ "$$(df -k --output=avail /dev/shm | tail -1)" -gt 2000000 ] && echo /dev/shm)
+PYTEST := TMPDIR=$${TMPDIR:-$(or $(MEMORY),/tmp)} $(BIN)/python -m pytest -n $(AT_ONCE) --dist worksteal
+
+.PHONY: help install demo demo-model test test-slow check soak cases bench lock clean tools
 
 help:  ## List the targets
 	@echo "make TARGET [PYTHON=python3.12] [ARGS='…']"
@@ -37,11 +42,11 @@ demo: install  ## Run the main job on real questions with a small model, on this
 demo-model: install  ## Train the demo's model anew, in build/ (minutes on one core; a GPU is used) [ARGS='--seed 1']
 	$(BIN)/python -m workers.demo.model build/Qwen2.5-VL-Demo $(ARGS)
 
-test: install tools check  ## Check, then run the tests [ARGS='tests/producer/test_table.py -x']
-	$(BIN)/python -m pytest $(ARGS)
+test: install tools check  ## Check, then run the tests but the long ones [ARGS='tests/producer/test_table.py -x']
+	$(PYTEST) -m "not slow" $(ARGS)
 
-quick: install tools check  ## The everyday tests: those that are not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test-slow: install tools  ## The long tests: under fire, other versions of libraries, benchmarks
+	$(PYTEST) -m slow $(ARGS)
 
 check: install  ## Lint, formatting, types, the layers' contract
 	$(BIN)/ruff check .

@@ -178,7 +178,7 @@ def test_bad_images_fail_alone(tmp_path: Path, photographs: Path, small_model: P
         rows.insert(5, {**rows[0], "question_id": question_id, "image_id": image})
     output = tmp_path / "output"
     options = run_options(write_csv(tmp_path / "vqa.csv", rows), images, output, small_model)
-    result = command("producer", "run", *options)
+    result = command("producer", "run", *options, HALP_ENGINE="fake")
     assert result.returncode == 1
     assert "24 of 27 questions written" in result.stdout
     assert "3 failed" in result.stderr
@@ -195,8 +195,12 @@ def test_bad_images_fail_alone(tmp_path: Path, photographs: Path, small_model: P
     assert command("storage", "verify", output).returncode == 0
 
 
+# Of the fake engine: seconds that a batch takes, so that a run of 300 questions takes several.
+SLOWLY = {"HALP_ENGINE": "fake:0.2", "HALP_BATCH_SIZE": "8"}
+
+
 def long_run(tmp_path: Path, photographs: Path, small_model: Path) -> list[Any]:
-    """The options of a run that takes several seconds after its model is loaded."""
+    """The options of a run that takes several seconds."""
     image = sorted(photographs.iterdir())[0].name
     rows = [{"question_id": str(n), "image_id": image, "question": f"What is {n}?!", "answer": ""} for n in range(300)]
     options = run_options(write_csv(tmp_path / "vqa.csv", rows), photographs, tmp_path / "output", small_model)
@@ -210,9 +214,9 @@ def has_begun(output: Path) -> bool:
 def test_ctrl_c_and_resume(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     options = long_run(tmp_path, photographs, small_model)
     output = tmp_path / "output"
-    process = start("producer", "run", *options, log=tmp_path / "log")
+    process = start("producer", "run", *options, log=tmp_path / "log", **SLOWLY)
     wait_for((output / ".run" / "logs").exists, 90, "the run holds its directory")
-    second = command("producer", "run", *options)  # while the first loads its model
+    second = command("producer", "run", *options, **SLOWLY)
     assert second.returncode == 2
     assert "another `producer run` is at work" in second.stderr
     wait_for(lambda: has_begun(output), 90, "the first part")
@@ -222,7 +226,7 @@ def test_ctrl_c_and_resume(tmp_path: Path, photographs: Path, small_model: Path)
     assert with_word(str(output)) == []
     first_parts = {path: path.stat().st_mtime_ns for path in output.glob("*.h5")}
     assert len(first_parts) < 30
-    resumed = command("producer", "run", *options)
+    resumed = command("producer", "run", *options, HALP_ENGINE="fake")
     assert resumed.returncode == 0, resumed.stderr
     assert {path: path.stat().st_mtime_ns for path in first_parts} == first_parts
     assert "300 of 300 questions written into 30 parts" in resumed.stdout
@@ -231,7 +235,7 @@ def test_ctrl_c_and_resume(tmp_path: Path, photographs: Path, small_model: Path)
 def test_sigkill_leaves_no_process(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     options = long_run(tmp_path, photographs, small_model)
     output = tmp_path / "output"
-    process = start("producer", "run", *options, log=tmp_path / "log")
+    process = start("producer", "run", *options, log=tmp_path / "log", **SLOWLY)
     wait_for(lambda: has_begun(output), 90, "the first part")
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 4  # server, collector, worker, engine
@@ -244,7 +248,7 @@ def test_sigkill_leaves_no_process(tmp_path: Path, photographs: Path, small_mode
 def test_a_dead_worker_is_restarted(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     options = long_run(tmp_path, photographs, small_model)
     output = tmp_path / "output"
-    process = start("producer", "run", *options, log=tmp_path / "log")
+    process = start("producer", "run", *options, log=tmp_path / "log", **SLOWLY)
     wait_for(lambda: has_begun(output), 90, "the first part")
     [worker] = [p for p in with_word(str(output)) if "worker@" in " ".join(p.cmdline())]
     worker.kill()
@@ -278,13 +282,19 @@ def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, photographs: Pa
             ["--halp-compat"],
             {"vision_only_definition": "encoder", "positions": "min(patches,seq_len//2),last_prompt_token"},
         ),
-        (["--layers", "all", "--no-vision-encoder"], {"vision_encoder": False, "layers": list(range(7))}),
-        (["--exif-rotation"], {"exif_rotation": True}),
-        (["--prompt", "{question} Answer in one word."], {"prompt": "{question} Answer in one word."}),
-        (["--repetition-penalty", "1.3", "--max-pixels", "20000"], {"repetition_penalty": 1.3, "max_pixels": 20000}),
+        (
+            [
+                "--layers", "all", "--no-vision-encoder", "--exif-rotation", "--prompt", "{question} Answer in one word.",
+                "--repetition-penalty", "1.3", "--max-pixels", "20000",
+            ],
+            {
+                "vision_encoder": False, "layers": list(range(7)), "exif_rotation": True,
+                "prompt": "{question} Answer in one word.", "repetition_penalty": 1.3, "max_pixels": 20000,
+            },
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_options_reach_the_part(
     options: list[str], attributes: dict[str, Any], tmp_path: Path, photographs: Path, small_model: Path
 ) -> None:
@@ -303,7 +313,7 @@ def test_options_reach_the_part(
         if certified:
             assert json.loads(part.attrs["drift"])["answers_agree"] is True
         if "--prompt" in options:
-            reference = Reference(small_model)
+            reference = Reference(small_model, repetition_penalty=1.3, max_pixels=20000)
             for group in part.values():
                 question = f"{group['question'].asstr()[()]} Answer in one word."
                 image = photographs / group["image_id"].asstr()[()]
@@ -320,7 +330,7 @@ def test_an_old_refusal_does_not_stop_a_run(tmp_path: Path, photographs: Path, s
     refusals = tmp_path / "o" / ".run" / "refusals"
     refusals.mkdir()
     (refusals / "extract-1@elsewhere.json").write_text('"another model"')
-    result = command("producer", "run", *options)
+    result = command("producer", "run", *options, HALP_ENGINE="fake")
     assert result.returncode == 0, result.stderr
 
 

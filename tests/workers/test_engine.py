@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from storage.sample import Sample
+from tests.support.mistakes import MISTAKES
 from workers.checks.reference import Reference
 from workers.engine import process as engine_process
 from workers.engine.interface import EngineSpec, Recipe, Request
@@ -124,44 +125,7 @@ def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
 # The checks above are worth what they would catch: each of these mistakes must fail them by far.
 
 
-def one_dimensional(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._prefix_positions
-
-    def positions(self: QwenEngine, grid: tuple[int, int, int], recipe: Recipe) -> torch.Tensor:
-        length = original(self, grid, recipe).shape[1]
-        return torch.arange(length).expand(3, -1)
-
-    monkeypatch.setattr(QwenEngine, "_prefix_positions", positions)
-
-
-def height_and_width_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._prefix_positions
-    swap = torch.tensor([0, 2, 1])
-    monkeypatch.setattr(QwenEngine, "_prefix_positions", lambda self, grid, recipe: original(self, grid, recipe)[swap])
-
-
-def suffix_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._prefill_images
-
-    def prefill(self: QwenEngine, images: Any, recipe: Any) -> Any:
-        prefixes = original(self, images, recipe)
-        for prefix in prefixes:
-            prefix.row.next_position += 1
-        return prefixes
-
-    monkeypatch.setattr(QwenEngine, "_prefill_images", prefill)
-
-
-def padding_mask_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._forward
-
-    def forward(self: QwenEngine, batch: Any, embedded: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
-        return original(self, batch, embedded, positions, [embedded.shape[1]] * len(lengths), recipe)
-
-    monkeypatch.setattr(QwenEngine, "_forward", forward)
-
-
-@pytest.mark.parametrize("mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_would_show(
     engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

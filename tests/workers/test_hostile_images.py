@@ -264,7 +264,7 @@ def test_a_process_is_no_witness_against_an_unreadable_file(tmp_path: Path, deco
 def test_no_decoder_outlives_its_parent(tmp_path: Path) -> None:
     (tmp_path / "a.gif").write_bytes(encoded("gif"))
     code = (
-        "import os, sys; from storage.images.bounded import on_image_apart; from workers.extract.preprocess import _size;"
+        "import os, sys; from storage.images.bounded import on_image_apart; from workers.extract.loading import _size;"
         f"on_image_apart({str(tmp_path / 'a.gif')!r}, _size, False);"
         "os.system(f'ps -o pid= --ppid {os.getpid()}'); sys.stdout.flush(); os.kill(os.getpid(), 9)"
     )

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.support.mistakes import one_dimensional
 from tests.support.processes import command, write_csv
 from workers import cli
 from workers.checks import selfcheck
 from workers.checks.questions import bundled
 from workers.checks.report import Comparison, Verdict
-from workers.engine.interface import Recipe
-from workers.engine.shared_prefix import QwenEngine
 
 pytestmark = pytest.mark.slow
 
@@ -62,12 +60,7 @@ def test_the_table_has_a_line_for_each_family(small_model: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    original = QwenEngine._prefix_positions
-
-    def one_dimensional(self: QwenEngine, grid: tuple[int, int, int], recipe: Recipe) -> torch.Tensor:
-        return torch.arange(original(self, grid, recipe).shape[1]).expand(3, -1)
-
-    monkeypatch.setattr(QwenEngine, "_prefix_positions", one_dimensional)
+    one_dimensional(monkeypatch)
     monkeypatch.setattr("workers.engine.shared_prefix.refuse_difference", lambda *_: None)  # it would be found at load
     quiet = ("--quiet",) if dtype == "float32" else ()  # what fails is shown all the same
     result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", dtype, *quiet)

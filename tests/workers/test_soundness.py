@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.mistakes import MISTAKES
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE
 from workers.engine import proof
@@ -187,43 +188,8 @@ def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model:
 # The proof finds what nobody has thought of: each of these mistakes is refused at load.
 
 
-def one_dimensional(patch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._prefix_positions
-    patch.setattr(
-        QwenEngine,
-        "_prefix_positions",
-        lambda self, *image: torch.arange(original(self, *image).shape[1]).expand(3, -1),
-    )
-
-
-def height_and_width_swapped(patch: pytest.MonkeyPatch) -> None:
-    original, swap = QwenEngine._prefix_positions, torch.tensor([0, 2, 1])
-    patch.setattr(QwenEngine, "_prefix_positions", lambda self, *image: original(self, *image)[swap])
-
-
-def suffix_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._prefill_images
-
-    def prefill(self: QwenEngine, images: Any, recipe: Any) -> Any:
-        prefixes = original(self, images, recipe)
-        for prefix in prefixes:
-            prefix.row.next_position += 1
-        return prefixes
-
-    patch.setattr(QwenEngine, "_prefill_images", prefill)
-
-
-def padding_mask_ignored(patch: pytest.MonkeyPatch) -> None:
-    original = QwenEngine._forward
-
-    def forward(self: QwenEngine, batch: Any, embedded: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
-        return original(self, batch, embedded, positions, [embedded.shape[1]] * len(lengths), recipe)
-
-    patch.setattr(QwenEngine, "_forward", forward)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mistake", [one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored])
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_at_load(
     mistake: Callable[[pytest.MonkeyPatch], None], dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """The plain reference: one question at a time by the model card's recipe, with hooks of its own and `generate`.
 
-What the tests and `workers selfcheck` hold the engine against. It imports nothing of this project, so that both cannot make
+What the tests and `workers selfcheck` hold the engine against. It imports nothing of the engine, so that both cannot make
 the same mistake.
 """
 

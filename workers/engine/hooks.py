@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +51,11 @@ def ending_after(module: torch.nn.Module | None) -> Iterator[None]:
             yield
     finally:
         handle.remove()
+
+
+def to_numpy(vector: Tensor) -> np.ndarray:
+    """Return a vector on the host, in its dtype."""
+    vector = vector.contiguous().cpu()
+    if vector.dtype == torch.bfloat16:
+        return vector.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return vector.numpy()

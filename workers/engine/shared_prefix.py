@@ -15,7 +15,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,12 +24,12 @@ from storage.sample import Sample
 from workers.engine.cache import Batch, Prefix, PrefixCache
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
-from workers.engine.hooks import ending_after, outputs
+from workers.engine.hooks import ending_after, outputs, to_numpy
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_info
 from workers.engine.models import family
-from workers.engine.models.qwen2_5_vl import Image
+from workers.engine.models.qwen2_5_vl import Image, prefix_positions
 from workers.engine.prompt import PromptParts, PromptStyle, split_prompt
 from workers.engine.proof import plain_prompts, refuse_difference
 from workers.engine.soundness import refuse_no_end
@@ -151,7 +150,7 @@ class QwenEngine:
         images = self._vision(pixels)
         head = self._embed(self._head(recipe))  # (H, D)
         rows = [torch.cat([head, image.tokens.to(self._device)]) for image in images]
-        positions = [self._prefix_positions(image.grid, recipe) for image in images]
+        positions = [prefix_positions(len(head), image.grid, self.info.merge_size).to(self._device) for image in images]
         batch = Batch.empty([int(p.max()) + 1 for p in positions], self._device)
         with self._capture_states(recipe) as captured:
             padded = _pad_left([p.T for p in positions]).permute(2, 0, 1)  # (3, B, L)
@@ -185,7 +184,7 @@ class QwenEngine:
         prompt = self._prompt_ids(len(image.tokens), request)
         head, suffix = self._embed(self._head(recipe)), self._embed(request.suffix_ids)
         embedded = torch.cat([head, image.tokens.to(self._device), suffix])[None]  # (1, L, D)
-        prefix = self._prefix_positions(image.grid, recipe)
+        prefix = prefix_positions(len(head), image.grid, self.info.merge_size).to(self._device)
         after = int(prefix.max()) + 1 + torch.arange(len(suffix), device=self._device)
         positions = torch.cat([prefix, after.expand(3, -1)], dim=1)[:, None]  # (3, 1, L)
         facts = self._positions(len(image.tokens), image.grid, prompt, request)
@@ -247,23 +246,12 @@ class QwenEngine:
         rules = self._generation.rules(
             prompts, head.out_features, recipe.repetition_penalty, recipe.max_new_tokens, self._device
         )
-        return decode(
-            batch,
-            last,
-            rules=rules,
-            head=head,
-            forward=forward,
-            eos=self._generation.ends,
-            max_new_tokens=recipe.max_new_tokens,
-        )
+        ends, longest = self._generation.ends, recipe.max_new_tokens
+        return decode(batch, last, rules=rules, head=head, forward=forward, eos=ends, max_new_tokens=longest)
 
     def _sample(self, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
         text = self._tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-        return Sample(
-            {name: _to_numpy(vector) for name, vector in vectors.items()},
-            text,
-            {**facts, **answer.facts},
-        )
+        return Sample({name: to_numpy(vector) for name, vector in vectors.items()}, text, facts | answer.facts)
 
     def _vision_fields(self, image: Image, recipe: Recipe) -> dict[str, Tensor]:
         if recipe.halp_compat:
@@ -285,14 +273,6 @@ class QwenEngine:
             "num_vision_tokens": num_tokens,
         }
 
-    def _prefix_positions(self, grid: tuple[int, int, int], recipe: Recipe) -> Tensor:
-        """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""
-        head = len(self._head(recipe))
-        height, width = grid[1] // self.info.merge_size, grid[2] // self.info.merge_size
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        image = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + head
-        return torch.cat([torch.arange(head).expand(3, -1), image], dim=1).to(self._device)
-
     def _prompt_ids(self, image_tokens: int, request: Request) -> tuple[int, ...]:
         return (*self._head(request.recipe), *([self._image_token] * image_tokens), *request.suffix_ids)
 
@@ -312,10 +292,3 @@ class QwenEngine:
 def _pad_left(rows: Sequence[Tensor]) -> Tensor:
     """Stack rows (L_i, *) to (B, max L, *) with zeros on the left."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
-
-
-def _to_numpy(vector: Tensor) -> np.ndarray:
-    vector = vector.contiguous().cpu()
-    if vector.dtype == torch.bfloat16:
-        return vector.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return vector.numpy()

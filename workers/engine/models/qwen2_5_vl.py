@@ -94,3 +94,11 @@ class _BatchedWindowAttention:
             result[index] = scaled_dot_product_attention(q, k, v, scale=attention.scaling).transpose(1, 2)
         out: Tensor = attention.proj(result.reshape(rows, -1))
         return out
+
+
+def prefix_positions(head: int, grid: tuple[int, int, int], merge_size: int) -> Tensor:
+    """Return mRoPE positions of [head | image], (3, H + tokens): text counts on, an image token is at (row, column)."""
+    height, width = grid[1] // merge_size, grid[2] // merge_size
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([torch.zeros_like(row), row, column]).flatten(1) + head
+    return torch.cat([torch.arange(head).expand(3, -1), image], dim=1)
