@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from producer.check.findings import Finding, image_findings, long_prompts, table_findings
-from producer.check.survey import ImageSource, Survey, spread, survey
+from producer.check.survey import ImageSource, Survey, survey
 from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import order_by_image, select
@@ -19,6 +19,7 @@ from producer.options import RunOptions
 from producer.planning import refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import takes_columns
+from storage.evenly import spread
 from storage.fields import FIELDS, split_layer, widths
 from storage.question import Question
 from storage.stores.location import is_url, resolve_location

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 from producer.show.progress import Done, counted
+from storage.evenly import spread
 from storage.images.decoders import decoders
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.stores.location import is_url
@@ -17,7 +17,6 @@ from workers.errors import PermanentError, TransientError
 from workers.extract.loading import image_header, load_image, smart_resize
 from workers.extract.preprocess import vision_tokens
 
-T = TypeVar("T")
 _TIMED = 32  # images that are decoded for the time it takes
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk, and decoders release the interpreter's lock
 
@@ -128,9 +127,3 @@ def _decode_seconds(gallery: ImageSource, image_ids: Sequence[str]) -> float | N
         seconds += time.perf_counter() - begun
         decoded += 1
     return seconds / decoded if decoded else None
-
-
-def spread(items: Sequence[T], number: int) -> list[T]:
-    """Return at most `number` items, evenly from the first on."""
-    number = min(number, len(items))
-    return [items[i * len(items) // number] for i in range(number)]

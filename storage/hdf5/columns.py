@@ -120,17 +120,6 @@ def _index(part: Part, field: str) -> Index | None:
     return np.asarray(index)
 
 
-def read_column(path: File, field: str) -> tuple[list[str], Vectors]:
-    """Return the question ids of a part in key order, and one of its fields as float32 [N, D].
-
-    Without an index the datasets are read one by one, with the same result: ten times slower. Raises UserError where a
-    question lacks the field or has another width, DamagedError where a chunk is not what was written.
-    """
-    with open_part(path) as part:
-        column = column_of(part, field)
-    return column.ids, column.read()
-
-
 def read_index(part: Part) -> dict[str, Index]:
     """Return the index of every column of an open part; empty where it has none."""
     names = (name for name in part.attribute_names() if name.startswith(COLUMN))

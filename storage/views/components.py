@@ -22,8 +22,6 @@ def principal_components(vectors: npt.NDArray[Any]) -> tuple[npt.NDArray[np.floa
     values, axes = np.linalg.eigh(standard @ standard.T)  # ascending
     values = np.maximum(values[::-1][:2], 0.0)
     points = axes[:, ::-1][:, :2] * np.sqrt(values)
-    shares = [
-        *(values / max(standard.size, 1)).tolist(),
-        0.0,
-    ]  # of standardised dimensions the squares sum up to their number
+    # Of standardised dimensions the squares sum up to their number.
+    shares = [*(values / max(standard.size, 1)).tolist(), 0.0]
     return np.pad(points, ((0, 0), (0, 2 - points.shape[1]))), (shares[0], shares[1])

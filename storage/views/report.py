@@ -9,12 +9,13 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from storage.evenly import spread
 from storage.fields import in_order, split_layer
 from storage.runs.run import Run
 from storage.screen.terminal import visible
 from storage.views import charts
 from storage.views.components import principal_components
-from storage.views.report_data import ReportData, clipped, gather, spread
+from storage.views.report_data import ReportData, clipped, gather
 
 REPORT = "report.html"
 _PCA_LAYERS = 5

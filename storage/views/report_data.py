@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from PIL import Image
 
 from storage.answers import is_right
 from storage.errors import DamagedError, UserError
+from storage.evenly import spread
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.part import read_certificate
 from storage.hdf5.stored import TEXTS, StoredQuestion
@@ -33,7 +34,6 @@ from storage.runs.stalls import stalls
 from storage.sample import Failure
 from storage.stores.location import is_url
 
-T = TypeVar("T")
 _PARTS = 200  # looked into for their times and certificates
 _QUESTIONS = 5_000  # whose attributes are read, from at most
 _QUESTION_PARTS = 40
@@ -122,12 +122,6 @@ def compare(answer: str, ground_truth: str) -> str:
     if not ground_truth.strip():
         return "no ground truth"
     return "right answers" if is_right(answer, ground_truth) else "wrong answers"
-
-
-def spread(items: Sequence[T], number: int) -> list[T]:
-    """Return at most `number` items, evenly from the first on."""
-    number = min(number, len(items))
-    return [items[i * len(items) // number] for i in range(number)]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tests.support.builders import make_facts, make_questions, make_run, stage
 from tests.support.processes import command, write_csv
 from tests.support.s3_server import S3Server
 from workers.errors import PermanentError, TransientError
-from workers.extract.loading import image_size, load_image
+from workers.extract.loading import image_header, load_image
 
 LIMITS = (3136, 12845056)
 SIZES = {"small.png": (224, 224), "wide.jpg": (1400, 700), "large.jpg": (2800, 2800)}
@@ -274,7 +274,7 @@ def test_a_header_says_what_decoding_shows(images: Path, orientation: int, turne
     exif[0x0112] = orientation
     Image.new("RGB", (80, 40)).save(images / "turned.jpg", exif=exif)
     decoded = load_image(images / "turned.jpg", 28, LIMITS, exif_rotation=turned).original_size
-    assert image_size(images / "turned.jpg", exif_rotation=turned) == decoded
+    assert image_header(images / "turned.jpg", exif_rotation=turned)[0] == decoded
 
 
 def test_of_an_object_its_header_is_fetched(
@@ -297,7 +297,7 @@ def test_of_an_object_its_header_is_fetched(
         monkeypatch.setattr(ObjectStore, name, counted)
     for path in images.iterdir():
         s3_server.write(f"{s3_url}/{path.name}", path.read_bytes())
-        assert image_size(f"{s3_url}/{path.name}") == image_size(path) == load_image(path, 28, LIMITS).original_size
+        assert image_header(f"{s3_url}/{path.name}")[0] == image_header(path)[0] == load_image(path, 28, LIMITS).original_size
     assert fetched.pop("profile.jpg") in range(200_000, 300_000)
     whole = (images / "noise.webp").stat().st_size
     assert fetched.pop("noise.webp") in range(whole, whole + (1 << 17))  # its decoder wants all of it
@@ -305,7 +305,7 @@ def test_of_an_object_its_header_is_fetched(
     assert max(fetched.values()) <= 1 << 17
     assert (images / "large.jpg").stat().st_size > 1 << 20
     s3_server.control()
-    image_size(f"{s3_url}/large.jpg")
+    image_header(f"{s3_url}/large.jpg")[0]
     assert s3_server.control() == {"GET": 1}
 
 
@@ -314,7 +314,7 @@ def test_objects_that_are_no_images(s3_url: str, s3_server: S3Server) -> None:
     s3_server.write(f"{s3_url}/text.jpg", b"this is a text")
     for name, reason in [("empty", "image_empty"), ("text", "image_unreadable"), ("gone", "image_missing")]:
         with pytest.raises(PermanentError) as told:
-            image_size(f"{s3_url}/{name}.jpg")
+            image_header(f"{s3_url}/{name}.jpg")[0]
         assert told.value.reason == reason
 
 
@@ -329,7 +329,7 @@ def test_a_network_that_goes_away_blames_no_image(
 
     monkeypatch.setattr(ObjectStore, "get_range", away)
     with pytest.raises(TransientError, match="no answer"):
-        image_size(f"{s3_url}/profile.jpg")
+        image_header(f"{s3_url}/profile.jpg")[0]
 
 
 def test_the_survey_counts_every_image_once(images: Path) -> None:

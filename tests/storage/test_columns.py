@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from storage.errors import DamagedError, UserError
 from storage.hdf5 import placement
 from storage.hdf5.chunks import CODEC, ZLIB, decode_chunk, encode_chunk, join_planes, raw, read_planes
-from storage.hdf5.columns import COLUMN, read_column
+from storage.hdf5.columns import COLUMN, column_of
+from storage.hdf5.layout import open_part
 from storage.hdf5.part import write_part
 from storage.naming import group_key
 from storage.question import Question
@@ -31,6 +32,15 @@ from storage.sample import Sample
 from tests.support.builders import make_facts, make_questions, make_run, make_sample, make_settings, stage
 
 FIELD = "query_token_representation/layer_3"
+
+
+def read_column(path: Path, field: str) -> tuple[list[str], np.ndarray]:
+    """Return the question ids of a part in key order, and one of its fields as float32 [N, D]."""
+    with open_part(path) as part:
+        column = column_of(part, field)
+    return column.ids, column.read()
+
+
 WIDE = make_facts(hidden_size=3584, vision_hidden_size=1280)
 CODECS = pytest.mark.parametrize("codec", [CODEC, ZLIB], ids=lambda codec: codec.name)
 

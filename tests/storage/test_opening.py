@@ -17,7 +17,7 @@ from storage.images import opening
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.images.opening import LinkError, NotRegularError, open_regular, read_bounded
 from workers.errors import PermanentError, TransientError
-from workers.extract.loading import image_size, load_image
+from workers.extract.loading import image_header, load_image
 
 LIMITS = (3136, 12845056)
 
@@ -139,7 +139,7 @@ def test_what_is_no_file_fails_at_once(place: Path, way: str, make: Callable[[Pa
     make(place / "images/x.png")
     with pytest.raises(NotRegularError):
         open_regular(str(place / "images/x.png"))
-    for look in (lambda path: load_image(path, 28, LIMITS), image_size):
+    for look in (lambda path: load_image(path, 28, LIMITS), image_header):
         with pytest.raises(PermanentError, match=rf"x\.png is {kind}, not a file") as caught:
             look(str(place / "images/x.png"))
         assert caught.value.reason == "image_unreadable"
@@ -186,6 +186,6 @@ def test_links_within_the_roots_go_on_working(place: Path, way: str) -> None:
     (place / "images/way").symlink_to(place / "other")
     for name in ("c.png", "way/c.png"):
         location = resolve_image(name, place / "images", (place / "other",))
-        assert load_image(location, 28, LIMITS).original_size == image_size(location) == (56, 56)
+        assert load_image(location, 28, LIMITS).original_size == image_header(location)[0] == (56, 56)
         with pytest.raises(OutsideRootError):
             resolve_image(name, place / "images", ())

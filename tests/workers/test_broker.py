@@ -239,6 +239,7 @@ def test_a_run_over_tls(
     assert_no_secret(tmp_path, refused.stderr, wrong.stderr, enqueued.stdout, enqueued.stderr)
 
 
+@pytest.mark.slow
 def test_an_acl_user_and_a_wrong_password(
     cluster: Cluster,
     images: Path,

@@ -204,6 +204,7 @@ def test_it_asks_for_a_password_and_is_read_only(scene: Scene) -> None:
     assert b"hush" not in command_line
 
 
+@pytest.mark.slow
 def test_dropped_questions_do_not_count_as_done(scene: Scene, photographs: Path, small_model: Path) -> None:
     rows = [
         {"question_id": f"c{n}", "image_id": "astronaut.png", "question": f"What about {n}?", "answer": ""} for n in range(6)

@@ -31,7 +31,7 @@ from tests.support.clusters import Cluster, finished, table_of
 from tests.support.image_work import dies_of, endless, greedy, size_of, stops
 from tests.support.processes import command, wait_for, write_csv
 from workers.errors import PermanentError, TransientError
-from workers.extract.loading import image_size, load_apart, load_image, load_quick
+from workers.extract.loading import image_header, load_apart, load_image, load_quick
 
 LIMITS = (3136, 12845056)
 OPTIONS = {"halp_compat": False, "exif_rotation": False}
@@ -105,7 +105,7 @@ def test_what_surely_ends_is_decoded_here(tmp_path: Path, kind: str, options: di
     for image in filter(None, (here, apart)):
         assert image.pixels.flags.writeable
         assert image.pixels.flags.c_contiguous
-    assert image_size(path) == apart.original_size
+    assert image_header(path)[0] == apart.original_size
 
 
 def test_a_jpeg_of_parts_of_components_is_not_of_one_scan() -> None:
@@ -236,7 +236,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path, decoders: Decoders) -> None:
 
     def use() -> None:
         load_image(path, 28, LIMITS)
-        image_size(path)
+        image_header(path)[0]
         refused(tmp_path / "b.gif")
         with pytest.raises(ImageRefusedError):
             on_image_apart(str(path), endless, seconds=0.05)
@@ -317,7 +317,7 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path: Path, data: bytes, word
     assert error.reason == "image_unreadable"
     assert f"{path} is not an image that Pillow can read: " in error.message
     with pytest.raises(PermanentError, match=words):
-        image_size(path)
+        image_header(path)[0]
 
 
 @pytest.mark.slow

@@ -81,16 +81,11 @@ def load_apart(
     return _prepared(result, result.array, halp_compat, exif_rotation)
 
 
-def image_size(path: str | Path, *, exif_rotation: bool = False) -> tuple[int, int]:
-    """Return the width and height that an image's header says, checked as `load_image` checks them.
-
-    Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
-    """
-    return image_header(path, exif_rotation=exif_rotation)[0]
-
-
 def image_header(path: str | Path, *, exif_rotation: bool = False) -> tuple[tuple[int, int], bool]:
-    """Return what `image_size` does, and whether the EXIF data say that the image is to be shown turned or mirrored."""
+    """Return the width and height that an image's header says, and whether its EXIF data turn or mirror it when it is shown.
+
+    Checked as `load_image` checks them. Of an object, what its header takes is fetched. Raises PermanentError, TransientError.
+    """
     with _refusing(path):
         width, height, orientation = on_header(str(path), _size, exif_rotation).facts
     return (width, height), orientation in range(2, 9)
