@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,19 +52,65 @@ def _with_room(states: Tensor, length: int) -> Tensor:
 
 
 @dataclass(slots=True)
+class Recurrent:
+    """A recurrent layer's state of one sequence: transformers' own layer, with rows of one."""
+
+    layer: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return sum(state.nbytes for states in self._states(self.layer) for state in states.values() if state is not None)
+
+    @classmethod
+    def is_one(cls, layer: Any) -> bool:
+        """Tell whether a cache's layer is recurrent."""
+        return hasattr(layer, "recurrent_states")
+
+    @classmethod
+    def of_row(cls, layer: Any, row: int) -> Recurrent:
+        """Return one sequence's state."""
+        taken = copy.copy(layer)
+        cls.select(taken, slice(row, row + 1))
+        return cls(taken)
+
+    @classmethod
+    def stack(cls, states: Sequence[Recurrent]) -> Any:
+        """Return a layer with a row for each state."""
+        layer = copy.copy(states[0].layer)
+
+        def joined(which: int, key: int) -> Any:
+            found = [cls._states(one.layer)[which][key] for one in states]
+            return None if found[0] is None else torch.cat([state for state in found if state is not None])
+
+        layer.conv_states, layer.recurrent_states = (
+            {key: joined(which, key) for key in kept} for which, kept in enumerate(cls._states(layer))
+        )
+        return layer
+
+    @classmethod
+    def select(cls, layer: Any, rows: Any) -> None:
+        """Keep the given rows of a layer; copies, since the states are written in place."""
+        layer.conv_states, layer.recurrent_states = (
+            {k: None if v is None else v[rows].clone() for k, v in states.items()} for states in cls._states(layer)
+        )
+
+    @staticmethod
+    def _states(layer: Any) -> tuple[dict[int, Tensor | None], dict[int, Tensor | None]]:
+        return layer.conv_states, layer.recurrent_states
+
+
+@dataclass(slots=True)
 class Row:
     """One sequence's cache: of each layer (2, heads, L, d), and the text position of its next token.
 
-    Not one tensor: of a model that lies on several GPUs, each layer's cache is where the layer is.
+    Not one tensor: of a model that lies on several GPUs, each layer's cache is where the layer is. A layer that attends to an
+    image beside the text has another L: the image's.
     """
 
-    kv: list[Tensor]
+    kv: list[Tensor | Recurrent]
+    length: int  # tokens
     next_position: int
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self.kv[0].shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -78,13 +125,17 @@ class Batch:
     cache: Cache
     mask: Tensor  # (B, cached tokens), 0 on padding
     next_position: Tensor  # (B,)
+    extra: Tensor | None = None  # (B, …), what a family's decoder takes beside
 
     @classmethod
-    def empty(cls, next_positions: Sequence[int], device: torch.device) -> Batch:
-        """Return a batch that has seen nothing; `next_positions` are those after its first forward."""
+    def empty(cls, next_positions: Sequence[int], device: torch.device, layers: Sequence[Any] = ()) -> Batch:
+        """Return a batch that has seen nothing; `next_positions` are those after its first forward.
+
+        `layers`: of a model with recurrent layers, a cache's layers of all kinds in their order.
+        """
         positions = torch.tensor(next_positions, device=device)
         return cls(
-            Cache(layer_class_to_replicate=GrowingLayer),
+            new_cache(layers),
             torch.zeros(len(next_positions), 0, device=device).long(),
             positions,
         )
@@ -94,10 +145,13 @@ class Batch:
         """Return the batch whose i-th sequence goes on from rows[index[i]]."""
         width = max(row.length for row in rows)
         chosen = torch.tensor(index, device=device)
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        cache = new_cache(rows[0].kv)
         for layer, kv in enumerate(zip(*(row.kv for row in rows))):
-            here = chosen.to(kv[0].device)
-            keys, values = (_stack_left([one[which] for one in kv], width)[here] for which in (0, 1))
+            if isinstance(kv[0], Recurrent):
+                cache.layers[layer] = Recurrent.stack([kv[i] for i in index])
+                continue
+            here, longest = chosen.to(kv[0].device), max(one.shape[2] for one in kv)
+            keys, values = (_stack_left([one[which] for one in kv], longest)[here] for which in (0, 1))
             cache.update(keys, values, layer)
         lengths = torch.tensor([row.length for row in rows], device=device)[chosen]
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
@@ -105,21 +159,25 @@ class Batch:
 
     def rows(self) -> list[Row]:
         """Take the batch apart: each sequence's own cache, without padding."""
-        layers = self.cache.layers
         lengths, positions = self.mask.sum(1).tolist(), self.next_position.tolist()
         return [
-            Row(
-                [torch.stack([x[i, :, -length:] for x in (layer.keys, layer.values)]) for layer in layers],
-                position,
-            )
+            Row([self._of_row(layer, i, length) for layer in self.cache.layers], length, position)
             for i, (length, position) in enumerate(zip(lengths, positions))
         ]
 
+    def _of_row(self, layer: Any, row: int, length: int) -> Tensor | Recurrent:
+        if Recurrent.is_one(layer):
+            return Recurrent.of_row(layer, row)
+        kept = length if layer.keys.shape[2] == self.mask.shape[1] else layer.keys.shape[2]
+        return torch.stack([states[row, :, -kept:] for states in (layer.keys, layer.values)])
+
     def select(self, rows: Tensor) -> None:
         """Keep the given sequences."""
-        self.cache.batch_select_indices(rows)
+        for layer in self.cache.layers:
+            Recurrent.select(layer, rows) if Recurrent.is_one(layer) else layer.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.next_position = self.next_position[rows]
+        self.extra = None if self.extra is None else self.extra[rows]
 
 
 @dataclass(slots=True)
@@ -137,21 +195,33 @@ class Prefix:
         return self.row.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
 
+class Sized(Protocol):
+    """Something that says how much memory it holds."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        ...
+
+
+T = TypeVar("T", bound=Sized)
+
+
 @dataclass(slots=True)
-class PrefixCache:
+class PrefixCache(Generic[T]):
     """The prefixes used last, bounded in bytes, so that an image's questions share theirs across batches."""
 
     max_bytes: int
-    _kept: OrderedDict[Hashable, Prefix] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[Hashable, T] = field(default_factory=OrderedDict)
     _bytes: int = 0
 
-    def get(self, key: Hashable) -> Prefix | None:
+    def get(self, key: Hashable) -> T | None:
         """Return a prefix, if it is kept."""
         if key in self._kept:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
-    def put(self, key: Hashable, prefix: Prefix) -> None:
+    def put(self, key: Hashable, prefix: T) -> None:
         """Keep a prefix in place of those used longest ago; one that is larger than the bound is not kept."""
         if prefix.nbytes > self.max_bytes or key in self._kept:
             return
@@ -164,6 +234,14 @@ class PrefixCache:
         """Forget all."""
         self._kept.clear()
         self._bytes = 0
+
+
+def new_cache(layers: Sequence[Any]) -> Cache:
+    """Return an empty cache for layers of these kinds: attention grows, whatever is recurrent is transformers' own."""
+    if not any(isinstance(layer, Recurrent) or Recurrent.is_one(layer) for layer in layers):
+        return Cache(layer_class_to_replicate=GrowingLayer)
+    kinds = [layer.layer if isinstance(layer, Recurrent) else layer for layer in layers]
+    return Cache(layers=[type(kind)() if Recurrent.is_one(kind) else GrowingLayer() for kind in kinds])
 
 
 def _stack_left(states: Sequence[Tensor], width: int) -> Tensor:

@@ -43,7 +43,7 @@ def decode(
     last: Tensor,
     *,
     rules: Rules,
-    head: torch.nn.Linear,
+    head: Callable[[Tensor], Tensor],
     forward: Callable[[Batch, Tensor], Tensor],
     eos: Sequence[int],
     max_new_tokens: int,

@@ -45,7 +45,7 @@ class Penalty:
     def __init__(self, prompts: Sequence[Sequence[int]], vocabulary: int, penalty: float, device: torch.device) -> None:
         seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
         for row, ids in zip(seen, prompts):
-            row[list(set(ids))] = True
+            row[[token for token in set(ids) if token < vocabulary]] = True  # an image's may have no logit
         self._seen, self._penalty = seen.to(device), penalty
 
     def scores(self, logits: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class QwenEngine:
         cuda = self._device.type == "cuda"
         free = free_memory(self._device)
         self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
-        self._prefixes = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
+        self._prefixes: PrefixCache[Prefix] = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
         batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype)
         self.info = model_info(
             self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)

@@ -1,0 +1,279 @@
+"""The engine for any family of models: their own forward over [head | image], their text decoder over the rest, hooks on it.
+
+For each image the model's processor makes a constant prompt, cut after the image's last token: the prefix. The model itself
+runs it once; a hook on its text decoder sees which positions it gave. The questions' suffixes then go through the decoder as
+one batch, padded on the left, with positions and masks said explicitly, over the prefix's cache; and answers are decoded from
+there. `exact` recipes, and families that share nothing, run one whole prompt at a time.
+
+Knows nothing of runs, files or queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, Field, by_layer
+from storage.sample import Sample
+from workers.engine.cache import Batch, PrefixCache, Row
+from workers.engine.decode import Answer, decode
+from workers.engine.generation import Generation
+from workers.engine.hooks import ending_after, outputs, to_numpy
+from workers.engine.interface import Recipe, Request
+from workers.engine.kernels import PlainAttention
+from workers.engine.models.base import Family, Inputs
+
+
+@dataclass(slots=True)
+class ImagePrefix:
+    """[head | image] of a prompt, run once for all questions of the image."""
+
+    row: Row
+    ids: tuple[int, ...]
+    facts: dict[str, Any]
+    vectors: dict[str, Tensor]  # HALP field to (D,)
+    extra: Tensor | None  # what the family's further steps need, with one row
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        kept = [*self.vectors.values(), *([] if self.extra is None else [self.extra])]
+        return self.row.nbytes + sum(tensor.nbytes for tensor in kept)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the model's own forward hands its text decoder."""
+
+    embedded: Tensor | None = None  # (1, L, D)
+    positions: Tensor | None = None  # (1, L) or (axes, 1, L)
+
+
+class GenericEngine:
+    """A loaded model of any family, without what a worker needs to know of it."""
+
+    def __init__(self, family: Family, text: str, generation: Generation, prefixes: PrefixCache[ImagePrefix]) -> None:
+        """`text`: the rendered constant prompt."""
+        self._family, self._generation, self._prefixes = family, generation, prefixes
+        self._text = text
+        self._device = family.model.get_input_embeddings().weight.device
+        self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+
+    @torch.inference_mode()
+    def extract(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return a sample per request, in their order. All requests have one recipe."""
+        recipe = requests[0].recipe
+        if recipe.exact or self._family.share == "nothing":
+            with PlainAttention() if recipe.math_kernel else nullcontext():
+                return [self._whole(request) for request in requests]
+        if not self._family.recurrent:
+            return self._shared(requests)
+        # A recurrent state runs through padding: suffixes of one length at a time.
+        samples: dict[int, Sample] = {}
+        for length in sorted({len(request.suffix_ids) for request in requests}):
+            chosen = [i for i, request in enumerate(requests) if len(request.suffix_ids) == length]
+            samples |= zip(chosen, self._shared([requests[i] for i in chosen]))
+        return [samples[i] for i in range(len(requests))]
+
+    def _shared(self, requests: Sequence[Request]) -> list[Sample]:
+        recipe, family = requests[0].recipe, self._family
+        computed: set[str] = set()
+        prefixes: dict[str, ImagePrefix] = {}
+        for request in requests:
+            if request.image_key not in prefixes:
+                key = (request.image_key, recipe.layers, recipe.max_new_tokens == 0)
+                if (found := self._prefixes.get(key)) is None:
+                    found = self._prefix(request.pixels, recipe)
+                    computed.add(request.image_key)
+                    self._prefixes.put(key, found)
+                prefixes[request.image_key] = found
+        order = list(prefixes)
+        index = [order.index(request.image_key) for request in requests]
+        batch = Batch.of([prefixes[key].row for key in order], index, self._device)
+        batch.extra = _stacked([prefixes[order[i]].extra for i in index])
+        lengths = torch.tensor([len(request.suffix_ids) for request in requests], device=self._device)
+        width = int(lengths.max())
+        rows = [torch.tensor(request.suffix_ids, device=self._device) for request in requests]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # (B, L)
+        offsets = torch.arange(width, device=self._device) - (width - lengths)[:, None]  # negative on padding
+        positions = batch.next_position[:, None] + offsets.clamp(min=0)
+        with self._capture(recipe, [-1]) as captured:
+            states = self._step(batch, ids, positions, lengths.tolist(), recipe)
+        batch.next_position = batch.next_position + lengths
+        prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in requests]
+        answers = self._answer(batch, states, prompts, recipe)
+        samples = []
+        for i, request in enumerate(requests):
+            prefix = prefixes[request.image_key]
+            vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i, 0] for n, v in captured.items()})
+            facts = {
+                **prefix.facts,
+                "seq_len": len(prompts[i]),
+                "query_token_position": len(prompts[i]) - 1,
+                "batch_size": len(requests),
+                "image_prefix": "computed" if request.image_key in computed else "shared",
+            }
+            computed.discard(request.image_key)
+            samples.append(self._sample(family, vectors, answers[i], facts))
+        return samples
+
+    def _prefix(self, pixels: np.ndarray, recipe: Recipe) -> ImagePrefix:
+        """Run [head | image] of an image."""
+        family = self._family
+        whole = family.inputs(self._text, pixels)
+        inputs = family.up_to(whole, family.cut(whole))
+        ids = inputs["input_ids"][0]
+        last = int((ids == family.image_id).nonzero()[-1])
+        vectors, batch, _ = self._run(inputs, [last], (VISION_TOKEN,), recipe)
+        [row] = batch.rows()
+        return ImagePrefix(row, tuple(ids.tolist()), self._facts(inputs, last), vectors, family.kept_of(inputs))
+
+    def _whole(self, request: Request) -> Sample:
+        """Run a whole prompt, which shares nothing."""
+        family, recipe = self._family, request.recipe
+        made = family.inputs(self._text, request.pixels)
+        inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
+        ids = inputs["input_ids"][0]
+        last, end = int((ids == family.image_id).nonzero()[-1]), len(ids) - 1
+        vectors, batch, final = self._run(inputs, [last, end], (VISION_TOKEN, QUERY_TOKEN), recipe)
+        batch.extra = family.kept_of(inputs)
+        prompt = tuple(ids.tolist())
+        [answer] = self._answer(batch, final, [prompt], recipe)
+        facts = {
+            **self._facts(inputs, last),
+            "seq_len": len(prompt),
+            "query_token_position": end,
+            "batch_size": 1,
+            "image_prefix": "computed" if family.share == "prefix" else "whole",
+        }
+        return self._sample(family, vectors, answer, facts)
+
+    def _run(
+        self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
+    ) -> tuple[dict[str, Tensor], Batch, Tensor | None]:
+        """Run the model itself over one row. Return the vectors of its image and of a field at each of some positions, the
+        batch after it, and the last token's final state, (1, D): None where it ended after the last layer that is kept.
+        """
+        family = self._family
+        length = inputs["input_ids"].shape[1]
+        batch = Batch.empty([0], self._device, self._layer_kinds)
+        seen = _Seen()
+        # A recurrent layer that was not run has no state that could be kept.
+        ends = recipe.max_new_tokens == 0 and not family.recurrent
+        final = None
+        modules = {0: family.tower()} | ({} if (projector := family.projector()) is None else {1: projector})
+        with (
+            self._capture(recipe, at) as captured,
+            outputs(modules, family.of_tower) as vision,
+            self._watched(seen),
+            ending_after(family.layers[max(recipe.layers)] if ends else None),
+        ):
+            out = family.core(**inputs, past_key_values=batch.cache, use_cache=True)
+            final = out.last_hidden_state[:, -1].to(self._device)
+        batch.mask = inputs["attention_mask"].long()
+        if seen.positions is not None and seen.positions.ndim == 3:
+            self._axes = 3  # of four, the first is the text's own
+        positions = torch.arange(length, device=self._device) if seen.positions is None else seen.positions[-3:]
+        batch.next_position = positions.max().reshape(1).to(self._device) + 1
+        merged = vision.get(1, seen.embedded)
+        assert merged is not None
+        vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
+        if recipe.vision_encoder:
+            vectors[VISION_ENCODER.name] = family.encoder_mean(vision[0], inputs)
+        for place, field in enumerate(fields):
+            vectors |= by_layer(field, {n: v[0, place].clone() for n, v in captured.items()})
+        return vectors, batch, final
+
+    def _step(self, batch: Batch, ids: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe) -> Tensor | None:
+        """Run the text decoder on left-padded ids (B, L); extend the batch. Return the last column's final states, (B, D).
+
+        None where no answer is wanted and the forward ended after the last layer that is kept.
+        """
+        family, width = self._family, ids.shape[1]
+        column = torch.tensor(lengths, device=self._device)[:, None]
+        mask = (torch.arange(width, device=self._device) >= width - column).long()
+        batch.mask = torch.cat([batch.mask, mask], dim=1)
+        out = None
+        with ending_after(family.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None):
+            out = family.decoder(
+                input_ids=ids,
+                position_ids=positions if self._axes is None else positions.expand(self._axes, *positions.shape),
+                attention_mask=family.masks(batch.mask, width),
+                past_key_values=batch.cache,
+                use_cache=True,
+                **family.step(batch.extra, width),
+            )
+        return None if out is None else out.last_hidden_state[:, -1].to(self._device)
+
+    def _answer(self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[Answer]:
+        if last is None or recipe.max_new_tokens == 0:
+            return [Answer() for _ in prompts]
+
+        def forward(batch: Batch, tokens: Tensor) -> Tensor:
+            states = self._step(batch, tokens[:, None], batch.next_position[:, None], [1] * len(tokens), recipe)
+            batch.next_position = batch.next_position + 1
+            assert states is not None
+            return states
+
+        vocabulary = self._family.model.get_output_embeddings().out_features
+        rules = self._generation.rules(prompts, vocabulary, recipe.repetition_penalty, recipe.max_new_tokens, self._device)
+        ends, longest = self._generation.ends, recipe.max_new_tokens
+        return decode(batch, last, rules=rules, head=self._family.scores, forward=forward, eos=ends, max_new_tokens=longest)
+
+    @property
+    def _layer_kinds(self) -> Sequence[Any]:
+        """Of a model with recurrent layers, an empty cache's layers; nothing for others."""
+        if not self._family.recurrent:
+            return ()
+        from transformers.cache_utils import DynamicCache
+
+        layers: Sequence[Any] = DynamicCache(config=self._family.text).layers
+        return layers
+
+    def _facts(self, inputs: Inputs, last: int) -> dict[str, Any]:
+        grid = inputs.get("image_grid_thw")
+        number = int((inputs["input_ids"][0] == self._family.image_id).sum())
+        facts = {"vision_token_position": last, "num_vision_tokens": number}
+        return facts if grid is None else facts | {"image_grid_thw": grid[0].tolist()}
+
+    def _sample(self, family: Family, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
+        text = family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        return Sample({name: to_numpy(vector) for name, vector in vectors.items()}, text, facts | answer.facts)
+
+    def _capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
+        """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
+        layers = {i: self._family.layers[i] for i in recipe.layers}
+        return outputs(layers, lambda out: out[:, list(at)])
+
+    @contextmanager
+    def _watched(self, seen: _Seen) -> Iterator[None]:
+        """See what the model hands its text decoder while the context lasts."""
+
+        def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            seen.embedded, seen.positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+
+        def enter(_module: Any, args: Any) -> None:
+            if seen.embedded is None:  # of a decoder that embeds images itself
+                seen.embedded = args[0]
+
+        decoder = self._family.decoder
+        handles = (
+            decoder.register_forward_pre_hook(look, with_kwargs=True),
+            self._family.layers[0].register_forward_pre_hook(enter),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _stacked(extras: Sequence[Tensor | None]) -> Tensor | None:
+    found = [extra for extra in extras if extra is not None]
+    return torch.cat(found) if found else None

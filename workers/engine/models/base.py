@@ -1,0 +1,177 @@
+"""What differs between families of models in the forward pass. The defaults serve most; a family overrides what it must.
+
+A family is asked for three things: what its processor makes of an image and a constant prompt, where in that prompt the image
+ends, and what its text decoder needs to go on from there. Everything else is the model's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from workers.errors import EngineStartError
+
+_IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")  # of a config, or of its vision_config
+_TYPES = ("token_type_ids", "mm_token_type_ids")  # 1 where a token is an image's
+_TOWERS = ("visual", "vision_tower", "vision_model")
+Inputs = dict[str, Tensor]
+
+
+class Family:
+    """A loaded model as the engine sees it.
+
+    share: what the questions of an image share: `prefix`, its part of the prompt, run once; or `nothing`, where image tokens
+        see the question, and prompts are computed whole.
+    """
+
+    AUTO: Any = AutoModelForImageTextToText
+    share = "prefix"
+    marks_images = True  # token_type_ids say which tokens are an image's
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.core = model.model
+        self.decoder = self._decoder()
+        self.layers = self.decoder.layers
+        self.text = model.config.get_text_config()
+        self.image_id = image_id(model.config)
+        self.kinds: list[str] = list(getattr(self.text, "layer_types", None) or ())
+        self.recurrent = "linear_attention" in self.kinds
+        self._window = getattr(self.text, "sliding_window", None)
+        self._added = set(processor.tokenizer.added_tokens_decoder)
+
+    def _decoder(self) -> Any:
+        # Not get_decoder(): of some models in transformers 4.57 that is the whole model.
+        for name in ("language_model", "text_model"):
+            if hasattr(self.core, name):
+                return getattr(self.core, name)
+        raise EngineStartError(f"it is a {self.model.config.model_type} model, whose text decoder is not known here")
+
+    def inputs(self, text: str, image: np.ndarray) -> Inputs:
+        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]."""
+        made = self.processor(text=[text], images=[image], return_tensors="pt")
+        device = self.model.get_input_embeddings().weight.device
+        return {
+            k: v.to(device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in made.items() if k != "labels"
+        }
+
+    def cut(self, inputs: Inputs) -> int:
+        """Return where an image's part of a prompt ends, closing tokens included."""
+        ids = inputs["input_ids"][0]
+        special = ids == self.image_id
+        for name in _TYPES if self.marks_images else ():
+            if name in inputs:
+                special = special | (inputs[name][0] == 1)
+        end = int(special.nonzero()[-1]) + 1
+        while end < len(ids) and int(ids[end]) in self._added:
+            end += 1
+        return end
+
+    def up_to(self, inputs: Inputs, end: int) -> Inputs:
+        """Return the inputs of a prompt's first `end` tokens."""
+        shape = inputs["input_ids"].shape
+        return {k: v[:, :end] if _by_token(v, shape) else v for k, v in inputs.items()}
+
+    def extended(self, inputs: Inputs, suffix: Sequence[int]) -> Inputs:
+        """Return the inputs of a prompt that goes on with text, whose tokens see what the last one sees."""
+        shape, found = inputs["input_ids"].shape, {}
+        for name, values in inputs.items():
+            if not _by_token(values, shape):
+                found[name] = values
+                continue
+            if name == "input_ids":
+                more = torch.tensor([list(suffix)], device=values.device)
+            elif name in _TYPES:
+                more = values.new_zeros(1, len(suffix))
+            else:
+                more = values[:, -1:].expand(-1, len(suffix), *values.shape[2:])
+            found[name] = torch.cat([values, more], dim=1)
+        return found
+
+    def step(self, extra: Tensor | None, width: int) -> dict[str, Any]:
+        """Return what else the decoder takes for `width` text tokens; `extra` has what `kept_of` gave of each image, (B, …)."""
+        return {}
+
+    def kept_of(self, inputs: Inputs) -> Tensor | None:
+        """Return what of a prefix's inputs `step` needs, with one row; None where it needs nothing."""
+        return None
+
+    def masks(self, valid: Tensor, width: int) -> Any:
+        """Return the attention masks of the last `width` columns of `valid`, (B, K), 0 on padding; booleans (B, 1, width, K).
+
+        By the order among real tokens: in a window, padding between an image and a question does not count.
+        """
+        real, order = valid.bool(), valid.cumsum(1) - 1
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        full = real[:, None, :] & (columns[None, None, :] <= columns[-width:][None, :, None])
+        padding = ~real[:, -width:, None]  # sees all: a row that sees nothing would be NaN, and stay in the cache
+        masks = {"full_attention": (full | padding)[:, None]}
+        if "sliding_attention" in self.kinds and self._window:
+            near = order[:, -width:, None] - order[:, None, :] < self._window
+            masks["sliding_attention"] = ((full & near) | padding)[:, None]
+        if self.recurrent:
+            masks["linear_attention"] = valid if not bool(real[:, -width:].all()) else None  # type: ignore[assignment]
+        if self.text._attn_implementation == "eager":  # which adds what it gets
+            masks = {kind: self._added_to_scores(mask) for kind, mask in masks.items()}
+        return masks if len(set(self.kinds)) > 1 else masks.get(self.kinds[0] if self.kinds else "", masks["full_attention"])
+
+    def _added_to_scores(self, mask: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Return the model's logits (B, V) of final states (B, D)."""
+        logits: Tensor = self.model.get_output_embeddings()(states).to(states.device)
+        if (scale := getattr(self.model, "logit_scale", None) or getattr(self.text, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (cap := getattr(self.text, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def tower(self) -> Any:
+        """Return the module whose output is the vision tower's."""
+        for name in _TOWERS:
+            if hasattr(self.core, name):
+                return last_block(getattr(self.core, name))
+        raise EngineStartError(f"it is a {self.model.config.model_type} model, whose vision tower is not known here")
+
+    def of_tower(self, out: Any) -> Tensor:
+        """Return the states in what the tower's module puts out."""
+        return out if isinstance(out, Tensor) else out.last_hidden_state
+
+    def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
+        """Return the mean (E,) of the tower's output: over patches, tiles and, where it has one, the class token."""
+        return out.flatten(0, -2).mean(0)
+
+    def projector(self) -> Any:
+        """Return the module that puts out what `merged_mean` takes; None: it takes what enters the decoder, (1, L, D)."""
+        return None
+
+    def merged_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
+        """Return the mean (D,) of an image's embeddings."""
+        return out[0, inputs["input_ids"][0] == self.image_id].mean(0)
+
+
+def _by_token(values: Tensor, shape: Any) -> bool:
+    """Tell whether something has a value for each token of a prompt; pixels have none."""
+    return values.ndim >= 2 and values.shape[:2] == shape and not values.is_floating_point()
+
+
+def image_id(config: Any) -> int:
+    """Return the token that stands for a piece of an image. Raises EngineStartError where the config names none."""
+    for owner in (config, getattr(config, "vision_config", None)):
+        for name in _IMAGE_IDS:
+            if isinstance(found := getattr(owner, name, None), int):
+                return found
+    raise EngineStartError(f"it is a {config.model_type} model, whose config names no image token")
+
+
+def last_block(tower: Any) -> Any:
+    """Return a tower's last block: of its longest list of modules, the last one."""
+    lists = [module for module in tower.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)[-1] if lists else tower

@@ -1,0 +1,22 @@
+"""FastVLM: a tower of convolutions, from the package timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from workers.engine.models import base
+from workers.engine.models.base import Inputs
+
+
+class Family(base.Family):
+    """Its tower's output has channels first."""
+
+    def tower(self) -> Any:
+        """Return the whole tower."""
+        return self.core.vision_tower
+
+    def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
+        """Return the mean (E,) over the places of the last map, (1, E, rows, columns)."""
+        return out[0].flatten(1).mean(1)
