@@ -29,6 +29,7 @@ from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
 from storage.stores.space import describe
+from workers.checkpoint.families import PUBLISHED, SIZED, refuse_blind
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import (
     checkpoint_digest,
@@ -37,7 +38,6 @@ from workers.checkpoint.identity import (
     read_config,
     resolve_layers,
 )
-from workers.engine.models import refuse_unknown
 from workers.errors import EngineStartError
 from workers.settings import settings as process_settings
 
@@ -153,9 +153,16 @@ def _check_model(options: RunOptions) -> None:
     config = read_config(options.model, options.revision)
     if config is not None and config.model_type is not None and not process_settings().engine.startswith("fake"):
         try:
-            refuse_unknown(config.model_type)
+            refuse_blind(config.values)
         except EngineStartError as error:  # before a run is there that has the wrong model
             raise UserError(f"--model {options.model}: {error}") from None
+        asked = options.computation
+        if asked.halp_compat and config.model_type not in PUBLISHED:
+            raise UserError(f"--halp-compat: the published definitions for a {config.model_type} model are not known here")
+        if config.model_type not in SIZED and (asked.min_pixels is not None or asked.max_pixels is not None):
+            raise UserError(
+                f"--min-pixels and --max-pixels: a {config.model_type} model's own processor sizes images: leave them out"
+            )
     if config is not None and config.num_hidden_layers is not None:
         resolve_layers(options.computation.layers, config.num_hidden_layers)
     if (

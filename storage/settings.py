@@ -134,8 +134,8 @@ class ModelFacts(BaseModel):
     hidden_size: int
     vision_hidden_size: int
     layers: tuple[int, ...] = Field(max_length=10_000)
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None  # None: the model's processor sizes images
+    max_pixels: int | None
     repetition_penalty: float
     prompt: str = QUESTION
     system_prompt: str | None = None

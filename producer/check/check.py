@@ -112,7 +112,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
     gallery = _gallery(options, shape or _default_shape())
     asked_of = Counter(question.image_id for question in questions)
     seen = survey(gallery, list(asked_of), decode=decode, done=phases("opening images", len(asked_of)))
-    tokens = {image_id: gallery.tokens(size) for image_id, size in seen.sizes.items()}
+    tokens = {i: number for i, size in seen.sizes.items() if (number := gallery.tokens(size)) is not None}
     disk = _disk(options, shape, len(questions), len(asked_of)) if shape else None
     columns = takes_columns(options, questions)
     texts = look_at_texts(options, questions, columns=columns)
@@ -173,12 +173,14 @@ def _gallery(options: RunOptions, shape: Shape) -> ImageSource:
 
 def _what_ifs(gallery: ImageSource, seen: Survey, asked: Counter[str]) -> tuple[WhatIf, ...]:
     found: list[WhatIf] = []
-    for bound in (gallery.limits[1], *(tokens * gallery.factor**2 for tokens in _WHAT_IFS)):
-        if bound > gallery.limits[1] or bound < gallery.limits[0]:
+    least, most = gallery.limits
+    if gallery.factor is None or least is None or most is None:
+        return ()
+    for bound in (most, *(tokens * gallery.factor**2 for tokens in _WHAT_IFS)):
+        if not least <= bound <= most:
             continue
-        limits = (gallery.limits[0], bound)
         shrunk = sum(width * height > bound for width, height in seen.sizes.values())
-        tokens = sum(gallery.tokens(size, limits) * asked[image_id] for image_id, size in seen.sizes.items())
+        tokens = sum((gallery.tokens(size, bound) or 0) * asked[image_id] for image_id, size in seen.sizes.items())
         if not found or (shrunk, tokens) != (found[-1].shrunk_images, found[-1].vision_tokens):
             found.append(WhatIf(bound, shrunk, tokens))
     return tuple(found)

@@ -57,8 +57,11 @@ def print_check(checked: Checked, console: Console) -> None:
     megapixels = [width * height / 1e6 for width, height in checked.sizes]
     if checked.sizes:
         console.print(_bars("megapixels of an image", _histogram(megapixels, _MEGAPIXELS)))
-        console.print(_bars("vision tokens of an image", _histogram(checked.tokens, _TOKENS)))
-        console.print(_what_ifs(checked))
+        if checked.tokens:
+            console.print(_bars("vision tokens of an image", _histogram(checked.tokens, _TOKENS)))
+            console.print(_what_ifs(checked))
+        else:
+            console.print("vision tokens of an image: not known here, the model's own processor makes them")
     for finding in checked.findings:
         console.print(Text(one_line(f"{finding.level}: {finding.number:,} {finding.message}")), soft_wrap=True)
         for example in finding.examples:

@@ -14,8 +14,7 @@ from storage.images.decoders import decoders
 from storage.images.lookup import OutsideRootError, resolve_image
 from storage.stores.location import is_url
 from workers.errors import PermanentError, TransientError
-from workers.extract.loading import image_header, load_image, smart_resize
-from workers.extract.preprocess import vision_tokens
+from workers.extract.loading import Limits, image_header, load_image, smart_resize
 
 _TIMED = 32  # images that are decoded for the time it takes
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk, and decoders release the interpreter's lock
@@ -51,8 +50,8 @@ class ImageSource:
 
     images_dir: str  # a resolved location, as are the roots
     roots: tuple[str, ...]
-    limits: tuple[int, int]
-    factor: int
+    limits: Limits
+    factor: int | None  # None: the model's processor sizes images
     halp_compat: bool
     exif_rotation: bool
 
@@ -71,10 +70,14 @@ class ImageSource:
         )
         return image.original_size
 
-    def tokens(self, size: tuple[int, int], limits: tuple[int, int] | None = None) -> int:
-        """Return the vision tokens of an image of a size, within these pixel limits or others."""
-        width, height = size
-        return vision_tokens(*smart_resize(height, width, self.factor, *(limits or self.limits)), self.factor)
+    def tokens(self, size: tuple[int, int], most: int | None = None) -> int | None:
+        """Return the vision tokens of an image of a size, within these pixel limits or up to another; None: not known here."""
+        (width, height), least = size, self.limits[0]
+        most = most or self.limits[1]
+        if self.factor is None or least is None or most is None:
+            return None
+        resized_height, resized_width = smart_resize(height, width, self.factor, least, most)
+        return resized_height * resized_width // self.factor**2
 
 
 def survey(gallery: ImageSource, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:

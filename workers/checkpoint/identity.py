@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from storage.errors import UserError
 from workers.checkpoint.files import adapter_problem, loaded_files
@@ -90,6 +90,7 @@ class Config:
 
     model_type: str | None
     num_hidden_layers: int | None
+    values: dict[str, Any] = field(default_factory=dict)  # all of it
 
 
 def read_config(model: str, revision: str) -> Config | None:
@@ -101,7 +102,7 @@ def read_config(model: str, revision: str) -> Config | None:
         config = json.loads(path.read_text())
         number = config.get("text_config", config).get("num_hidden_layers", config.get("num_hidden_layers"))
         kind = config.get("model_type")
-        return Config(None if kind is None else str(kind), None if number is None else int(number))
+        return Config(None if kind is None else str(kind), None if number is None else int(number), config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--model {model}: its config.json is damaged ({error})") from error
 

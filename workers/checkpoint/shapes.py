@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
+from workers.checkpoint.families import SIZED
 from workers.checkpoint.identity import local_directory
 
 _FACTOR, _MIN_PIXELS, _MAX_PIXELS = 28, 56 * 56, 14 * 14 * 4 * 16384  # of every released Qwen2.5-VL
@@ -22,14 +23,17 @@ _RELEASED = {  # hidden size, decoder layers, about how many bytes the bfloat16 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A checkpoint's dimensions. `factor` is the side, in pixels, of the square that becomes one vision token."""
+    """A checkpoint's dimensions. `factor` is the side, in pixels, of the square that becomes one vision token.
+
+    Without a factor and pixel limits its processor sizes images in a way of its own.
+    """
 
     hidden_size: int
     vision_hidden_size: int
     num_hidden_layers: int
-    factor: int
-    min_pixels: int
-    max_pixels: int
+    factor: int | None
+    min_pixels: int | None
+    max_pixels: int | None
     weight_bytes: int
 
 
@@ -48,12 +52,13 @@ def _read(directory: Path) -> Shape:
     try:
         config = json.loads((directory / "config.json").read_text())
         text, vision = config.get("text_config", config), config["vision_config"]
-        limits = _limits(directory)
+        sized = config.get("model_type") in SIZED
+        limits = _limits(directory) if sized else (None, None)
         return Shape(
             hidden_size=int(text.get("hidden_size", config.get("hidden_size"))),
-            vision_hidden_size=int(vision["hidden_size"]),
+            vision_hidden_size=int(vision.get("vision_output_dim") or vision.get("embed_dim") or vision["hidden_size"]),
             num_hidden_layers=int(text.get("num_hidden_layers", config.get("num_hidden_layers"))),
-            factor=int(vision.get("patch_size", 14)) * int(vision.get("spatial_merge_size", 2)),
+            factor=int(vision.get("patch_size", 14)) * int(vision.get("spatial_merge_size", 2)) if sized else None,
             min_pixels=limits[0],
             max_pixels=limits[1],
             weight_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),

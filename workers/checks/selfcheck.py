@@ -34,7 +34,6 @@ from workers.checks.reference import Reference
 from workers.checks.report import Comparison, Verdict
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.memory_errors import is_out_of_memory
-from workers.engine.models import refuse_unknown
 from workers.engine.shared_prefix import QwenEngine
 from workers.errors import EngineStartError, PermanentError, TransientError
 from workers.extract.preprocess import Preprocessor
@@ -68,7 +67,8 @@ def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Ca
     source = {"cache_dir": spec.cache_dir, **({} if Path(spec.model).is_dir() else {"revision": spec.revision})}
     with _refused(spec.model):
         config = AutoConfig.from_pretrained(spec.model, **source)
-        refuse_unknown(config.model_type)
+        if config.model_type != "qwen2_5_vl":
+            raise EngineStartError(f"it is a {config.model_type} model, which the worker compares with transformers at load")
         number, fit, memory = _layers_that_fit(config, _DTYPES[spec.dtype].itemsize)
     if fit == 0:
         return Verdict(spec.dtype, len(cases), number, 0, memory, {})
@@ -101,7 +101,9 @@ def _run_engine(
     """Return the environment, the pixel limits, and the results of batches and of the `exact` recipe."""
     with _refused(spec.model):
         engine = QwenEngine(spec)
-    limits = (engine.info.min_pixels, min(engine.info.max_pixels, _MAX_PIXELS))
+    least, most = engine.info.min_pixels, engine.info.max_pixels
+    assert least is not None and most is not None
+    limits = (least, min(most, _MAX_PIXELS))
     preprocess = Preprocessor(engine.info)
     found: list[list[Result]] = []
     for one in (recipe, recipe.model_copy(update={"exact": True})):

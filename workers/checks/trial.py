@@ -71,7 +71,7 @@ def run_trial(
     loaded = time.monotonic() - begun
     try:
         style = PromptStyle(computation.system_prompt, computation.chat_template)
-        prompt = info.prompt() if style == PromptStyle() else engine.prompt(style)
+        prompt = info.prompt if style == PromptStyle() else engine.prompt(style)
         layers = resolve_layers(computation.layers, info.num_hidden_layers)
         recipe = Recipe(**computation.options() | {"layers": layers}, head_ids=prompt.head_ids)
         prepare = Preprocessor(info)

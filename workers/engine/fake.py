@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
 from storage.sample import Sample
 from workers.engine.interface import EngineSpec, ModelInfo, Request
-from workers.engine.prompt import PromptParts, PromptStyle
+from workers.engine.prompt import PLACEHOLDERS, PromptParts, PromptStyle
 from workers.errors import EngineStartError
 
 _WIDTH, _LAYERS, _FACTOR = 8, 4, 28
@@ -48,23 +48,18 @@ class FakeEngine:
             model_type="fake",
             revision=spec.revision,
             config_sha256="0" * 64,
-            template_sha256="0" * 64,
             num_hidden_layers=_LAYERS,
             hidden_size=_WIDTH,
             vision_hidden_size=_WIDTH,
             max_position_embeddings=32768,
             repetition_penalty=1.0,
             tokenizer_json=_byte_tokenizer().to_str(),
-            head_ids=(0,),
-            after_image_ids=(1,),
-            tail_ids=(2,),
-            lead="",
-            trail="",
-            stripped=False,
-            patch_size=_FACTOR // 2,
-            merge_size=2,
+            placeholders=PLACEHOLDERS,
+            prompt=PromptParts((0,), (1,), (2,), "0" * 64),
+            factor=_FACTOR,
             min_pixels=_FACTOR * _FACTOR,
             max_pixels=1280 * _FACTOR * _FACTOR,
+            most_image_tokens=None,
             max_batch_tokens=1 << 20,
             environment={"device": "cpu", "gpu": "", "attention_implementation": "fake", "library_versions": "fake"},
         )
@@ -84,14 +79,14 @@ class FakeEngine:
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return a prompt whose head is the style's letters; a template may be marked `[error]` or `[hang]`."""
         if style == PromptStyle():
-            return self.info.prompt()
+            return self.info.prompt
         text = repr((style.system, style.template))
         if "[error]" in text:
             raise EngineStartError("the template is marked [error]")
         if "[hang]" in text:
             signal.pause()
         head = _byte_tokenizer().encode(text).ids
-        return replace(self.info.prompt(), head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
+        return replace(self.info.prompt, head_ids=(0, *head), sha256=hashlib.sha256(text.encode()).hexdigest())
 
     def free_cache(self) -> None:
         """Forget which images were seen."""

@@ -10,6 +10,7 @@ Knows nothing of runs, files or queues.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,13 +22,22 @@ from torch import Tensor
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, Field, by_layer
 from storage.sample import Sample
+from workers.engine.any_prompt import constant_prompt, placeholders, split_any_prompt
+from workers.engine.any_proof import most_image_tokens, plain_prompts, proof_images, refuse_difference
 from workers.engine.cache import Batch, PrefixCache, Row
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
 from workers.engine.hooks import ending_after, outputs, to_numpy
-from workers.engine.interface import Recipe, Request
+from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
+from workers.engine.loading import load_checkpoint, memory_bounds, model_info
+from workers.engine.models import family_of
 from workers.engine.models.base import Family, Inputs
+from workers.engine.prompt import PromptParts, PromptStyle
+from workers.engine.soundness import refuse_no_end
+from workers.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -56,20 +66,68 @@ class _Seen:
 
 
 class GenericEngine:
-    """A loaded model of any family, without what a worker needs to know of it."""
+    """A loaded checkpoint of any family."""
 
-    def __init__(self, family: Family, text: str, generation: Generation, prefixes: PrefixCache[ImagePrefix]) -> None:
-        """`text`: the rendered constant prompt."""
-        self._family, self._generation, self._prefixes = family, generation, prefixes
-        self._text = text
-        self._device = family.model.get_input_embeddings().weight.device
+    def __init__(self, spec: EngineSpec) -> None:
+        """Load and prove a checkpoint. Raises EngineStartError, UserError: why it cannot be served."""
+        model, processor, config_file = load_checkpoint(spec)
+        self._family = family = family_of(model.config.model_type)(model, processor)
+        self._generation = Generation(model)
+        refuse_no_end(self._generation.ends, processor.tokenizer)
+        self._device = model.get_input_embeddings().weight.device
         self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+        prefix_bytes, batch_tokens = memory_bounds(model)
+        self._prefixes: PrefixCache[ImagePrefix] = PrefixCache(prefix_bytes)
+        self._texts: dict[PromptStyle, str] = {}
+        prompt = self.prompt(PromptStyle())
+        first = proof_images(family)[0]
+        recipe = Recipe(layers=(0,), max_new_tokens=0)
+        seen = self._prefix(first, recipe).vectors
+        self.info = model_info(
+            model, processor, config_file, spec.revision, vision_hidden_size=len(seen[VISION_ENCODER.name]),
+            sized=family.factor is not None, repetition_penalty=self._generation.penalty,
+            placeholders=placeholders(family), prompt=prompt, factor=family.factor,
+            most_image_tokens=None if family.factor else most_image_tokens(family, self._text(recipe), prompt),
+            max_batch_tokens=batch_tokens,
+        )  # fmt: skip
+        self._prove()
+        self.free_cache()
+
+    def _prove(self) -> None:
+        """Compare shared prompts with transformers' own; where they differ, compute whole ones. Raises EngineStartError."""
+        family = self._family
+        plain = plain_prompts(family, self._text(Recipe(layers=(0,))))
+        try:
+            refuse_difference(plain, family, self.info, self.extract)
+        except EngineStartError as error:
+            if family.share == "nothing":
+                raise
+            family.share = "nothing"
+            refuse_difference(plain, family, self.info, self.extract)
+            logger.warning("images are not shared between questions, which is slower: %s", error)
+
+    def prompt(self, style: PromptStyle) -> PromptParts:
+        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
+        return split_any_prompt(self._family, style, proof_images(self._family)[0])
+
+    def free_cache(self) -> None:
+        """Free what is kept between batches."""
+        self._prefixes.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _text(self, recipe: Recipe) -> str:
+        """Return a recipe's rendered constant prompt."""
+        style = PromptStyle(recipe.system_prompt, recipe.chat_template)
+        if style not in self._texts:
+            self._texts[style] = constant_prompt(self._family.processor, style)[0]
+        return self._texts[style]
 
     @torch.inference_mode()
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order. All requests have one recipe."""
         recipe = requests[0].recipe
-        if recipe.exact or self._family.share == "nothing":
+        if recipe.exact or self._family.share == "nothing" or self._cross_the_scaling(requests):
             with PlainAttention() if recipe.math_kernel else nullcontext():
                 return [self._whole(request) for request in requests]
         if not self._family.recurrent:
@@ -87,7 +145,7 @@ class GenericEngine:
         prefixes: dict[str, ImagePrefix] = {}
         for request in requests:
             if request.image_key not in prefixes:
-                key = (request.image_key, recipe.layers, recipe.max_new_tokens == 0)
+                key = request.image_key, recipe.layers, recipe.max_new_tokens == 0, self._text(recipe)
                 if (found := self._prefixes.get(key)) is None:
                     found = self._prefix(request.pixels, recipe)
                     computed.add(request.image_key)
@@ -126,7 +184,7 @@ class GenericEngine:
     def _prefix(self, pixels: np.ndarray, recipe: Recipe) -> ImagePrefix:
         """Run [head | image] of an image."""
         family = self._family
-        whole = family.inputs(self._text, pixels)
+        whole = family.inputs(self._text(recipe), pixels)
         inputs = family.up_to(whole, family.cut(whole))
         ids = inputs["input_ids"][0]
         last = int((ids == family.image_id).nonzero()[-1])
@@ -137,7 +195,7 @@ class GenericEngine:
     def _whole(self, request: Request) -> Sample:
         """Run a whole prompt, which shares nothing."""
         family, recipe = self._family, request.recipe
-        made = family.inputs(self._text, request.pixels)
+        made = family.inputs(self._text(recipe), request.pixels)
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
         ids = inputs["input_ids"][0]
         last, end = int((ids == family.image_id).nonzero()[-1]), len(ids) - 1
@@ -150,7 +208,7 @@ class GenericEngine:
             "seq_len": len(prompt),
             "query_token_position": end,
             "batch_size": 1,
-            "image_prefix": "computed" if family.share == "prefix" else "whole",
+            "image_prefix": "computed" if recipe.exact else "whole",
         }
         return self._sample(family, vectors, answer, facts)
 
@@ -235,6 +293,11 @@ class GenericEngine:
 
         layers: Sequence[Any] = DynamicCache(config=self._family.text).layers
         return layers
+
+    def _cross_the_scaling(self, requests: Sequence[Request]) -> bool:
+        """Tell whether positions of some prompt depend on its length, and those of its prefix would be others."""
+        limit = self._family.scaled_from
+        return limit is not None and any(r.num_tokens + r.recipe.max_new_tokens > limit for r in requests)
 
     def _facts(self, inputs: Inputs, last: int) -> dict[str, Any]:
         grid = inputs.get("image_grid_thw")

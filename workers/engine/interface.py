@@ -32,37 +32,28 @@ class ModelInfo:
     model_type: str
     revision: str  # of a hub model the commit, where it is known
     config_sha256: str
-    template_sha256: str
     num_hidden_layers: int
     hidden_size: int
     vision_hidden_size: int
     max_position_embeddings: int
     repetition_penalty: float
     tokenizer_json: str
-    head_ids: tuple[int, ...]  # the prompt up to the image tokens
-    after_image_ids: tuple[int, ...]  # between the image tokens and the question
-    tail_ids: tuple[int, ...]  # after the question, up to the answer
-    lead: str  # what of the prompt is tokenised with the question: see PromptParts
-    trail: str
-    stripped: bool
-    patch_size: int
-    merge_size: int
-    min_pixels: int
-    max_pixels: int
+    placeholders: tuple[str, ...]  # what stands for an image or a video, and is text in a question
+    prompt: PromptParts  # of the checkpoint's own template
+    # An image is resized to multiples of it, between the limits; None: the model's processor sizes images, without limits.
+    factor: int | None
+    min_pixels: int | None
+    max_pixels: int | None
+    most_image_tokens: int | None  # that an image was seen to take, where the processor sizes it
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
 
-    def prompt(self) -> PromptParts:
-        """Return the prompt of the checkpoint's own template."""
-        return PromptParts(
-            self.head_ids,
-            self.after_image_ids,
-            self.tail_ids,
-            self.template_sha256,
-            self.lead,
-            self.trail,
-            self.stripped,
-        )
+    def image_tokens(self, height: int, width: int) -> int:
+        """Return how many tokens an image of this size becomes; where its processor sizes it, at most."""
+        if self.factor is None:
+            assert self.most_image_tokens is not None
+            return self.most_image_tokens
+        return height * width // self.factor**2
 
 
 class Recipe(Computation):

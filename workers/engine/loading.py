@@ -15,15 +15,32 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file
 
 from storage.errors import UserError
+from workers.checkpoint.families import refuse_blind
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec, ModelInfo
-from workers.engine.models import family
-from workers.engine.prompt import PromptParts
+from workers.engine.models import family_of
 from workers.engine.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
 from workers.errors import EngineStartError, in_a_line
 
+_CPU_PREFIX_BYTES = 512 << 20
+# Of the memory that is free once the model is loaded; the rest is for activations.
+_PREFIX_SHARE = 0.2
+_BATCH_SHARE = 0.3
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def _source(spec: EngineSpec) -> dict[str, Any]:
+    """Return what `from_pretrained` takes beside the name. Raises UserError for a directory with files missing or damaged."""
+    if (directory := local_directory(spec.model)) is None:
+        return {"cache_dir": spec.cache_dir, "revision": spec.revision}
+    check_files(directory)
+    return {"cache_dir": spec.cache_dir}
+
+
+def model_type_of(spec: EngineSpec) -> str:
+    """Return what a checkpoint's config.json calls its architecture. Raises UserError, EngineStartError."""
+    return str(_config(spec, _source(spec)).model_type)
 
 
 def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
@@ -31,20 +48,20 @@ def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
 
     Raises UserError for files that are missing or damaged, EngineStartError for a checkpoint that cannot be served.
     """
-    source: dict[str, Any] = {"cache_dir": spec.cache_dir}
-    if (directory := local_directory(spec.model)) is not None:
-        check_files(directory)
-    else:
-        source["revision"] = spec.revision
+    source = _source(spec)
     model = _load_model(spec, source)
     try:
         processor = AutoProcessor.from_pretrained(spec.model, **source)
+    except ImportError as error:
+        raise _package_missing(error) from error
     except Exception as error:
         # Whatever transformers and tokenizers raise for files that are not what they should be.
         raise EngineStartError(
             f"its processor cannot be loaded ({in_a_line(error)}): restore tokenizer.json, "
             "tokenizer_config.json, preprocessor_config.json and the chat template of the base checkpoint"
         ) from error
+    if processor.chat_template is None and model.config.model_type == "phi4_multimodal":
+        processor.chat_template = processor.tokenizer.chat_template  # the only place where the release has it
     if processor.chat_template is None:
         raise EngineStartError(
             "it has no chat template: put the base checkpoint's chat_template.json (or chat_template.jinja) beside its "
@@ -62,20 +79,23 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
     config = _config(spec, source)
-    found = family(config.model_type)
-    refuse_unserved(config)
+    refuse_blind(config.to_dict())
+    if config.model_type == "qwen2_5_vl":
+        refuse_unserved(config)
     placement: dict[str, Any] = {}
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
         placement["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}
-    model, report = found.MODEL.from_pretrained(
-        spec.model,
-        dtype=_DTYPES[spec.dtype],
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        **placement,
-        **source,
-    )
+    options = {"dtype": _DTYPES[spec.dtype], "output_loading_info": True, **placement, **source}
+    auto = family_of(config.model_type).AUTO
+    try:
+        model, report = auto.from_pretrained(spec.model, attn_implementation="sdpa", **options)
+    except ImportError as error:
+        raise _package_missing(error) from error
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model, report = auto.from_pretrained(spec.model, **options)  # of a family that has another attention
     if missing := sorted(report["missing_keys"]):
         raise EngineStartError(f"the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
     refuse_unmerged(report["unexpected_keys"])
@@ -83,10 +103,19 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     return model.eval()
 
 
+def _package_missing(error: ImportError) -> EngineStartError:
+    return EngineStartError(f"it needs a package that is not here: pip install 'halp-extractor[models]' ({in_a_line(error)})")
+
+
 def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(spec.model, **source)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise EngineStartError(
+                "it has code of its own, and no code of a model's repository is run here; is there a version of it that "
+                "transformers knows?"
+            ) from error
         if "revision" not in source:
             raise
         reason = str(error).strip().splitlines()[0]
@@ -98,41 +127,25 @@ def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
 
 
 def model_info(
-    model: Any,
-    processor: Any,
-    prompt: PromptParts,
-    config_file: Path,
-    revision: str,
-    penalty: float,
-    max_batch_tokens: int,
+    model: Any, processor: Any, config_file: Path, revision: str, *, vision_hidden_size: int, sized: bool, **more: Any
 ) -> ModelInfo:
-    """Return what others must know of a loaded checkpoint."""
+    """Return what others must know of a loaded checkpoint; `sized`: its images come resized, within pixel limits."""
     config = model.config
-    text, vision = config.get_text_config(), config.vision_config
-    minimum, maximum = pixel_limits(processor.image_processor)
+    text = config.get_text_config()
+    minimum, maximum = pixel_limits(processor.image_processor) if sized else (None, None)
     return ModelInfo(
         model_type=config.model_type,
         revision=getattr(config, "_commit_hash", None) or revision,
         config_sha256=hashlib.sha256(config_file.read_bytes()).hexdigest(),
-        template_sha256=prompt.sha256,
         num_hidden_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        vision_hidden_size=vision.hidden_size,
+        vision_hidden_size=vision_hidden_size,
         max_position_embeddings=text.max_position_embeddings,
-        repetition_penalty=penalty,
         tokenizer_json=processor.tokenizer.backend_tokenizer.to_str(),
-        head_ids=prompt.head_ids,
-        after_image_ids=prompt.after_image_ids,
-        tail_ids=prompt.tail_ids,
-        lead=prompt.lead,
-        trail=prompt.trail,
-        stripped=prompt.stripped,
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
         min_pixels=minimum,
         max_pixels=maximum,
-        max_batch_tokens=max_batch_tokens,
         environment=environment(model.get_input_embeddings().weight.device, config._attn_implementation),
+        **more,
     )
 
 
@@ -162,7 +175,16 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_bounds(model: Any) -> tuple[int, int]:
+    """Return the bytes for image prefixes, and the prompt tokens of a batch, by the memory that a loaded model leaves."""
+    device = model.get_input_embeddings().weight.device
+    free = free_memory(device)
+    tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(model.config.get_text_config(), model.dtype)
+    return (int(free * _PREFIX_SHARE) if device.type == "cuda" else _CPU_PREFIX_BYTES), max(1, tokens)
+
+
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Return the size of one token in the KV cache of all layers: 57 KB for 7B in bfloat16."""
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     return int(2 * config.num_hidden_layers * width * dtype.itemsize)

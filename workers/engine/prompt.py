@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,10 @@ from storage.computation import SpecialTokens
 from workers.errors import EngineStartError
 
 # Stand for the text while the template is rendered: the first that the template itself does not hold.
-_STAND_INS = ("QUESTION", "QUERY-TEXT", "THE-USERS-TEXT-STANDS-HERE")
+STAND_INS = ("QUESTION", "QUERY-TEXT", "THE-USERS-TEXT-STANDS-HERE")
 _IMAGE = "<|image_pad|>"
 # What a template may do to a question shows in one of these: trimming, other case, escaping, shortening, replacing.
-_PROBES = (
+PROBES = (
     "Is there a dog?",
     "",
     " \n",
@@ -43,7 +44,8 @@ class PromptParts:
     """Token ids before the image tokens, between them and the question, and after the question; the template's digest.
 
     Where the template's own words touch the question, with no special token between, they are tokenised with it: `lead` and
-    `trail`. `stripped`: the template drops the blanks at the question's ends.
+    `trail`. `stripped`: the template drops the blanks at the question's ends. `anchor`: a text before them that is tokenised
+    with them and left out again, for tokenizers that treat the beginning of a text in another way.
     """
 
     head_ids: tuple[int, ...]
@@ -53,10 +55,16 @@ class PromptParts:
     lead: str = ""
     trail: str = ""
     stripped: bool = False
+    anchor: str = ""
 
     def around(self, question: str) -> str:
         """Return a question with what is tokenised with it."""
         return self.lead + (question.strip() if self.stripped else question) + self.trail
+
+    def suffix(self, tokenize: QuestionTokenizer, question: str, special_tokens: SpecialTokens = "text") -> tuple[int, ...]:
+        """Return the token ids of everything after the image tokens."""
+        asked = tokenize(self.anchor + self.around(question), special_tokens)
+        return (*self.after_image_ids, *asked[len(tokenize(self.anchor)) :], *self.tail_ids)
 
 
 def split_prompt(processor: Any, style: PromptStyle | None = None) -> PromptParts:
@@ -67,7 +75,7 @@ def split_prompt(processor: Any, style: PromptStyle | None = None) -> PromptPart
     style = style or PromptStyle()
     question, (head, between, tail) = _cut(processor, style)
     stripped = _strips(processor, style, f"{head}{_IMAGE}{between}", tail)
-    before, lead, trail, after = _plain_text_apart(processor.tokenizer, between, tail)
+    before, lead, trail, after = plain_text_apart(processor.tokenizer, between, tail)
     head_ids, after_image_ids, tail_ids = (tuple(processor.tokenizer(t)["input_ids"]) for t in (head, before, after))
     digest = hashlib.sha256(f"{head}{_IMAGE}{between}{question}{tail}".encode()).hexdigest()
     parts = PromptParts(head_ids, after_image_ids, tail_ids, digest, lead, trail, stripped)
@@ -82,16 +90,16 @@ def split_prompt(processor: Any, style: PromptStyle | None = None) -> PromptPart
 def _cut(processor: Any, style: PromptStyle) -> tuple[str, tuple[str, str, str]]:
     """Return what stood for the question, and the text before the image, between the two, and after the question."""
     rendered = ""
-    for question in _STAND_INS:
-        rendered = _rendered(processor, style, question)
+    for question in STAND_INS:
+        rendered = render(processor, style, question)
         head, found_image, rest = rendered.partition(_IMAGE)
         between, found_question, tail = rest.partition(question)
         if found_image and found_question and _IMAGE not in rest and question not in tail:
             return question, (head, between, tail)
-    raise EngineStartError(f"{_whose(style)} is not Qwen2.5-VL's: it renders {rendered!r}")
+    raise EngineStartError(f"{whose(style)} is not Qwen2.5-VL's: it renders {rendered!r}")
 
 
-def _rendered(processor: Any, style: PromptStyle, question: str) -> str:
+def render(processor: Any, style: PromptStyle, question: str) -> str:
     """Render the template over the messages, the system prompt as a string or, where that gets lost, as a list."""
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
@@ -109,20 +117,20 @@ def _rendered(processor: Any, style: PromptStyle, question: str) -> str:
 
 def _strips(processor: Any, style: PromptStyle, before: str, after: str) -> bool:
     """Tell whether the template drops the blanks around a question. Raises EngineStartError if it changes it otherwise."""
-    rendered = {probe: _rendered(processor, style, probe) for probe in _PROBES}
+    rendered = {probe: render(processor, style, probe) for probe in PROBES}
     if all(text == before + probe + after for probe, text in rendered.items()):
         return False
     for probe, text in rendered.items():
         if text != before + probe.strip() + after:
             raise EngineStartError(
-                f"{_whose(style)} does not insert the question as it is: {probe[:100]!r} becomes "
+                f"{whose(style)} does not insert the question as it is: {probe[:100]!r} becomes "
                 f"{text.removeprefix(before).removesuffix(after)[:100]!r}. Use the base checkpoint's template "
                 "(chat_template.json or chat_template.jinja)"
             )
     return True
 
 
-def _plain_text_apart(tokenizer: Any, between: str, tail: str) -> tuple[str, str, str, str]:
+def plain_text_apart(tokenizer: Any, between: str, tail: str) -> tuple[str, str, str, str]:
     """Cut the text before and after a question at the added tokens that are next to it.
 
     A tokenizer never merges over an added token: up to the last one before the question, and from the first one after it, the
@@ -140,21 +148,22 @@ def _are_the_prompt(processor: Any, style: PromptStyle, parts: PromptParts) -> b
     tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str())
     image = processor.tokenizer(_IMAGE)["input_ids"]
     return all(
-        [*parts.head_ids, *image, *parts.after_image_ids, *tokenize(parts.around(probe)), *parts.tail_ids]
-        == list(processor.tokenizer(_rendered(processor, style, probe))["input_ids"])
-        for probe in _PROBES
+        [*parts.head_ids, *image, *parts.suffix(tokenize, probe)]
+        == list(processor.tokenizer(render(processor, style, probe))["input_ids"])
+        for probe in PROBES
     )
 
 
-def _whose(style: PromptStyle) -> str:
+def whose(style: PromptStyle) -> str:
+    """Say which template a style has."""
     return "the checkpoint's chat template" if style == PromptStyle() else "the chat template with the run's settings"
 
 
 class QuestionTokenizer:
     """Tokenises what is asked: as text, `<|im_end|>` is six or so ordinary tokens; parsed, the one that the processor makes."""
 
-    def __init__(self, tokenizer_json: str) -> None:
-        self._json = tokenizer_json
+    def __init__(self, tokenizer_json: str, placeholders: Sequence[str] = PLACEHOLDERS) -> None:
+        self._json, self._placeholders = tokenizer_json, placeholders
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.encode_special_tokens = True
 
@@ -168,6 +177,6 @@ class QuestionTokenizer:
         """The checkpoint's tokenizer, but for the placeholders: their ids stay, under names that no text holds."""
         body = json.loads(self._json)
         for token in body.get("added_tokens", ()):
-            if token["content"] in PLACEHOLDERS:
+            if token["content"] in self._placeholders:
                 token["content"] = f"<|{secrets.token_hex(16)}|>"
         return Tokenizer.from_str(json.dumps(body))

@@ -28,7 +28,7 @@ from workers.errors import EngineStartError, in_a_line
 
 _SIDES = (2, 14)  # of the image, in merged tokens: height and width differ much, so that a confusion shows
 # Of different lengths, so that a batch is padded; the second has what templates and tokenizers like to change.
-_QUESTIONS = ("Why?", "  How many RED shapes are\n in <this> picture? ")
+QUESTIONS = ("Why?", "  How many RED shapes are\n in <this> picture? ")
 _TOLERANCE = 1e-3  # max|a-b| / max|b| in float32, where 1e-5 is usual and a mistake gives 0.1
 # In bfloat16 the two differ by roundings, as plain attention kernels do among themselves.
 _NOISE_FACTOR, _ROUNDING = 2, 2.0**-4
@@ -61,7 +61,7 @@ def plain_prompts(model: Any, processor: Any) -> list[Plain]:
     vision = model.config.vision_config
     image = small_image(vision.patch_size * vision.spatial_merge_size)
     found = []
-    for question in _QUESTIONS:
+    for question in QUESTIONS:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -86,13 +86,13 @@ def refuse_difference(
     plain: Sequence[Plain], info: ModelInfo, image_token: int, extract: Callable[[list[Request]], list[Sample]]
 ) -> None:
     """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
-    factor = info.patch_size * info.merge_size
-    pixels, recipe = small_image(factor), Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=0)
+    assert info.factor is not None
+    pixels, recipe = small_image(info.factor), Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=0)
     tokenize = QuestionTokenizer(info.tokenizer_json)
     requests = []
-    for question, one in zip(_QUESTIONS, plain, strict=True):
-        suffix = (*info.after_image_ids, *tokenize(info.prompt().around(question)), *info.tail_ids)
-        ids = (*info.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
+    for question, one in zip(QUESTIONS, plain, strict=True):
+        suffix = info.prompt.suffix(tokenize, question)
+        ids = (*info.prompt.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
         if ids != one.ids:
             raise EngineStartError(
                 "its prompt is another here than its processor's: the files of its tokenizer, its chat template and "
@@ -101,7 +101,7 @@ def refuse_difference(
         requests.append(Request("", pixels, suffix, len(ids), recipe))
     for sample, one in zip(extract(requests), plain, strict=True):
         for name, vector in sample.vectors.items():
-            _compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], vector.dtype.name)
+            compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], vector.dtype.name)
 
 
 def _forward(model: Any, inputs: Any, kernel: AbstractContextManager[Any]) -> Vectors:
@@ -117,7 +117,8 @@ def _forward(model: Any, inputs: Any, kernel: AbstractContextManager[Any]) -> Ve
     return {name: _array(vector) for name, vector in (means | vision | query).items()}
 
 
-def _compare(name: str, ours: Any, plain: Any, other: Any, dtype: str) -> None:
+def compare(name: str, ours: Any, plain: Any, other: Any, dtype: str) -> None:
+    """Raise EngineStartError where a vector is further from the plain one than another attention kernel explains."""
     if not np.isfinite(plain).all():
         raise EngineStartError(
             f"its {name} has values that are not finite in {dtype}, though its weights have none: use --dtype float32, "

@@ -27,20 +27,15 @@ from workers.engine.generation import Generation
 from workers.engine.hooks import ending_after, outputs, to_numpy
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
-from workers.engine.loading import free_memory, kv_bytes_per_token, load_checkpoint, model_info
-from workers.engine.models import family
-from workers.engine.models.qwen2_5_vl import Image, prefix_positions
-from workers.engine.prompt import PromptParts, PromptStyle, split_prompt
+from workers.engine.loading import load_checkpoint, memory_bounds, model_info
+from workers.engine.models.qwen2_5_vl import Image, VisionTower, prefix_positions
+from workers.engine.prompt import PLACEHOLDERS, PromptParts, PromptStyle, split_prompt
 from workers.engine.proof import plain_prompts, refuse_difference
 from workers.engine.soundness import refuse_no_end
 
 # One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
 _CPU_PREFILL_TOKENS = 1
-_CPU_PREFIX_BYTES = 512 << 20
 _GPU_PREFILL_TOKENS = 16384
-# Of the memory that is free once the model is loaded; the rest is for activations.
-_PREFIX_SHARE = 0.2
-_BATCH_SHARE = 0.3
 
 
 class QwenEngine:
@@ -55,19 +50,21 @@ class QwenEngine:
         self._generation = Generation(self._model)
         refuse_no_end(self._generation.ends, self._tokenizer)
         self._image_token = self._model.config.image_token_id
+        self._merge_size: int = self._model.config.vision_config.spatial_merge_size
         prompt = split_prompt(processor)
         plain = plain_prompts(self._model, processor)  # the tower is as transformers makes it until the next line
-        self._vision = family(self._model.config.model_type).VisionTower(
+        self._vision = VisionTower(
             self._model.model.visual, processor.image_processor, self._model.dtype, self._model.model.visual.device
         )
-        cuda = self._device.type == "cuda"
-        free = free_memory(self._device)
-        self._prefill_tokens = _GPU_PREFILL_TOKENS if cuda else _CPU_PREFILL_TOKENS
-        self._prefixes: PrefixCache[Prefix] = PrefixCache(int(free * _PREFIX_SHARE) if cuda else _CPU_PREFIX_BYTES)
-        batch_tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype)
+        self._prefill_tokens = _GPU_PREFILL_TOKENS if self._device.type == "cuda" else _CPU_PREFILL_TOKENS
+        prefix_bytes, batch_tokens = memory_bounds(self._model)
+        self._prefixes: PrefixCache[Prefix] = PrefixCache(prefix_bytes)
+        vision = self._model.config.vision_config
         self.info = model_info(
-            self._model, processor, prompt, config_file, spec.revision, self._generation.penalty, max(1, batch_tokens)
-        )
+            self._model, processor, config_file, spec.revision, vision_hidden_size=vision.hidden_size, sized=True,
+            repetition_penalty=self._generation.penalty, placeholders=PLACEHOLDERS, prompt=prompt,
+            factor=vision.patch_size * vision.spatial_merge_size, most_image_tokens=None, max_batch_tokens=batch_tokens,
+        )  # fmt: skip
         refuse_difference(plain, self.info, self._image_token, self.extract)
         self.free_cache()
 
@@ -134,7 +131,7 @@ class QwenEngine:
         """Cut keys, sorted by size, into chunks within the token budget of a prefill."""
         chunk: list[str] = []
         for key in keys:
-            tokens = pixels[key].shape[0] * pixels[key].shape[1] // (self.info.patch_size * self.info.merge_size) ** 2
+            tokens = self.info.image_tokens(*pixels[key].shape[:2])
             if chunk and (len(chunk) + 1) * tokens > self._prefill_tokens:
                 yield chunk
                 chunk = []
@@ -150,7 +147,7 @@ class QwenEngine:
         images = self._vision(pixels)
         head = self._embed(self._head(recipe))  # (H, D)
         rows = [torch.cat([head, image.tokens.to(self._device)]) for image in images]
-        positions = [prefix_positions(len(head), image.grid, self.info.merge_size).to(self._device) for image in images]
+        positions = [prefix_positions(len(head), image.grid, self._merge_size).to(self._device) for image in images]
         batch = Batch.empty([int(p.max()) + 1 for p in positions], self._device)
         with self._capture_states(recipe) as captured:
             padded = _pad_left([p.T for p in positions]).permute(2, 0, 1)  # (3, B, L)
@@ -184,7 +181,7 @@ class QwenEngine:
         prompt = self._prompt_ids(len(image.tokens), request)
         head, suffix = self._embed(self._head(recipe)), self._embed(request.suffix_ids)
         embedded = torch.cat([head, image.tokens.to(self._device), suffix])[None]  # (1, L, D)
-        prefix = prefix_positions(len(head), image.grid, self.info.merge_size).to(self._device)
+        prefix = prefix_positions(len(head), image.grid, self._merge_size).to(self._device)
         after = int(prefix.max()) + 1 + torch.arange(len(suffix), device=self._device)
         positions = torch.cat([prefix, after.expand(3, -1)], dim=1)[:, None]  # (3, 1, L)
         facts = self._positions(len(image.tokens), image.grid, prompt, request)
@@ -260,7 +257,7 @@ class QwenEngine:
         return merged | ({VISION_ENCODER.name: image.encoder_mean} if recipe.vision_encoder else {})
 
     def _head(self, recipe: Recipe) -> tuple[int, ...]:
-        return self.info.head_ids if recipe.head_ids is None else recipe.head_ids
+        return self.info.prompt.head_ids if recipe.head_ids is None else recipe.head_ids
 
     def _positions(
         self, num_tokens: int, grid: tuple[int, int, int], prompt: Sequence[int], request: Request

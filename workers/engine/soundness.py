@@ -53,7 +53,7 @@ def refuse_foreign_tokenizer(config: Any, tokenizer: Any, rows: int) -> None:
     """
     restore = "restore tokenizer.json (or vocab.json, merges.txt, added_tokens.json) and tokenizer_config.json"
     vocabulary = tokenizer.get_vocab()
-    for token, setting in _TOKENS.items():
+    for token, setting in _TOKENS.items() if config.model_type == "qwen2_5_vl" else ():
         wanted, found = getattr(config, setting, None), vocabulary.get(token)
         if found is None or (wanted is not None and wanted != found):
             there = "is not known to its tokenizer" if found is None else f"is token {found} of its tokenizer"

@@ -165,7 +165,7 @@ class Extractor:
     def _prompt(self, style: PromptStyle) -> PromptParts:
         """Return the prompt of a run's style; what was refused once is not tried again, as it may cost the engine's time."""
         if style == PromptStyle():
-            return self.info.prompt()
+            return self.info.prompt
         if style not in self._prompts:
             try:
                 self._prompts[style] = self.engine.prompt(style)
@@ -186,7 +186,14 @@ class Extractor:
             layers = resolve_layers(settings.layers, info.num_hidden_layers)
         except UserError as error:
             raise RunRefusedError(str(error)) from error
-        minimum, maximum = limits_of((settings.min_pixels, settings.max_pixels), info)
+        asked_limits = settings.min_pixels, settings.max_pixels
+        minimum, maximum = limits_of(asked_limits, info)
+        if info.factor is None and asked_limits != (None, None):
+            raise RunRefusedError(
+                f"--min-pixels and --max-pixels: a {info.model_type} model's own processor sizes images: leave them out"
+            )
+        if minimum is not None and maximum is not None and minimum > maximum:
+            raise RunRefusedError(f"--min-pixels {minimum} is above --max-pixels {maximum}")
         facts = ModelFacts(
             model_type=info.model_type,
             revision=info.revision,
@@ -206,8 +213,6 @@ class Extractor:
                 info.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
             ),
         )
-        if facts.min_pixels > facts.max_pixels:
-            raise RunRefusedError(f"--min-pixels {facts.min_pixels} is above --max-pixels {facts.max_pixels}")
         recorded = run.pin_model(facts)
         if recorded != facts:
             ours, theirs = facts.model_dump(), recorded.model_dump()

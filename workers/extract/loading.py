@@ -25,6 +25,8 @@ from storage.images.opening import NotRegularError
 from workers.errors import PermanentError, TransientError
 from workers.extract.colour import needs_care, to_rgb
 
+Limits = tuple[int | None, int | None]  # the least and the most pixels
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
@@ -47,7 +49,7 @@ class PreparedImage:
 
 
 def load_image(
-    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool = False, exif_rotation: bool = False
+    path: str | Path, factor: int | None, limits: Limits, *, halp_compat: bool = False, exif_rotation: bool = False
 ) -> PreparedImage:
     """Read, check, decode and resize an image, from a file or an object's URL. Raises PermanentError, TransientError.
 
@@ -59,7 +61,7 @@ def load_image(
 
 
 def load_quick(
-    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool, exif_rotation: bool
+    path: str | Path, factor: int | None, limits: Limits, *, halp_compat: bool, exif_rotation: bool
 ) -> PreparedImage | None:
     """Do what `load_image` does where that surely ends in seconds; return None where a process of its own is wanted."""
     with _refusing(path):
@@ -72,7 +74,7 @@ def load_quick(
 
 
 def load_apart(
-    path: str | Path, factor: int, limits: tuple[int, int], *, halp_compat: bool, exif_rotation: bool
+    path: str | Path, factor: int | None, limits: Limits, *, halp_compat: bool, exif_rotation: bool
 ) -> PreparedImage:
     """Do what `load_image` does in a process that is killed where it takes too long."""
     with _refusing(path):
@@ -164,11 +166,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _resized(
-    image: Image.Image, factor: int, limits: tuple[int, int], halp_compat: bool, exif_rotation: bool
+    image: Image.Image, factor: int | None, limits: Limits, halp_compat: bool, exif_rotation: bool
 ) -> tuple[list[int], npt.NDArray[np.uint8]]:
     """Return an open image's width and height, upright if that is wanted, and its pixels as the model sees them."""
     upright = ImageOps.exif_transpose(image) if exif_rotation else image
     rgb = upright.convert("RGB") if halp_compat or not needs_care(upright) else to_rgb(upright)
     width, height = rgb.size
-    resized_height, resized_width = smart_resize(height, width, factor, *limits)
+    least, most = limits
+    if factor is None or least is None or most is None:  # the model's processor resizes
+        return [width, height], np.asarray(rgb)
+    resized_height, resized_width = smart_resize(height, width, factor, least, most)
     return [width, height], np.asarray(rgb.resize((resized_width, resized_height)))

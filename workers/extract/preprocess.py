@@ -12,7 +12,7 @@ from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.prompt import PromptParts, QuestionTokenizer
 from workers.errors import PermanentError, TransientError
 from workers.extract.image_cache import ImageCache
-from workers.extract.loading import PreparedImage, load_apart, load_quick
+from workers.extract.loading import Limits, PreparedImage, load_apart, load_quick
 
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
@@ -25,9 +25,9 @@ class Preprocessor:
 
     def __init__(self, info: ModelInfo) -> None:
         self._info = info
-        self._tokenize = QuestionTokenizer(info.tokenizer_json)
-        self._prompt = info.prompt()
-        self._factor = info.patch_size * info.merge_size
+        self._tokenize = QuestionTokenizer(info.tokenizer_json, info.placeholders)
+        self._prompt = info.prompt
+        self._factor = info.factor
         self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
     @contextmanager
@@ -36,7 +36,7 @@ class Preprocessor:
         image_id: str,
         images_dir: str | Path,
         roots: tuple[str | Path, ...],
-        limits: tuple[int, int],
+        limits: Limits,
         *,
         halp_compat: bool = False,
         exif_rotation: bool = False,
@@ -81,9 +81,8 @@ class Preprocessor:
         `prompt` None is that of the checkpoint's own template; another one's head is the recipe's too.
         """
         prompt = prompt or self._prompt
-        asked = self._tokenize(prompt.around(question), recipe.special_tokens)
-        suffix = (*prompt.after_image_ids, *asked, *prompt.tail_ids)
-        tokens = vision_tokens(image.pixels.shape[0], image.pixels.shape[1], self._factor)
+        suffix = prompt.suffix(self._tokenize, question, recipe.special_tokens)
+        tokens = self._info.image_tokens(*image.pixels.shape[:2])
         total = len(prompt.head_ids) + tokens + len(suffix)
         limit = min(MAX_PROMPT, self._info.max_position_embeddings)
         if total > limit:
@@ -95,23 +94,18 @@ class Preprocessor:
         return Request(image.key, image.pixels, suffix, total, recipe)
 
 
-def vision_tokens(height: int, width: int, factor: int) -> int:
-    """Return how many tokens a resized image becomes."""
-    return height * width // factor**2
-
-
 class HasLimits(Protocol):
     """A model, loaded or not, as far as its own pixel limits go."""
 
     @property
-    def min_pixels(self) -> int: ...  # noqa: D102
+    def min_pixels(self) -> int | None: ...  # noqa: D102
 
     @property
-    def max_pixels(self) -> int: ...  # noqa: D102
+    def max_pixels(self) -> int | None: ...  # noqa: D102
 
 
-def limits_of(asked: tuple[int | None, int | None], model: HasLimits) -> tuple[int, int]:
-    """Return the pixel limits of a run: those that were asked for, else the model's own."""
+def limits_of(asked: Limits, model: HasLimits) -> Limits:
+    """Return the pixel limits of a run: those that were asked for, else the model's own, if it has any."""
     minimum, maximum = asked
     return (
         model.min_pixels if minimum is None else minimum,

@@ -1,26 +1,19 @@
-"""One module for each family of models: what differs from the others in the forward pass. Found by `model_type`.
+"""One module for each family of models that differs from the others in the forward pass. Found by `model_type`.
 
-A module here has `MODEL`, transformers' class, and `VisionTower`; none is imported before it is asked for.
+A family without a module of its own is served by the defaults in `base.py`. None is imported before it is asked for.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
-from workers.errors import EngineStartError
-
-# What config.json says to what people call it; the module has the first one's name.
-FAMILIES = {"qwen2_5_vl": "Qwen2.5-VL"}
-
-
-def refuse_unknown(model_type: str) -> None:
-    """Raise EngineStartError where no family is known by what a checkpoint's config.json calls itself."""
-    if model_type not in FAMILIES:
-        raise EngineStartError(f"it is a {model_type} model, not {' or '.join(FAMILIES.values())}")
+_MODULES = {
+    **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_5"), "qwen_vl"),
+    **{name: name for name in ("qwen2_5_vl", "fast_vlm", "mllama", "paligemma", "phi4_multimodal")},
+}
 
 
-def family(model_type: str) -> ModuleType:
-    """Return a family's module. Raises EngineStartError."""
-    refuse_unknown(model_type)
-    return import_module(f"{__name__}.{model_type}")
+def family_of(model_type: str) -> Any:
+    """Return the class of a family, the defaults' where it has none of its own."""
+    return import_module(f"{__name__}.{_MODULES.get(model_type, 'base')}").Family

@@ -6,7 +6,8 @@ ends, and what its text decoder needs to go on from there. Everything else is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from workers.errors import EngineStartError
 _IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")  # of a config, or of its vision_config
 _TYPES = ("token_type_ids", "mm_token_type_ids")  # 1 where a token is an image's
 _TOWERS = ("visual", "vision_tower", "vision_model")
+_BY_LENGTH = {"dynamic", "longrope"}
 Inputs = dict[str, Tensor]
 
 
@@ -42,8 +44,19 @@ class Family:
         self.image_id = image_id(model.config)
         self.kinds: list[str] = list(getattr(self.text, "layer_types", None) or ())
         self.recurrent = "linear_attention" in self.kinds
+        # Of rotary scaling that differs beyond a length: a prefix of it and the whole prompt may be on two sides.
+        named = (getattr(self.text, name, None) for name in ("rope_parameters", "rope_scaling"))
+        scaling: dict[str, Any] = next(filter(None, named), {})
+        by_length = scaling.get("rope_type", scaling.get("type")) in _BY_LENGTH
+        self.scaled_from: int | None = self.text.original_max_position_embeddings if by_length else None
         self._window = getattr(self.text, "sliding_window", None)
+        self._finish: Callable[[Tensor], Tensor] = lambda logits: logits
         self._added = set(processor.tokenizer.added_tokens_decoder)
+
+    @property
+    def factor(self) -> int | None:
+        """Where images come resized, to multiples of it; None: the processor sizes them."""
+        return None
 
     def _decoder(self) -> Any:
         # Not get_decoder(): of some models in transformers 4.57 that is the whole model.
@@ -54,7 +67,10 @@ class Family:
 
     def inputs(self, text: str, image: np.ndarray) -> Inputs:
         """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]."""
-        made = self.processor(text=[text], images=[image], return_tensors="pt")
+        return self.on_device(self.processor(text=[text], images=[image], return_tensors="pt"))
+
+    def on_device(self, made: Any) -> Inputs:
+        """Return a processor's output where the embeddings are, in the model's dtype."""
         device = self.model.get_input_embeddings().weight.device
         return {
             k: v.to(device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in made.items() if k != "labels"
@@ -127,11 +143,38 @@ class Family:
     def scores(self, states: Tensor) -> Tensor:
         """Return the model's logits (B, V) of final states (B, D)."""
         logits: Tensor = self.model.get_output_embeddings()(states).to(states.device)
-        if (scale := getattr(self.model, "logit_scale", None) or getattr(self.text, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (cap := getattr(self.text, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return self._finish(logits)
+
+    def learn_scores(self, states: Tensor, logits: Tensor) -> None:
+        """Find what the model does to its head's output, by the logits of some final states. Raises EngineStartError.
+
+        A config may name a factor or a bound that its class leaves alone, as Aya Vision's does.
+        """
+        plain = self.model.get_output_embeddings()(states)
+        for finish in self._finishes():
+            if torch.allclose(finish(plain), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+                self._finish = finish
+                return
+        raise EngineStartError("its logits are not its head's output, nor what is known of other models: not served here")
+
+    def _finishes(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        yield lambda logits: logits
+        if scale := getattr(self.text, "logit_scale", None):  # Cohere
+            yield lambda logits: logits * scale
+        if scaling := getattr(self.text, "logits_scaling", None):  # Granite
+            yield lambda logits: logits / scaling
+        if cap := getattr(self.text, "final_logit_softcapping", None):  # Gemma 2
+            yield lambda logits: torch.tanh(logits / cap) * cap
+
+    @contextmanager
+    def ending(self) -> Iterator[list[Tensor]]:
+        """Collect the decoder's final states, (B, L, D), while the context lasts."""
+        seen: list[Tensor] = []
+        handle = self.decoder.register_forward_hook(lambda _module, _inputs, out: seen.append(out.last_hidden_state))
+        try:
+            yield seen
+        finally:
+            handle.remove()
 
     def tower(self) -> Any:
         """Return the module whose output is the vision tower's."""

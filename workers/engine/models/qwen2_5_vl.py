@@ -15,7 +15,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 from workers.engine.hooks import outputs
 
-MODEL = Qwen2_5_VLForConditionalGeneration
+
+class Family:
+    """How it is loaded: it has an engine of its own, in `shared_prefix.py`."""
+
+    AUTO = Qwen2_5_VLForConditionalGeneration
 
 
 @dataclass(slots=True)

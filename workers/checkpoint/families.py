@@ -1,0 +1,33 @@
+"""The families of models, by what a config.json calls its architecture: what is known of each without loading one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from workers.errors import EngineStartError
+
+# What config.json says to what people call it.
+FAMILIES = {
+    "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5", "glm4v": "GLM-4V",
+    "gemma3": "Gemma 3", "llava": "LLaVA and Pixtral", "mistral3": "Mistral 3", "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision", "idefics3": "Idefics3", "smolvlm": "SmolVLM", "internvl": "InternVL",
+    "aya_vision": "Aya Vision", "ovis2": "Ovis2", "deepseek_vl": "DeepSeek-VL", "janus": "Janus", "molmo2": "Molmo2",
+    "phi4_multimodal": "Phi-4 multimodal", "mllama": "Llama 3.2 Vision", "paligemma": "PaliGemma", "fast_vlm": "FastVLM",
+}  # fmt: skip
+# Images of these are resized as qwen-vl-utils does, within pixel limits; others' processors size them.
+SIZED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
+# The published features and positions are known of these.
+PUBLISHED = {"qwen2_5_vl"}
+
+
+def refuse_blind(config: Mapping[str, Any]) -> None:
+    """Raise EngineStartError for a config.json, read as JSON, of a model that sees no images."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES and not any("vision" in name or "image" in name for name in config):
+        raise EngineStartError(f"it is a {kind} model, which takes no images")
+    if config.get("auto_map") and kind not in FAMILIES:
+        raise EngineStartError(
+            f"it is a {kind} model with code of its own, and no code of a model's repository is run here; is there a version "
+            "of it that transformers knows?"
+        )

@@ -1,0 +1,85 @@
+"""The prompt of any family: what its processor makes of an image and a text, cut after the image and around the text."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from workers.engine.models.base import Family
+from workers.engine.prompt import (
+    PROBES,
+    STAND_INS,
+    PromptParts,
+    PromptStyle,
+    QuestionTokenizer,
+    plain_text_apart,
+    render,
+    whose,
+)
+from workers.errors import EngineStartError, in_a_line
+
+# Tokenizers of the sentencepiece kind put a blank before a text, which is not there in the middle of a prompt.
+_ANCHORS = ("", "x")
+
+
+def constant_prompt(processor: Any, style: PromptStyle) -> tuple[str, str]:
+    """Return a rendered prompt, and what stands for the question in it."""
+    for question in STAND_INS:
+        text = render(processor, style, question)
+        if text.count(question) == 1:
+            return text, question
+    raise EngineStartError(f"{whose(style)} does not insert the question once: it renders {text!r}")
+
+
+def split_any_prompt(family: Family, style: PromptStyle, image: np.ndarray) -> PromptParts:
+    """Cut the prompt of a style. Raises EngineStartError where the parts put together are not the processor's prompt."""
+    processor = family.processor
+    text, question = constant_prompt(processor, style)
+    before, _, after = text.partition(question)
+    changed = {probe for probe in PROBES if render(processor, style, probe) != before + probe + after}
+    if any(render(processor, style, probe) != before + probe.strip() + after for probe in changed):
+        raise EngineStartError(f"{whose(style)} does not insert the question as it is: use the base checkpoint's template")
+    ids = _ids(family, text, image)
+    end = family.cut(family.inputs(text, image))
+    tail = processor.tokenizer.decode(ids[end:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if tail.count(question) != 1:
+        raise EngineStartError(f"{whose(style)} puts the question before the image, or its tokenizer changes it: {tail!r}")
+    between, _, rest = tail.partition(question)
+    first, lead, trail, last = plain_text_apart(processor.tokenizer, between, rest)
+    fixed = [tuple(processor.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (first, last)]
+    head = tuple(ids[: ids.index(family.image_id)])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str(), placeholders(family))
+    expected = {probe: _ids(family, render(processor, style, probe), image) for probe in PROBES}
+    for anchor in _ANCHORS:
+        parts = PromptParts(head, fixed[0], fixed[1], digest, lead, trail, bool(changed), anchor)
+        if all([*ids[:end], *parts.suffix(tokenize, probe)] == whole for probe, whole in expected.items()):
+            return parts
+    raise EngineStartError("its tokenizer merges the question with the template around it in a way that is not known here")
+
+
+def placeholders(family: Family) -> tuple[str, ...]:
+    """Return the tokens that stand for images, videos or sounds."""
+    config = family.model.config
+    owners = [config, getattr(config, "vision_config", None), getattr(config, "audio_config", None)]
+    ids = {
+        found
+        for owner in owners
+        for kind in ("image", "video", "audio")
+        for name in (f"{kind}_token_id", f"{kind}_token_index", f"{kind}_patch_id")
+        if isinstance(found := getattr(owner, name, None), int)
+    }
+    return tuple(sorted(str(token) for token in family.processor.tokenizer.convert_ids_to_tokens(sorted(ids)) if token))
+
+
+def _ids(family: Family, text: str, image: np.ndarray) -> list[int]:
+    try:
+        found: list[int] = family.inputs(text, image)["input_ids"][0].tolist()
+        return found
+    except (ValueError, IndexError, TypeError, RuntimeError) as error:
+        raise EngineStartError(
+            f"its processor cannot prepare one small image with {text[:200]!r} ({in_a_line(error)}): its chat template, "
+            "tokenizer and preprocessor_config.json must be those of one checkpoint"
+        ) from error

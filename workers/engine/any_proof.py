@@ -1,0 +1,118 @@
+"""The proof at load, for any family: vectors and first tokens against plain forwards of transformers, on two small images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storage.fields import QUERY_TOKEN, VISION_TOKEN, by_layer
+from storage.sample import Sample
+from workers.checkpoint.identity import resolve_layers
+from workers.engine.hooks import outputs
+from workers.engine.interface import ModelInfo, Recipe, Request
+from workers.engine.kernels import PlainAttention
+from workers.engine.models.base import Family
+from workers.engine.prompt import PromptParts, PromptStyle, QuestionTokenizer, render
+from workers.engine.proof import QUESTIONS, Vectors, compare
+from workers.errors import EngineStartError, in_a_line
+
+_SHAPES = ((4, 10), (9, 5))  # of the two images, in blocks: wide and high, of different numbers of tokens
+_BLOCK = 28  # pixels, where images come in any size
+# Images that show how many tokens one may take: squares and strips, small and large.
+_TRIED = ((448, 448), (1344, 1344), (448, 1792), (1792, 448), (896, 1344), (1344, 896), (336, 2016), (2016, 336))
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """One prompt by transformers alone: its ids, its vectors, those under another attention kernel; its first token."""
+
+    image: int
+    question: str
+    ids: tuple[int, ...]
+    vectors: Vectors
+    other_kernel: Vectors
+    log_probabilities: npt.NDArray[np.float32]  # (V,), of the first token
+
+
+def proof_images(family: Family) -> list[npt.NDArray[np.uint8]]:
+    """Return two images of noise in blocks, uint8 [H, W, 3]."""
+    block = family.factor or _BLOCK
+    made = []
+    for seed, shape in enumerate(_SHAPES):
+        blocks = np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+        made.append(blocks.repeat(block, axis=0).repeat(block, axis=1))
+    return made
+
+
+def most_image_tokens(family: Family, text: str, prompt: PromptParts) -> int:
+    """Return the most tokens that an image of one of several shapes becomes."""
+    images = (np.zeros((height, width, 3), np.uint8) for height, width in _TRIED)
+    return max(family.cut(family.inputs(text, image)) for image in images) - len(prompt.head_ids)
+
+
+@torch.inference_mode()
+def plain_prompts(family: Family, text: str) -> list[Plain]:
+    """Run each question over each image by transformers' own forward. Raises EngineStartError where it cannot."""
+    found = []
+    for number, image in enumerate(proof_images(family)):
+        for question in QUESTIONS:
+            try:
+                inputs = family.inputs(render(family.processor, PromptStyle(), question), image)
+                vectors, scores = _forward(family, inputs)
+                other = vectors
+                if family.model.dtype != torch.float32:
+                    with PlainAttention():
+                        other, _ = _forward(family, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                # Whatever transformers raises for files that do not fit together.
+                raise EngineStartError(
+                    f"transformers cannot compute one small image with it ({in_a_line(error)}): its "
+                    "config.json, preprocessor_config.json and tokenizer must be those of one checkpoint"
+                ) from error
+            found.append(Plain(number, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
+    return found
+
+
+def refuse_difference(
+    plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]]
+) -> None:
+    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others."""
+    images, tokenize = proof_images(family), QuestionTokenizer(info.tokenizer_json, info.placeholders)
+    recipe = Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=1)
+    requests = []
+    for one in plain:
+        suffix = info.prompt.suffix(tokenize, one.question)
+        requests.append(Request(str(one.image), images[one.image], suffix, len(one.ids), recipe))
+    for sample, one in zip(extract(requests), plain, strict=True):
+        if sample.facts["seq_len"] != len(one.ids):
+            raise EngineStartError("its prompt is another here than its processor's")
+        dtype = str(family.model.dtype).removeprefix("torch.")
+        for name, vector in sample.vectors.items():
+            if name in one.vectors:
+                compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], dtype)
+        [token] = sample.facts["answer_token_ids"]
+        scored = np.float32(sample.facts["answer_token_logprobs"][0])
+        if abs(scored - one.log_probabilities[token]) > (1e-3 if dtype == "float32" else 0.5):
+            raise EngineStartError(
+                f"its first token has the log-probability {scored:.4f} here and {one.log_probabilities[token]:.4f} by "
+                "transformers: something in its config.json is not served here. Please report it, with that file"
+            )
+
+
+def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float32]]:
+    layers = resolve_layers(None, len(family.layers))
+    with outputs({i: family.layers[i] for i in layers}, lambda out: out) as captured, family.ending() as ended:
+        out = family.model(**inputs)
+    family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
+    last = int((inputs["input_ids"][0] == family.image_id).nonzero()[-1])
+    vectors = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)
+    vectors |= by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})
+    scores: npt.NDArray[np.float32] = out.logits[0, -1].float().log_softmax(-1).cpu().numpy()
+    return {name: vector.float().cpu().numpy() for name, vector in vectors.items()}, scores
