@@ -363,7 +363,7 @@ def test_a_worker_refuses_a_template_once(tmp_path: Path) -> None:
             assert time.monotonic() - begun < 0.5
             assert re.search(why, runs[name].refusals()["extract@here"])
         opened = extractor.open_run(str(runs["plain"].location), "plain")
-        assert opened.facts.template_sha256 == opened.prompt.sha256 != extractor.info.template_sha256
+        assert opened.facts.template_sha256 == opened.prompt.sha256 != extractor.info.prompt.sha256
     finally:
         extractor.close()
 

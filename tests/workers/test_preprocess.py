@@ -725,9 +725,9 @@ def test_request_is_the_prompt(info, images):
     request = preprocessor.request(image, "Why?", Recipe(layers=(0, 3), max_new_tokens=20))
     assert request.pixels is image.pixels
     assert request.image_key == image.key
-    assert request.suffix_ids == (*info.after_image_ids, *preprocessor._tokenize("Why?"), *info.tail_ids)
+    assert request.suffix_ids == (*info.prompt.after_image_ids, *preprocessor._tokenize("Why?"), *info.prompt.tail_ids)
     patches = image.pixels.shape[0] // 28 * (image.pixels.shape[1] // 28)
-    assert request.num_tokens == len(info.head_ids) + patches + len(request.suffix_ids)
+    assert request.num_tokens == len(info.prompt.head_ids) + patches + len(request.suffix_ids)
     assert request.recipe == Recipe(layers=(0, 3), max_new_tokens=20)
 
 

@@ -52,13 +52,13 @@ def assert_same_count(model: Path, tmp_path: Path) -> None:
     Image.new("1", (1400, 1372)).save(image)
     info = FakeEngine(EngineSpec("fake", "fake", "main", "float32", "")).info
     minimum, maximum = pixel_limits(processor.image_processor)
-    info = replace(info, patch_size=14, merge_size=2, min_pixels=minimum, max_pixels=maximum)
+    info = replace(info, factor=28, min_pixels=minimum, max_pixels=maximum)
     prepare = Preprocessor(info)
     for asked in ((None, None), (None, 200_000), (3_000_000, 9_000_000)):
         gallery = ImageSource(str(image.parent), (), limits_of(asked, shape), shape.factor, False, False)
         prepared = prepare.image("a.png", image.parent, (), limits_of(asked, info))
         request = prepare.request(prepared, "", Recipe(layers=(0,), max_new_tokens=0))
-        around = len(info.head_ids) + len(request.suffix_ids)
+        around = len(info.prompt.head_ids) + len(request.suffix_ids)
         assert gallery.tokens(prepared.original_size) == request.num_tokens - around
 
 

@@ -49,7 +49,8 @@ def split_any_prompt(family: Family, style: PromptStyle, image: np.ndarray) -> P
     between, _, rest = tail.partition(question)
     first, lead, trail, last = plain_text_apart(processor.tokenizer, between, rest)
     fixed = [tuple(processor.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (first, last)]
-    head = tuple(ids[: ids.index(family.image_id)])
+    final = max(i for i, token in enumerate(ids) if token == family.image_id)
+    head = (*ids[: ids.index(family.image_id)], *ids[final + 1 : end])  # tokens that close an image count once, too
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str(), placeholders(family))
     expected = {probe: _ids(family, render(processor, style, probe), image) for probe in PROBES}

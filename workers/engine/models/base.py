@@ -131,7 +131,7 @@ class Family:
             near = order[:, -width:, None] - order[:, None, :] < self._window
             masks["sliding_attention"] = ((full & near) | padding)[:, None]
         if self.recurrent:
-            masks["linear_attention"] = valid if not bool(real[:, -width:].all()) else None  # type: ignore[assignment]
+            masks["linear_attention"] = valid[:, -width:]
         if self.text._attn_implementation == "eager":  # which adds what it gets
             masks = {kind: self._added_to_scores(mask) for kind, mask in masks.items()}
         return masks if len(set(self.kinds)) > 1 else masks.get(self.kinds[0] if self.kinds else "", masks["full_attention"])

@@ -1,0 +1,78 @@
+"""Plain transformers over a tiny checkpoint: one prompt at a time, the official processor, hooks, and `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from tests.support.tiny import decoder_of
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one question must give: float32 vectors by field and layer."""
+
+    ids: list[int]
+    vision_position: int
+    vectors: dict[str, np.ndarray]
+    answer: list[int]
+    log_probabilities: list[float]
+
+
+class Plain:
+    """A checkpoint as its own documentation runs it."""
+
+    def __init__(self, directory: Path) -> None:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        causal = config.model_type == "phi4_multimodal"
+        auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+        self.model = auto.from_pretrained(directory).eval()
+        self.processor = transformers.AutoProcessor.from_pretrained(directory)
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        self.template = template
+        owners = (config, config.vision_config)
+        names = ("image_token_id", "image_token_index", "image_patch_id")
+        self.image_id = next(
+            found for owner in owners for name in names if isinstance(found := getattr(owner, name, None), int)
+        )
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, question: str, *, new: int, **processing: Any) -> Expected:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt", **processing)
+        inputs = {name: values for name, values in inputs.items() if name != "labels"}
+        ids = inputs["input_ids"][0].tolist()
+        last = max(i for i, token in enumerate(ids) if token == self.image_id)
+        states: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            return lambda _m, _i, out: states.__setitem__(layer, (out[0] if isinstance(out, tuple) else out).clone())
+
+        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(decoder_of(self.model).layers)]
+        self._forget()
+        self.model(**inputs)
+        for handle in handles:
+            handle.remove()
+        self._forget()
+        made = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=new, return_dict_in_generate=True, output_logits=True
+        )
+        self._forget()
+        answer = made.sequences[0, len(ids) :].tolist()
+        scores = [step[0].float().log_softmax(-1)[token].item() for step, token in zip(made.logits, answer)]
+        vectors = {f"vision_token_representation/layer_{i}": s[0, last].numpy() for i, s in states.items()}
+        vectors |= {f"query_token_representation/layer_{i}": s[0, -1].numpy() for i, s in states.items()}
+        return Expected(ids, last, vectors, answer, scores)
+
+    def _forget(self) -> None:
+        if hasattr(self.model.model, "rope_deltas"):
+            self.model.model.rope_deltas = None
