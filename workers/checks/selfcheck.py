@@ -24,18 +24,22 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig
 from transformers.utils import cached_file, logging
 
 from storage.errors import UserError
+from workers.checkpoint.families import refuse_blind
 from workers.checkpoint.identity import local_directory, resolve_layers
 from workers.checks.questions import Case
 from workers.checks.reference import Reference
 from workers.checks.report import Comparison, Verdict
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.memory_errors import is_out_of_memory
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.models import family_of
+from workers.engine.models.base import decoder_of
+from workers.engine.process import make_engine
 from workers.errors import EngineStartError, PermanentError, TransientError
+from workers.extract.loading import Limits
 from workers.extract.preprocess import Preprocessor
 
 _MAX_PIXELS = 1280 * 28 * 28  # the plain attention kernel keeps a whole matrix of scores
@@ -67,8 +71,7 @@ def _check(spec: EngineSpec, cases: Sequence[Case], max_new_tokens: int, log: Ca
     source = {"cache_dir": spec.cache_dir, **({} if Path(spec.model).is_dir() else {"revision": spec.revision})}
     with _refused(spec.model):
         config = AutoConfig.from_pretrained(spec.model, **source)
-        if config.model_type != "qwen2_5_vl":
-            raise EngineStartError(f"it is a {config.model_type} model, which the worker compares with transformers at load")
+        refuse_blind(config.to_dict())
         number, fit, memory = _layers_that_fit(config, _DTYPES[spec.dtype].itemsize)
     if fit == 0:
         return Verdict(spec.dtype, len(cases), number, 0, memory, {})
@@ -97,13 +100,12 @@ def _refused(model: str) -> Iterator[None]:
 
 def _run_engine(
     spec: EngineSpec, cases: Sequence[Case], recipe: Recipe
-) -> tuple[dict[str, str], tuple[int, int], list[Result], list[Result]]:
+) -> tuple[dict[str, str], Limits, list[Result], list[Result]]:
     """Return the environment, the pixel limits, and the results of batches and of the `exact` recipe."""
     with _refused(spec.model):
-        engine = QwenEngine(spec)
+        engine = make_engine(spec)
     least, most = engine.info.min_pixels, engine.info.max_pixels
-    assert least is not None and most is not None
-    limits = (least, min(most, _MAX_PIXELS))
+    limits = (least, None if most is None else min(most, _MAX_PIXELS))
     preprocess = Preprocessor(engine.info)
     found: list[list[Result]] = []
     for one in (recipe, recipe.model_copy(update={"exact": True})):
@@ -131,7 +133,7 @@ def _run_reference(
     model: str,
     source: dict[str, Any],
     dtype: torch.dtype,
-    limits: tuple[int, int],
+    limits: Limits,
     cases: Sequence[Case],
     recipe: Recipe,
 ) -> tuple[list[Result], list[Result]]:
@@ -166,14 +168,17 @@ def _compare(ours: Sequence[Result], reference: Sequence[Result]) -> Comparison:
 
 def _layers_that_fit(config: Any, itemsize: int) -> tuple[int, int, str]:
     """Return how many decoder layers the model has, how many of them fit, and the sizes in words."""
+    auto = family_of(config.model_type).AUTO
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    layers = model.model.language_model.layers
+        model = auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+    layers = decoder_of(model).layers
     total, layer = (sum(p.numel() for p in m.parameters()) * itemsize for m in (model, layers[0]))
     free = free_bytes()
     spare = _SPARE_BYTES + total // 10
     words = f"it needs {(total + spare) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     fit = (free - _SPARE_BYTES - (total - layer * len(layers)) * 11 // 10) // (layer * 11 // 10)
+    if config.model_type != "qwen2_5_vl" and fit < len(layers):
+        return len(layers), 0, words  # of which the first layers alone are no checkpoint that anything loads
     return len(layers), max(0, min(len(layers), fit)), words
 
 

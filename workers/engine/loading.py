@@ -93,6 +93,8 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     except ImportError as error:
         raise _package_missing(error) from error
     except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise EngineStartError(f"it is a {config.model_type} model, which takes no images") from error
         if "scaled_dot_product_attention" not in str(error):
             raise
         model, report = auto.from_pretrained(spec.model, **options)  # of a family that has another attention

@@ -59,11 +59,7 @@ class Family:
         return None
 
     def _decoder(self) -> Any:
-        # Not get_decoder(): of some models in transformers 4.57 that is the whole model.
-        for name in ("language_model", "text_model"):
-            if hasattr(self.core, name):
-                return getattr(self.core, name)
-        raise EngineStartError(f"it is a {self.model.config.model_type} model, whose text decoder is not known here")
+        return decoder_of(self.model)
 
     def inputs(self, text: str, image: np.ndarray) -> Inputs:
         """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]."""
@@ -212,6 +208,17 @@ def image_id(config: Any) -> int:
             if isinstance(found := getattr(owner, name, None), int):
                 return found
     raise EngineStartError(f"it is a {config.model_type} model, whose config names no image token")
+
+
+def decoder_of(model: Any) -> Any:
+    """Return a model's text decoder. Raises EngineStartError where it is not known."""
+    # Not get_decoder(): of some models in transformers 4.57 that is the whole model.
+    for name in ("language_model", "text_model"):
+        if hasattr(model.model, name):
+            return getattr(model.model, name)
+    if hasattr(model.model, "layers"):  # it is the decoder itself, and embeds images
+        return model.model
+    raise EngineStartError(f"it is a {model.config.model_type} model, whose text decoder is not known here")
 
 
 def last_block(tower: Any) -> Any:

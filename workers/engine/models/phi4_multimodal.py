@@ -14,9 +14,6 @@ class Family(base.Family):
 
     AUTO = AutoModelForCausalLM
 
-    def _decoder(self) -> Any:
-        return self.core
-
     def tower(self) -> Any:
         """Return the vision tower's last block."""
         return base.last_block(self.core.embed_tokens_extend.image_embed.img_processor)
