@@ -13,7 +13,7 @@ RUN --mount=type=cache,target=/root/.cache \
     pip install uv==0.13.9 \
     && python -m venv /opt/venv \
     && VIRTUAL_ENV=/opt/venv uv pip install --link-mode copy --compile-bytecode \
-       -r pyproject.toml --extra demo --extra probe -c requirements.txt
+       -r pyproject.toml --extra demo --extra probe --extra models -c requirements.txt
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src

@@ -99,7 +99,7 @@ bench: install  ## Print every benchmark's table that this machine can measure (
 
 lock: install  ## Compile requirements.txt from pyproject.toml, keeping its pins [ARGS=--upgrade to renew them]
 	@$(PIP) install uv
-	$(BIN)/uv pip compile pyproject.toml --extra demo --extra probe --extra dev --python-version 3.11 --universal \
+	$(BIN)/uv pip compile pyproject.toml --extra demo --extra probe --extra models --extra dev --python-version 3.11 --universal \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -q -o requirements.txt $(ARGS)
 
 clean:  ## Remove caches and build output; .venv and runs stay

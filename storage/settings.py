@@ -18,6 +18,7 @@ Order = Literal["image", "csv"]
 
 # Where the token vectors are taken. The published scripts' vision position is a token in the middle of the prompt.
 LAST_POSITIONS = "last_image_token,last_prompt_token"
+LAST_BLOCK = "last_block"  # of the vision tower: the mean over all that it puts out for an image
 HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
 # Options that a model's record repeats as they are: what is left to the checkpoint is in it too, resolved.
@@ -146,6 +147,7 @@ class ModelFacts(BaseModel):
     exif_rotation: bool = False
     positions: str = LAST_POSITIONS
     vision_only_definition: str = "merged"  # or `encoder`: the published features' mean before the merger
+    vision_encoder_definition: str = LAST_BLOCK
 
     @classmethod
     def decode(cls, data: bytes, address: str) -> ModelFacts:

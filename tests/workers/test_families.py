@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+import workers.cli
 from tests.support.plain import Expected, Plain
+from tests.support.processes import command, write_csv
 from tests.support.tiny import FAMILIES, aya_vision, build_tiny, gemma3
 from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
@@ -251,3 +257,69 @@ def test_a_window_counts_tokens(
     for sample, one in zip(engine.extract(requests), expected_of(Plain(model), requests, resized=False)):
         assert worst(sample, one) < TOLERANCE
         assert sample.facts["answer_token_ids"] == one.answer
+
+
+# The whole way, as a user goes it.
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "mllama", "gemma3"])
+def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question_id": f"{i}-{q}", "image_id": f"{i}.png", "question": text, "answer": ""}
+        for i in range(2)
+        for q, text in enumerate((*QUESTIONS, HOSTILE))
+    ]
+    table = write_csv(tmp_path / "vqa.csv", rows)
+    options = ("--model", tiny(family), "--dtype", "float32", "--max-new-tokens", NEW, "--layers", "all")
+    result = command("producer", "run", table, "--images-dir", pictures, "--output-dir", tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    assert command("storage", "verify", tmp_path / "run", "--deep").returncode == 0
+    plain = Plain(tiny(family))
+    [path] = (tmp_path / "run").glob("*.h5")
+    with h5py.File(path) as part:
+        assert part.attrs["model_name"] == str(tiny(family))
+        assert ("min_pixels" in part.attrs, "max_pixels" in part.attrs) == (False, False)
+        definition = "tower_of_real_tiles" if family == "mllama" else "last_block"
+        assert part.attrs["vision_encoder_definition"] == definition
+        for number, question in PAIRS:
+            group = part[f"{number}-{question}"]
+            expected = plain(np.asarray(Image.open(pictures / f"{number}.png")), QUESTIONS[question], new=NEW)
+            for name, vector in expected.vectors.items():
+                assert np.abs(group[name][:] - vector).max() < TOLERANCE * np.abs(vector).max()
+            assert group.attrs["answer_token_ids"].tolist() == expected.answer
+            assert group.attrs["seq_len"] == len(expected.ids)
+        assert {len(part[f"{i}-3"].attrs["answer_token_ids"]) for i in range(2)} == {NEW}
+    checked = command("producer", "check", table, "--images-dir", pictures, "--output-dir", tmp_path / "run", *options)
+    assert "vision tokens of an image: not known here" in checked.stdout, checked.stderr
+
+
+@pytest.mark.parametrize("family", ["llava", "phi4_multimodal", "qwen3_vl", "paligemma"])
+def test_the_self_check(family: str, tiny: Callable[[str], Path]) -> None:
+    result = CliRunner().invoke(
+        workers.cli.app,
+        ["selfcheck", "--model", str(tiny(family)), "--questions", "4", "--max-new-tokens", "4", "--dtype", "float32"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "PASS" in result.output
+
+
+def test_a_package_that_is_not_here_is_named(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.")
+
+    model = tiny("smolvlm")
+    monkeypatch.setattr("workers.engine.loading.AutoProcessor.from_pretrained", refuse)
+    with pytest.raises(EngineStartError, match=r"pip install 'halp-extractor\[models\]' .*num2words"):
+        load(model)
+
+
+def test_no_code_of_a_repository_is_run(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tmp_path / "molmo"
+    shutil.copytree(tiny("llava"), model)
+    config = json.loads((model / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "molmo", "auto_map": auto}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'RUN')!r}, 'w').close()")
+    with pytest.raises(EngineStartError, match="no code of a model's repository is run here"):
+        load(model)
+    assert not (tmp_path / "RUN").exists()

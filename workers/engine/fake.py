@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
 from storage.sample import Sample
+from storage.settings import LAST_BLOCK
 from workers.engine.interface import EngineSpec, ModelInfo, Request
 from workers.engine.prompt import PLACEHOLDERS, PromptParts, PromptStyle
 from workers.errors import EngineStartError
@@ -51,6 +52,7 @@ class FakeEngine:
             num_hidden_layers=_LAYERS,
             hidden_size=_WIDTH,
             vision_hidden_size=_WIDTH,
+            vision_encoder_definition=LAST_BLOCK,
             max_position_embeddings=32768,
             repetition_penalty=1.0,
             tokenizer_json=_byte_tokenizer().to_str(),

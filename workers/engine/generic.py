@@ -85,6 +85,7 @@ class GenericEngine:
         seen = self._prefix(first, recipe).vectors
         self.info = model_info(
             model, processor, config_file, spec.revision, vision_hidden_size=len(seen[VISION_ENCODER.name]),
+            vision_encoder_definition=family.encoder_definition,
             sized=family.factor is not None, repetition_penalty=self._generation.penalty,
             placeholders=placeholders(family), prompt=prompt, factor=family.factor,
             most_image_tokens=None if family.factor else most_image_tokens(family, self._text(recipe), prompt),

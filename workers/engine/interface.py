@@ -35,6 +35,7 @@ class ModelInfo:
     num_hidden_layers: int
     hidden_size: int
     vision_hidden_size: int
+    vision_encoder_definition: str  # what of the vision tower its field is the mean of
     max_position_embeddings: int
     repetition_penalty: float
     tokenizer_json: str

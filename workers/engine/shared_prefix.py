@@ -21,6 +21,7 @@ from torch import Tensor
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
+from storage.settings import LAST_BLOCK
 from workers.engine.cache import Batch, Prefix, PrefixCache
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
@@ -61,7 +62,8 @@ class QwenEngine:
         self._prefixes: PrefixCache[Prefix] = PrefixCache(prefix_bytes)
         vision = self._model.config.vision_config
         self.info = model_info(
-            self._model, processor, config_file, spec.revision, vision_hidden_size=vision.hidden_size, sized=True,
+            self._model, processor, config_file, spec.revision, vision_hidden_size=vision.hidden_size,
+            vision_encoder_definition=LAST_BLOCK, sized=True,
             repetition_penalty=self._generation.penalty, placeholders=PLACEHOLDERS, prompt=prompt,
             factor=vision.patch_size * vision.spatial_merge_size, most_image_tokens=None, max_batch_tokens=batch_tokens,
         )  # fmt: skip

@@ -202,6 +202,7 @@ class Extractor:
             num_hidden_layers=info.num_hidden_layers,
             hidden_size=info.hidden_size,
             vision_hidden_size=info.vision_hidden_size,
+            vision_encoder_definition=info.vision_encoder_definition,
             layers=layers,
             chat_template_sha256=settings.chat_template_sha256(),
             **{name: getattr(settings, name) for name in AS_ASKED},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from storage.settings import LAST_BLOCK
 from workers.errors import EngineStartError
 
 _IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")  # of a config, or of its vision_config
@@ -32,6 +33,7 @@ class Family:
     """
 
     AUTO: Any = AutoModelForImageTextToText
+    encoder_definition = LAST_BLOCK
     share = "prefix"
     marks_images = True  # token_type_ids say which tokens are an image's
 

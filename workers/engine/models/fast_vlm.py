@@ -13,6 +13,8 @@ from workers.engine.models.base import Inputs
 class Family(base.Family):
     """Its tower's output has channels first."""
 
+    encoder_definition = "last_map"
+
     def tower(self) -> Any:
         """Return the whole tower."""
         return self.core.vision_tower

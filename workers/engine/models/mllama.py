@@ -14,6 +14,8 @@ from workers.engine.models.base import Inputs
 class Family(base.Family):
     """Later tokens see the tiles that the image's token sees."""
 
+    encoder_definition = "tower_of_real_tiles"
+
     def kept_of(self, inputs: Inputs) -> Tensor | None:
         """Return which tiles are real, (1, 1, images, tiles)."""
         return inputs["cross_attention_mask"][:, -1:]
