@@ -43,11 +43,13 @@ class Plain:
         )
 
     @torch.inference_mode()
-    def __call__(self, image: np.ndarray, question: str, *, new: int, **processing: Any) -> Expected:
+    def __call__(self, image: np.ndarray, question: str, *, new: int, system: str | None = None, **processing: Any) -> Expected:
         content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages: list[Any] = [] if system is None else [{"role": "system", "content": system}]
         text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True, tokenize=False
-        )
+            [*messages, {"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True,
+            tokenize=False,
+        )  # fmt: skip
         inputs = self.processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt", **processing)
         inputs = {name: values for name, values in inputs.items() if name != "labels"}
         ids = inputs["input_ids"][0].tolist()

@@ -25,6 +25,7 @@ from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.models import base, mllama
 from workers.engine.process import make_engine
+from workers.engine.prompt import PromptStyle
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor, limits_of
 
@@ -134,6 +135,25 @@ def test_a_users_text_stays_text(family: str, tiny: Callable[[str], Path], pictu
     assert [t for t in hostile.suffix_ids if t in special] == [t for t in harmless.suffix_ids if t in special]
     [sample] = engine.extract([hostile])
     assert sample.facts["seq_len"] > len(harmless.suffix_ids)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "smolvlm"])
+def test_a_system_prompt_and_parsed_tokens(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
+    engine, plain = load(tiny(family)), Plain(tiny(family))
+    style = PromptStyle(system="Answer in one word.")
+    parts = engine.prompt(style)
+    recipe = Recipe(layers=(0, 3), max_new_tokens=NEW, system_prompt=style.system, special_tokens="parse")
+    preprocess = Preprocessor(engine.info)
+    image = preprocess.image("0.png", pictures, (), (None, None))
+    request = preprocess.request(image, f"Why? {HOSTILE}", recipe, parts)
+    [placeholder] = engine.info.placeholders[:1]
+    assert plain.processor.tokenizer.convert_tokens_to_ids(placeholder) not in request.suffix_ids
+    expected = plain(image.pixels, "Why?", new=NEW, system=style.system)
+    [sample] = engine.extract([preprocess.request(image, "Why?", recipe, parts)])
+    assert sample.facts["seq_len"] == len(expected.ids)
+    assert sample.facts["answer_token_ids"] == expected.answer
+    kept = {name: v for name, v in expected.vectors.items() if name in sample.vectors}
+    assert worst(sample, replace(expected, vectors=kept)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])

@@ -22,6 +22,7 @@ from workers.engine.proof import QUESTIONS, Vectors, compare
 from workers.errors import EngineStartError, in_a_line
 
 _SHAPES = ((4, 10), (9, 5))  # of the two images, in blocks: wide and high, of different numbers of tokens
+_NATS = {"float32": 1e-3, "bfloat16": 1.0}  # between two log-probabilities; a wrong factor of the logits gives several
 _BLOCK = 28  # pixels, where images come in any size
 # Images that show how many tokens one may take: squares and strips, small and large.
 _TRIED = ((448, 448), (1344, 1344), (448, 1792), (1792, 448), (896, 1344), (1344, 896), (336, 2016), (2016, 336))
@@ -99,7 +100,7 @@ def refuse_difference(
                 compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], dtype)
         [token] = sample.facts["answer_token_ids"]
         scored = np.float32(sample.facts["answer_token_logprobs"][0])
-        if abs(scored - one.log_probabilities[token]) > (1e-3 if dtype == "float32" else 0.5):
+        if not abs(scored - one.log_probabilities[token]) <= _NATS[dtype]:  # NaN too
             raise EngineStartError(
                 f"its first token has the log-probability {scored:.4f} here and {one.log_probabilities[token]:.4f} by "
                 "transformers: something in its config.json is not served here. Please report it, with that file"

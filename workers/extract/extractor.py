@@ -16,6 +16,7 @@ from storage.sample import Sample
 from storage.settings import AS_ASKED, HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
 from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
+from workers.checkpoint.families import PUBLISHED
 from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.interface import EngineSpec, ModelInfo, Recipe, Request
@@ -186,6 +187,8 @@ class Extractor:
             layers = resolve_layers(settings.layers, info.num_hidden_layers)
         except UserError as error:
             raise RunRefusedError(str(error)) from error
+        if settings.halp_compat and info.model_type not in {*PUBLISHED, "fake"}:
+            raise RunRefusedError(f"--halp-compat: the published definitions for a {info.model_type} model are not known here")
         asked_limits = settings.min_pixels, settings.max_pixels
         minimum, maximum = limits_of(asked_limits, info)
         if info.factor is None and asked_limits != (None, None):
