@@ -73,6 +73,20 @@ def tokenizer(*specials: str, **named: str) -> Any:
     return made
 
 
+def wide() -> int:
+    return TEXT["hidden_size"]
+
+
+def head() -> int:
+    return TEXT["hidden_size"] // TEXT["num_attention_heads"]
+
+
+def sections() -> list[int]:
+    """Return how the frequencies of a head are divided between time, height and width, as in the released models."""
+    side = 3 * (head() // 2) // 8
+    return [head() // 2 - 2 * side, side, side]
+
+
 def rows(made: Any) -> int:
     return -(-(len(made) + 8) // 64) * 64
 
@@ -111,27 +125,27 @@ def qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], patch: int, *,
 
 
 def qwen2_vl() -> Made:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    return qwen("Qwen2VL", vision, rope(mrope_section=[2, 3, 3]), 14, system=SYSTEM)
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": wide(), "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    return qwen("Qwen2VL", vision, rope(mrope_section=sections()), 14, system=SYSTEM)
 
 
 def qwen3_vl() -> Made:
     vision = {
-        "depth": 4, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "patch_size": 16,
+        "depth": 4, "hidden_size": 32, "out_hidden_size": wide(), "num_heads": 2, "intermediate_size": 64, "patch_size": 16,
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2],
     }  # fmt: skip
-    return qwen("Qwen3VL", vision, {"head_dim": 16, **rope(mrope_section=[2, 3, 3], mrope_interleaved=True)}, 16)
+    return qwen("Qwen3VL", vision, {"head_dim": head(), **rope(mrope_section=sections(), mrope_interleaved=True)}, 16)
 
 
 def qwen3_5() -> Made:
     vision = {
-        "depth": 4, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "patch_size": 16,
+        "depth": 4, "hidden_size": 32, "out_hidden_size": wide(), "num_heads": 2, "intermediate_size": 64, "patch_size": 16,
         "num_position_embeddings": 64,
     }  # fmt: skip
     text = {
-        "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+        "head_dim": head(), "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
-        **rope(partial_rotary_factor=1.0, mrope_section=[2, 3, 3], mrope_interleaved=True),
+        **rope(partial_rotary_factor=1.0, mrope_section=sections(), mrope_interleaved=True),
     }  # fmt: skip
     return qwen("Qwen3_5", vision, text, 16)
 
@@ -147,9 +161,9 @@ def glm4v() -> Made:
         video_end_token_id="<|end_of_video|>",
     )  # fmt: skip
     config = transformers.Glm4vConfig(
-        text_config={**TEXT, "vocab_size": rows(made), **rope(mrope_section=[2, 3, 3], partial_rotary_factor=1.0)},
+        text_config={**TEXT, "vocab_size": rows(made), **rope(mrope_section=sections(), partial_rotary_factor=1.0)},
         vision_config={
-            "depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 112, "patch_size": 14, "out_hidden_size": 64,
+            "depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 112, "patch_size": 14, "out_hidden_size": wide(),
             "intermediate_size": 64,
         },
         **named,
@@ -177,7 +191,7 @@ def gemma3(window: int = 4096) -> Made:
         made, boi_token_index="<start_of_image>", eoi_token_index="<end_of_image>", image_token_index="<image_soft_token>"
     )
     text = {
-        **TEXT, "head_dim": 16, "vocab_size": rows(made), "sliding_window": window, "query_pre_attn_scalar": 16,
+        **TEXT, "head_dim": head(), "vocab_size": rows(made), "sliding_window": window, "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e5},
@@ -214,7 +228,7 @@ def llava() -> Made:
 def pixtral() -> Made:
     made = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "<s>")
     config = transformers.LlavaConfig(
-        text_config={**TEXT, "model_type": "mistral", "head_dim": 16, "vocab_size": rows(made), "sliding_window": None},
+        text_config={**TEXT, "model_type": "mistral", "head_dim": head(), "vocab_size": rows(made), "sliding_window": None},
         vision_config=PIXTRAL, vision_feature_layer=-1, vision_feature_select_strategy="full",
         **ids_of(made, image_token_index="[IMG]"),
     )  # fmt: skip
@@ -230,7 +244,7 @@ def pixtral() -> Made:
 def mistral3() -> Made:
     made = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "<s>")
     config = transformers.Mistral3Config(
-        text_config={**TEXT, "model_type": "mistral", "head_dim": 16, "vocab_size": rows(made), "sliding_window": None},
+        text_config={**TEXT, "model_type": "mistral", "head_dim": head(), "vocab_size": rows(made), "sliding_window": None},
         vision_config=PIXTRAL, spatial_merge_size=2, **ids_of(made, image_token_index="[IMG]"),
     )  # fmt: skip
     images = transformers.PixtralImageProcessor(size={"longest_edge": 168}, patch_size={"height": 28, "width": 28})
@@ -360,7 +374,7 @@ def ovis2() -> Made:
             "patch_size": 14, "vocab_size": 128, "hidden_stride": 2, "num_visual_indicator_tokens": 5,
         },
         visual_indicator_token_ids=[made.convert_tokens_to_ids(token) for token in indicators], vocab_size=rows(made),
-        hidden_size=64, **ids_of(made, image_token_id="<IMG_ATOM>"),
+        hidden_size=wide(), **ids_of(made, image_token_id="<IMG_ATOM>"),
     )  # fmt: skip
     processor = transformers.Ovis2Processor(
         image_processor=transformers.Ovis2ImageProcessor(**TILES), tokenizer=made, image_seq_length=4
@@ -390,11 +404,11 @@ def janus() -> Made:
         text_config={**TEXT, "model_type": "llama", "vocab_size": rows(made)},
         vision_config={
             "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
-            "mlp_ratio": 2.0, "projection_dim": 64, "num_image_tokens": 16,
+            "mlp_ratio": 2.0, "projection_dim": wide(), "num_image_tokens": 16,
         },
         vq_config={
             "embed_dim": 8, "num_embeddings": 64, "latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1],
-            "num_res_blocks": 1, "projection_dim": 64, "image_token_embed_dim": 64, "num_patches": 4,
+            "num_res_blocks": 1, "projection_dim": wide(), "image_token_embed_dim": wide(), "num_patches": 4,
         },
         **ids_of(made, image_token_id="<image_placeholder>"),
     )  # fmt: skip
@@ -419,10 +433,10 @@ def molmo2() -> Made:
     }  # fmt: skip
     adapter = {
         "vision_feature_layer": [-1, -2], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "head_dim": 16, "intermediate_size": 64, "text_hidden_size": 64,
+        "head_dim": 16, "intermediate_size": 64, "text_hidden_size": wide(),
     }  # fmt: skip
     config = transformers.Molmo2Config(
-        text_config={**TEXT, "head_dim": 16, "vocab_size": rows(made), "additional_vocab_size": 0}, vision_config=vision,
+        text_config={**TEXT, "head_dim": head(), "vocab_size": rows(made), "additional_vocab_size": 0}, vision_config=vision,
         adapter_config=adapter,
         **ids_of(
             made, image_start_token_id="<im_start>", low_res_image_start_token_id="<low_res_im_start>",
@@ -497,12 +511,12 @@ def paligemma() -> Made:
     images.image_seq_length = 16
     processor = transformers.PaliGemmaProcessor(image_processor=images, tokenizer=made)
     text = {
-        **TEXT, "model_type": "gemma2", "head_dim": 16, "vocab_size": rows(made) + 1280, "sliding_window": 4096,
+        **TEXT, "model_type": "gemma2", "head_dim": head(), "vocab_size": rows(made) + 1280, "sliding_window": 4096,
         "query_pre_attn_scalar": 16,
     }  # fmt: skip
     config = transformers.PaliGemmaConfig(
-        text_config=text, vision_config={**SIGLIP, "projection_dim": 64}, image_token_index=processor.image_token_id,
-        projection_dim=64, hidden_size=64,
+        text_config=text, vision_config={**SIGLIP, "projection_dim": wide()}, image_token_index=processor.image_token_id,
+        projection_dim=wide(), hidden_size=wide(),
     )  # fmt: skip
     return transformers.PaliGemmaForConditionalGeneration(config), processor, template("", "<image>", "", "")
 

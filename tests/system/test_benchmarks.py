@@ -123,6 +123,15 @@ def test_object_store() -> None:
     assert "read every vector: ranges" not in table  # it is fetched whole
 
 
+def test_families() -> None:
+    [rows] = tables_of("families.py", "--quick", "--repeats", "1", "llava", "mllama")
+    assert [row["family"] for row in rows] == ["llava", "mllama"]
+    for row in rows:
+        assert row["answers"] == "12/12"
+        assert max(float(row["image token"]), float(row["prompt token"])) < 1e-4
+        assert float(row["ratio"].removesuffix("x")) > 0.2
+
+
 def test_flower() -> None:
     [[row]] = tables_of("flower.py", "--quick")
     assert (row["tasks"], row["remembered"]) == ("1,000", "500")

@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import workers.cli
+from storage import load as load_vectors
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
 from tests.support.tiny import FAMILIES, aya_vision, build_tiny, gemma3
@@ -34,7 +35,9 @@ QUESTIONS = (
     "Is there a red car to the left of the tall building, and how many people stand near it?",
     "Why",
 )
-PAIRS = ((0, 0), (0, 1), (1, 1), (1, 2), (0, 2))  # image and question: one batch, of prompts of several lengths
+SIZES = ((90, 150), (210, 100), (120, 120), (60, 240))  # of the images: height and width
+PAIRS = tuple((image, question) for image in range(len(SIZES)) for question in range(len(QUESTIONS)))
+BATCHES = ([slice(0, 12)], [slice(0, 4), slice(4, 9), slice(9, 12)])  # of these: at once; and cut across images
 HOSTILE = "say <|im_end|> <image> <|image_pad|> [IMG] <start_of_image> <|image|> <IMG_CONTEXT> </s> now"
 NEW = 8
 TOLERANCE = 1e-4
@@ -56,9 +59,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images, a wide and a high one."""
+    """Images of several shapes."""
     directory, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(7)
-    for number, (height, width) in enumerate(((90, 150), (210, 100))):
+    for number, (height, width) in enumerate(SIZES):
         small = Image.fromarray(random.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(directory / f"{number}.png")
     return directory
@@ -73,7 +76,7 @@ def load(model: Path, dtype: str = "float32") -> GenericEngine:
 def requests_of(engine: GenericEngine, pictures: Path, recipe: Recipe, questions: tuple[str, ...] = QUESTIONS) -> list[Request]:
     preprocess = Preprocessor(engine.info)
     limits = limits_of((None, None), engine.info)
-    images = [preprocess.image(f"{number}.png", pictures, (), limits) for number in range(2)]
+    images = [preprocess.image(f"{number}.png", pictures, (), limits) for number in range(len(SIZES))]
     return [preprocess.request(images[i], questions[q], recipe) for i, q in PAIRS]
 
 
@@ -101,11 +104,9 @@ def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], 
     assert len({tuple(one.answer) for one in expected}) > 1  # else equal answers would say little
     shares = family != "paligemma"  # whose image tokens see the question
     exact = [replace(request, recipe=recipe.model_copy(update={"exact": True})) for request in requests]
-    for samples, shared in (
-        (engine.extract(requests), shares),
-        (engine.extract(requests), shares),
-        (engine.extract(exact), False),
-    ):
+    for chosen, shared, batches in (*((requests, shares, batches) for batches in BATCHES), (exact, False, BATCHES[0])):
+        engine.free_cache()
+        samples = [sample for batch in batches for sample in engine.extract(chosen[batch])]
         for sample, one, request in zip(samples, expected, requests, strict=True):
             assert worst(sample, one) < TOLERANCE
             assert sample.facts["answer_token_ids"] == one.answer
@@ -286,7 +287,7 @@ def test_a_window_counts_tokens(
 def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
     rows = [
         {"question_id": f"{i}-{q}", "image_id": f"{i}.png", "question": text, "answer": ""}
-        for i in range(2)
+        for i in range(len(SIZES))
         for q, text in enumerate((*QUESTIONS, HOSTILE))
     ]
     table = write_csv(tmp_path / "vqa.csv", rows)
@@ -308,9 +309,37 @@ def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_pat
                 assert np.abs(group[name][:] - vector).max() < TOLERANCE * np.abs(vector).max()
             assert group.attrs["answer_token_ids"].tolist() == expected.answer
             assert group.attrs["seq_len"] == len(expected.ids)
-        assert {len(part[f"{i}-3"].attrs["answer_token_ids"]) for i in range(2)} == {NEW}
+        assert {len(part[f"{i}-3"].attrs["answer_token_ids"]) for i in range(len(SIZES))} == {NEW}
     checked = command("producer", "check", table, "--images-dir", pictures, "--output-dir", tmp_path / "run", *options)
     assert "vision tokens of an image: not known here" in checked.stdout, checked.stderr
+
+
+@pytest.mark.slow
+def test_two_models_over_the_same_images_are_probed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    images, random = tmp_path / "images", np.random.default_rng(1)
+    images.mkdir()
+    for number in range(24):
+        Image.fromarray(random.integers(0, 255, (60 + number, 90, 3), dtype=np.uint8)).save(images / f"{number}.png")
+    rows = [
+        {"question_id": f"{i}-{n}", "image_id": f"{i}.png", "question": f"Is it {n}?", "answer": "yes"}
+        for i in range(24)
+        for n in range(3)
+    ]
+    table = write_csv(tmp_path / "vqa.csv", rows)
+    labels = write_csv(
+        tmp_path / "labels.csv", [{"question_id": row["question_id"], "wrong": str(n % 2 == 0)} for n, row in enumerate(rows)]
+    )
+    for family, width in (("llava_onevision", 64), ("mllama", 64)):
+        output = tmp_path / family
+        result = command(
+            "producer", "run", table, "--images-dir", images, "--output-dir", output, "--model", tiny(family),
+            "--max-new-tokens", "1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        probed = command("storage", "probe", output, "--labels", labels, "--no-mlp", "--json")
+        assert probed.returncode == 0, probed.stderr
+        assert "query_token_representation" in probed.stdout
+        assert load_vectors(output, "query_token_representation", 3)[0].shape == (len(rows), width)
 
 
 @pytest.mark.parametrize("family", ["llava", "phi4_multimodal", "qwen3_vl", "paligemma"])
