@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from workers.demo.small_tokenizer import make_tokenizer, read_ranks
 
+SINCE_5 = transformers.__version__ >= "5"
 TEXT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
@@ -38,6 +39,11 @@ PIXTRAL = {
 SQUARE = {"height": 56, "width": 56}
 TILES = {"size": SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 6}
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+
+
+class NotBuiltError(Exception):
+    """The installed transformers does not have a family, or cannot save a tiny one."""
+
 
 Made = tuple[Any, Any, str]  # model, processor, chat template
 
@@ -61,15 +67,24 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-def tokenizer(*specials: str, **named: str) -> Any:
-    """Return a tokenizer with added special tokens; `named` ones are attributes, as some processors want them."""
-    made = PreTrainedTokenizerFast(
+def of_class(name: str) -> Any:
+    if (found := getattr(transformers, name, None)) is None:
+        raise NotBuiltError(f"transformers {transformers.__version__} has no {name}")
+    return found
+
+
+def tokenizer(*specials: str, of: str = "PreTrainedTokenizerFast", **named: str) -> Any:
+    """Return a tokenizer with added special tokens; `named` ones are attributes, as some processors want them.
+
+    `of`: the class that the family's processor insists on before transformers 5.
+    """
+    kind: Any = PreTrainedTokenizerFast if SINCE_5 else of_class(of)
+    made = kind(
         tokenizer_object=make_tokenizer(read_ranks()), pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        **({"extra_special_tokens": named} if named else {}),
+        model_input_names=["input_ids", "attention_mask"], **({"extra_special_tokens": named} if named else {}),
     )  # fmt: skip
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in specials], special_tokens=True)
     made.padding_side = "left"
-    made.model_input_names = ["input_ids", "attention_mask"]
     return made
 
 
@@ -92,19 +107,19 @@ def rows(made: Any) -> int:
 
 
 def rope(**more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **more}}
+    """Return rotary settings as the installed transformers spells them."""
+    if SINCE_5:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **more}}
+    partial = {"partial_rotary_factor": more.pop("partial_rotary_factor")} if "partial_rotary_factor" in more else {}
+    return {"rope_theta": 1e4, "rope_scaling": None if partial and not more else {"rope_type": "default", **more}, **partial}
 
 
 def ids_of(made: Any, **names: str) -> dict[str, int]:
     return {name: made.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
-def of_class(name: str) -> Any:
-    return getattr(transformers, name)
-
-
 def qwen(kind: str, vision: dict[str, Any], text: dict[str, Any], patch: int, *, system: str = "") -> Made:
-    made = tokenizer()
+    made = tokenizer(of="Qwen2TokenizerFast")
     named = ids_of(
         made, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>",
         vision_end_token_id="<|vision_end|>",
@@ -399,7 +414,11 @@ def deepseek_vl() -> Made:
 
 
 def janus() -> Made:
-    made = tokenizer(image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>")
+    if not SINCE_5:
+        raise NotBuiltError("transformers 4 does not save how many tokens its processor makes of an image")
+    made = tokenizer(
+        of="LlamaTokenizerFast", image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>"
+    )
     config = transformers.JanusConfig(
         text_config={**TEXT, "model_type": "llama", "vocab_size": rows(made)},
         vision_config={
@@ -435,7 +454,7 @@ def molmo2() -> Made:
         "vision_feature_layer": [-1, -2], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
         "head_dim": 16, "intermediate_size": 64, "text_hidden_size": wide(),
     }  # fmt: skip
-    config = transformers.Molmo2Config(
+    config = of_class("Molmo2Config")(
         text_config={**TEXT, "head_dim": head(), "vocab_size": rows(made), "additional_vocab_size": 0}, vision_config=vision,
         adapter_config=adapter,
         **ids_of(
@@ -452,7 +471,10 @@ def molmo2() -> Made:
 
 
 def phi4_multimodal() -> Made:
-    made = tokenizer("<|user|>", "<|end|>", "<|assistant|>", image_token="<|endoftext10|>", audio_token="<|endoftext11|>")
+    made = tokenizer(
+        "<|user|>", "<|end|>", "<|assistant|>", of="GPT2TokenizerFast", image_token="<|endoftext10|>",
+        audio_token="<|endoftext11|>",
+    )  # fmt: skip
     image, audio = (made.convert_tokens_to_ids(token) for token in ("<|endoftext10|>", "<|endoftext11|>"))
     config = transformers.Phi4MultimodalConfig(
         **TEXT, vocab_size=rows(made), pad_token_id=0, bos_token_id=0, original_max_position_embeddings=4096,
@@ -466,7 +488,9 @@ def phi4_multimodal() -> Made:
             "ext_pw_out_channel": 32, "audio_token_id": audio,
         },
     )  # fmt: skip
-    images = transformers.Phi4MultimodalImageProcessor(size={"height": 448, "width": 448}, patch_size=14, dynamic_hd=4)
+    images = of_class("Phi4MultimodalImageProcessor" if SINCE_5 else "Phi4MultimodalImageProcessorFast")(
+        size={"height": 448, "width": 448}, patch_size=14, dynamic_hd=4
+    )
     processor = transformers.Phi4MultimodalProcessor(
         image_processor=images, audio_processor=transformers.Phi4MultimodalFeatureExtractor(), tokenizer=made
     )
@@ -505,7 +529,7 @@ def mllama() -> Made:
 
 
 def paligemma() -> Made:
-    made = tokenizer("<image>", "<bos>")
+    made = tokenizer("<image>", "<bos>", of="GemmaTokenizerFast")
     made.bos_token = "<bos>"
     images = transformers.SiglipImageProcessor(size=SQUARE)
     images.image_seq_length = 16
@@ -523,7 +547,7 @@ def paligemma() -> Made:
 
 def fast_vlm() -> Made:
     made = tokenizer("<image>")
-    config = transformers.FastVlmConfig(
+    config = of_class("FastVlmConfig")(
         text_config={**TEXT, "model_type": "qwen2", "vocab_size": rows(made)},
         vision_config={
             "model_type": "timm_wrapper", "architecture": "fastvit_mci3", "do_pooling": True, "global_pool": "avg",

@@ -45,6 +45,17 @@ def test_the_oldest_transformers_computes_the_same(oldest: Path) -> None:
     assert "skipped" not in last
 
 
+def test_other_families_on_the_oldest_transformers(oldest: Path) -> None:
+    """Those that it has. Commands are of the first environment."""
+    chosen = ("tests/workers/test_families.py", "-k", "not run and not probed")
+    result = subprocess.run(
+        [oldest, "-m", "pytest", *chosen], capture_output=True, text=True, cwd=ROOT, env=environment(), check=False
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    last = result.stdout.strip().splitlines()[-1]
+    assert int(last.partition(" passed")[0]) > 60, last
+
+
 def test_the_oldest_is_the_one_that_is_declared() -> None:
     minor = OLDEST.rpartition(".")[0]
     assert f'"transformers>={minor}"' in (ROOT / "pyproject.toml").read_text()

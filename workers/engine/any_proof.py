@@ -109,7 +109,8 @@ def refuse_difference(
 
 def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float32]]:
     layers = resolve_layers(None, len(family.layers))
-    with outputs({i: family.layers[i] for i in layers}, lambda out: out) as captured, family.ending() as ended:
+    # Copies: Qwen3-VL adds to the states in place, after its first layers, in transformers 4.57.
+    with outputs({i: family.layers[i] for i in layers}, torch.clone) as captured, family.ending() as ended:
         out = family.model(**inputs)
     family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
     last = int((inputs["input_ids"][0] == family.image_id).nonzero()[-1])

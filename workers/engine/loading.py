@@ -92,6 +92,12 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
         model, report = auto.from_pretrained(spec.model, attn_implementation="sdpa", **options)
     except ImportError as error:
         raise _package_missing(error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise EngineStartError(
+            "its weights have other shapes than its config.json says: the two must be of one checkpoint"
+        ) from error
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise EngineStartError(f"it is a {config.model_type} model, which takes no images") from error
