@@ -133,7 +133,7 @@ def main() -> None:
         directory = build_small_model(Path(scratch) / "model", preset)
         processor = AutoProcessor.from_pretrained(directory)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-        engine = QwenEngine(EngineSpec("qwen", str(directory), "main", "float32", scratch))
+        engine = QwenEngine(EngineSpec("model", str(directory), "main", "float32", scratch))
         engine._eos = []  # forced answers: neither way may stop early
         rows = []
         for images, questions in sets:

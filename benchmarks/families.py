@@ -77,7 +77,7 @@ def pictures(directory: Path) -> None:
 
 def load(model: Path) -> Engine:
     """Return a checkpoint's engine."""
-    return make_engine(EngineSpec("qwen", str(model), "main", "float32", "unused"))
+    return make_engine(EngineSpec("model", str(model), "main", "float32", "unused"))
 
 
 def requests_of(engine: Engine, directory: Path, recipe: Recipe, images: int, questions: int) -> list[Request]:

@@ -94,7 +94,7 @@ def make_model(name: str, device: torch.device, directory: Path) -> tuple[Any, A
 def make_engine(model: Any, directory: Path) -> QwenEngine:
     """Return the worker's engine around a model that is in memory."""
     with mock.patch("workers.engine.loading._load_model", lambda *_: model):
-        return QwenEngine(EngineSpec("qwen", str(directory), "main", "bfloat16", str(directory)))
+        return QwenEngine(EngineSpec("model", str(directory), "main", "bfloat16", str(directory)))
 
 
 class Questions:

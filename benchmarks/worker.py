@@ -155,7 +155,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     from workers.extract.preprocess import Preprocessor
 
     torch.set_num_threads(1)
-    engine = QwenEngine(EngineSpec("qwen", str(model), "main", "float32", ""))
+    engine = QwenEngine(EngineSpec("model", str(model), "main", "float32", ""))
     preprocess = Preprocessor(engine.info)
     layers = tuple(range(0, engine.info.num_hidden_layers, 2))
     requests = [
@@ -178,7 +178,7 @@ def real_model(root: Path, model: Path, *, quick: bool) -> None:
     table = make_table(root, images, questions)
     alone = engine_alone(model, table, root / "images", batch, tokens)
     output = root / "output"
-    with House(root, model, "qwen", 1, batch) as house:
+    with House(root, model, "model", 1, batch) as house:
         took = house.run(table, root / "images", output, "--max-new-tokens", tokens, "--max-pixels", MAX_PIXELS)
     number = images * questions
     figures = [f"{number / alone:.2f}", f"{number / took:.2f}", f"{alone / took:.0%}"]

@@ -225,7 +225,7 @@ def selfcheck(
 
         verdicts = [
             check(
-                EngineSpec("qwen", model, revision, name, cache_of(model, revision, cache_dir)),
+                EngineSpec("model", model, revision, name, cache_of(model, revision, cache_dir)),
                 cases,
                 max_new_tokens,
                 lambda line: None if quiet else echo(line, err=True),

@@ -62,8 +62,8 @@ class WorkerSettings(BaseSettings):
     dtype: Dtype = Field("bfloat16", description="Dtype that the model computes in.")
     cache_dir: Path | None = Field(None, description="Where a hub model is kept.")
     engine: str = Field(
-        "qwen",
-        pattern=r"^(qwen|fake(:\d+(\.\d+)?)?)$",
+        "model",
+        pattern=r"^(model|qwen|fake(:\d+(\.\d+)?)?)$",  # the second is what the first was called before
         description="`fake:S` computes hashes in place of a model and takes S seconds a batch: for development.",
     )
     engine_timeout: float = Field(

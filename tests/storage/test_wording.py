@@ -317,7 +317,7 @@ class StyledReference(Reference):
 
 def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> None:
     """Batches of one style and of another about the same image, shared, exact and compatible."""
-    engine = QwenEngine(EngineSpec("qwen", str(small_model), "main", "float32", "unused"))
+    engine = QwenEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
     reference, preprocess = StyledReference(small_model), Preprocessor(engine.info)
     limits = (engine.info.min_pixels, engine.info.max_pixels)
     for style in (STYLES[1], STYLES[0], STYLES[6]):

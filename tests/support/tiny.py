@@ -240,6 +240,16 @@ def llava() -> Made:
     return transformers.LlavaForConditionalGeneration(config), processor, template("USER: ", "<image>", "\n", " ASSISTANT:")
 
 
+def vipllava() -> Made:
+    """Return a model of an architecture that the project knows nothing of."""
+    model, processor, chat_template = llava()
+    config = transformers.VipLlavaConfig(
+        text_config=model.config.text_config, vision_config=model.config.vision_config, vision_feature_layers=[-2, -1],
+        **ids_of(processor.tokenizer, image_token_index="<image>"),
+    )  # fmt: skip
+    return transformers.VipLlavaForConditionalGeneration(config), processor, chat_template
+
+
 def pixtral() -> Made:
     made = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]", "<s>")
     config = transformers.LlavaConfig(
@@ -574,6 +584,9 @@ FAMILIES: dict[str, Callable[[], Made]] = {
 }  # fmt: skip
 
 
+UNKNOWN = {"vipllava": vipllava}
+
+
 def decoder_of(model: Any) -> Any:
     """Return the text decoder, by the names that families give it."""
     for name in ("language_model", "text_model"):
@@ -620,7 +633,7 @@ def shake(model: Any, gain: float = 2.0) -> Any:
 
 def build_tiny(family: str, directory: Path) -> Path:
     """Save a family's tiny checkpoint, as `from_pretrained` of a user's machine finds one."""
-    model, processor, chat_template = FAMILIES[family]()
+    model, processor, chat_template = (FAMILIES | UNKNOWN)[family]()
     shake(model)
     made = processor.tokenizer
     model.generation_config = transformers.GenerationConfig(

@@ -180,8 +180,8 @@ def test_order_batches_and_number_of_workers_do_not_change_values(cluster: Clust
     common = ("--dtype", "float32", "--max-new-tokens", "8", "--checkpoint-interval", "12")
     cluster.variables |= {"HALP_DTYPE": "float32", "HALP_MAX_BATCH_SIZE": "3", "HALP_VISIBILITY_TIMEOUT": "60"}
     cluster.enqueue(table, photographs, tmp_path / "two", *common, "--order", "csv")
-    cluster.worker("qwen")
-    cluster.worker("qwen")
+    cluster.worker("model")
+    cluster.worker("model")
     cluster.collector()
     wait_for(lambda: finished(tmp_path / "two"), 120, "the run is finished")
     one = ("--images-dir", photographs, "--output-dir", tmp_path / "one", "--model", cluster.model, *common)

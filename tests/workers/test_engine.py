@@ -37,7 +37,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def engine(small_model: Path) -> QwenEngine:
-    return QwenEngine(EngineSpec("qwen", str(small_model), "main", "float32", "unused"))
+    return QwenEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_log_probabilities_are_the_models(engine: QwenEngine, cases: Any, small_
 
 
 def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
-    engine = QwenEngine(EngineSpec("qwen", str(small_model), "main", "bfloat16", "unused"))
+    engine = QwenEngine(EngineSpec("model", str(small_model), "main", "bfloat16", "unused"))
     [sample] = engine.extract([cases[0][0]])
     assert {vector.dtype.name for vector in sample.vectors.values()} == {"bfloat16"}
     worst = max(
@@ -251,7 +251,7 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
     monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
     ours, theirs = multiprocessing.Pipe()
     threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()
-    process = engine_process.EngineProcess(EngineSpec("qwen", "", "main", "float32", ""), 60)
+    process = engine_process.EngineProcess(EngineSpec("model", "", "main", "float32", ""), 60)
     ours.send(process._spec)
     assert ours.recv() == engine.info
     process._connection = ours

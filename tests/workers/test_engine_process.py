@@ -303,7 +303,7 @@ def test_process_that_ends_by_itself_is_not_taken_for_a_killed_one(monkeypatch):
 
 
 def refusal(model: Path | str) -> str:
-    engine = EngineProcess(EngineSpec("qwen", str(model), "main", "float32", ""), 20.0)
+    engine = EngineProcess(EngineSpec("model", str(model), "main", "float32", ""), 20.0)
     with pytest.raises(EngineStartError) as caught:
         engine.start()
     assert engine.pid is None
@@ -363,7 +363,7 @@ def test_weights_that_lack_a_tensor(small_model, tmp_path):
 
 
 def test_engine_starts_again_after_its_model_is_mended(small_model, tmp_path):
-    engine = EngineProcess(EngineSpec("qwen", str(tmp_path / "model"), "main", "float32", ""), 20.0)
+    engine = EngineProcess(EngineSpec("model", str(tmp_path / "model"), "main", "float32", ""), 20.0)
     with pytest.raises(EngineStartError):
         engine.start()
     shutil.copytree(small_model, tmp_path / "model")

@@ -21,7 +21,7 @@ import workers.cli
 from storage import load as load_vectors
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
-from tests.support.tiny import FAMILIES, NotBuiltError, aya_vision, build_tiny, gemma3
+from tests.support.tiny import FAMILIES, UNKNOWN, NotBuiltError, aya_vision, build_tiny, gemma3
 from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.models import base, mllama
@@ -43,7 +43,7 @@ NEW = 8
 TOLERANCE = 1e-4
 # One of each kind; the others with the long tests.
 OFTEN = {"qwen3_vl", "qwen3_5", "gemma3", "llava", "smolvlm", "molmo2", "mllama", "paligemma"}
-ALL = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in FAMILIES]
+ALL = [pytest.param(n, marks=[] if n in {*OFTEN, *UNKNOWN} else [pytest.mark.slow]) for n in (*FAMILIES, *UNKNOWN)]
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(model: Path, dtype: str = "float32") -> GenericEngine:
-    engine = make_engine(EngineSpec("qwen", str(model), "main", dtype, "unused"))
+    engine = make_engine(EngineSpec("model", str(model), "main", dtype, "unused"))
     assert isinstance(engine, GenericEngine)
     return engine
 

@@ -26,7 +26,7 @@ TEXT = "{{ content['text'] }}"
 
 
 def load(model: Path, dtype: str = "float32") -> QwenEngine:
-    return QwenEngine(EngineSpec("qwen", str(model), "main", dtype, "unused"))
+    return QwenEngine(EngineSpec("model", str(model), "main", dtype, "unused"))
 
 
 @pytest.fixture

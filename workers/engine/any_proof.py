@@ -57,7 +57,7 @@ def most_image_tokens(family: Family, text: str, prompt: PromptParts) -> int:
 
 
 @torch.inference_mode()
-def plain_prompts(family: Family, text: str) -> list[Plain]:
+def plain_prompts(family: Family) -> list[Plain]:
     """Run each question over each image by transformers' own forward. Raises EngineStartError where it cannot."""
     found = []
     for number, image in enumerate(proof_images(family)):

@@ -97,7 +97,7 @@ class GenericEngine:
     def _prove(self) -> None:
         """Compare shared prompts with transformers' own; where they differ, compute whole ones. Raises EngineStartError."""
         family = self._family
-        plain = plain_prompts(family, self._text(Recipe(layers=(0,))))
+        plain = plain_prompts(family)
         try:
             refuse_difference(plain, family, self.info, self.extract)
         except EngineStartError as error:
