@@ -110,7 +110,7 @@ def run_trial(
 def _batches(requests: Sequence[Request], size: int, tokens: int) -> Iterator[list[Request]]:
     batch: list[Request] = []
     for request in requests:
-        if batch and (len(batch) == size or sum(r.num_tokens for r in batch) + request.num_tokens > tokens):
+        if batch and (len(batch) == size or sum(r.weight for r in batch) + request.weight > tokens):
             yield batch
             batch = []
         batch.append(request)

@@ -117,6 +117,11 @@ class Row:
         """Memory that it holds."""
         return sum(layer.nbytes for layer in self.kv)
 
+    @property
+    def growing_bytes(self) -> int:
+        """Of that, what grows with the text."""
+        return sum(kv.nbytes for kv in self.kv if not isinstance(kv, Recurrent) and kv.shape[2] == self.length)
+
 
 @dataclass(slots=True)
 class Batch:

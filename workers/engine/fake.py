@@ -62,6 +62,7 @@ class FakeEngine:
             min_pixels=_FACTOR * _FACTOR,
             max_pixels=1280 * _FACTOR * _FACTOR,
             most_image_tokens=None,
+            held_tokens=0,
             max_batch_tokens=1 << 20,
             environment={"device": "cpu", "gpu": "", "attention_implementation": "fake", "library_versions": "fake"},
         )

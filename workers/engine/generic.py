@@ -76,20 +76,21 @@ class GenericEngine:
         refuse_no_end(self._generation.ends, processor.tokenizer)
         self._device = model.get_input_embeddings().weight.device
         self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
-        prefix_bytes, batch_tokens = memory_bounds(model)
-        self._prefixes: PrefixCache[ImagePrefix] = PrefixCache(prefix_bytes)
         self._texts: dict[PromptStyle, str] = {}
         prompt = self.prompt(PromptStyle())
-        first = proof_images(family)[0]
-        recipe = Recipe(layers=(0,), max_new_tokens=0)
-        seen = self._prefix(first, recipe).vectors
+        recipe = Recipe(layers=(0,), max_new_tokens=1)
+        first = self._prefix(proof_images(family)[0], recipe)
+        row = first.row
+        per_token = max(1, row.growing_bytes // row.length)
+        prefix_bytes, batch_tokens = memory_bounds(self._device, per_token)
+        self._prefixes: PrefixCache[ImagePrefix] = PrefixCache(prefix_bytes)
         self.info = model_info(
-            model, processor, config_file, spec.revision, vision_hidden_size=len(seen[VISION_ENCODER.name]),
+            model, processor, config_file, spec.revision, vision_hidden_size=len(first.vectors[VISION_ENCODER.name]),
             vision_encoder_definition=family.encoder_definition,
             sized=family.factor is not None, repetition_penalty=self._generation.penalty,
             placeholders=placeholders(family), prompt=prompt, factor=family.factor,
             most_image_tokens=None if family.factor else most_image_tokens(family, self._text(recipe), prompt),
-            max_batch_tokens=batch_tokens,
+            held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
         )  # fmt: skip
         self._prove()
         self.free_cache()

@@ -46,6 +46,7 @@ class ModelInfo:
     min_pixels: int | None
     max_pixels: int | None
     most_image_tokens: int | None  # that an image was seen to take, where the processor sizes it
+    held_tokens: int  # what a prompt holds in memory whatever its length, in tokens: recurrent states, an image beside the text
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
 
@@ -78,6 +79,12 @@ class Request:
     suffix_ids: tuple[int, ...]
     num_tokens: int  # of the whole prompt
     recipe: Recipe
+    held_tokens: int = 0  # see ModelInfo
+
+    @property
+    def weight(self) -> int:
+        """What it takes of a batch's memory, in tokens."""
+        return self.num_tokens + self.held_tokens
 
 
 class Engine(Protocol):

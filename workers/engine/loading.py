@@ -183,16 +183,14 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_bounds(model: Any) -> tuple[int, int]:
+def memory_bounds(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
     """Return the bytes for image prefixes, and the prompt tokens of a batch, by the memory that a loaded model leaves."""
-    device = model.get_input_embeddings().weight.device
     free = free_memory(device)
-    tokens = int(free * _BATCH_SHARE) // kv_bytes_per_token(model.config.get_text_config(), model.dtype)
-    return (int(free * _PREFIX_SHARE) if device.type == "cuda" else _CPU_PREFIX_BYTES), max(1, tokens)
+    tokens = max(1, int(free * _BATCH_SHARE) // bytes_per_token)
+    return (int(free * _PREFIX_SHARE) if device.type == "cuda" else _CPU_PREFIX_BYTES), tokens
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Return the size of one token in the KV cache of all layers: 57 KB for 7B in bfloat16."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     return int(2 * config.num_hidden_layers * width * dtype.itemsize)

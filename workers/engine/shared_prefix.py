@@ -28,7 +28,7 @@ from workers.engine.generation import Generation
 from workers.engine.hooks import ending_after, outputs, to_numpy
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
-from workers.engine.loading import load_checkpoint, memory_bounds, model_info
+from workers.engine.loading import kv_bytes_per_token, load_checkpoint, memory_bounds, model_info
 from workers.engine.models.qwen2_5_vl import Image, VisionTower, prefix_positions
 from workers.engine.prompt import PLACEHOLDERS, PromptParts, PromptStyle, split_prompt
 from workers.engine.proof import plain_prompts, refuse_difference
@@ -58,14 +58,16 @@ class QwenEngine:
             self._model.model.visual, processor.image_processor, self._model.dtype, self._model.model.visual.device
         )
         self._prefill_tokens = _GPU_PREFILL_TOKENS if self._device.type == "cuda" else _CPU_PREFILL_TOKENS
-        prefix_bytes, batch_tokens = memory_bounds(self._model)
+        per_token = kv_bytes_per_token(self._model.config.get_text_config(), self._model.dtype)
+        prefix_bytes, batch_tokens = memory_bounds(self._device, per_token)
         self._prefixes: PrefixCache[Prefix] = PrefixCache(prefix_bytes)
         vision = self._model.config.vision_config
         self.info = model_info(
             self._model, processor, config_file, spec.revision, vision_hidden_size=vision.hidden_size,
             vision_encoder_definition=LAST_BLOCK, sized=True,
             repetition_penalty=self._generation.penalty, placeholders=PLACEHOLDERS, prompt=prompt,
-            factor=vision.patch_size * vision.spatial_merge_size, most_image_tokens=None, max_batch_tokens=batch_tokens,
+            factor=vision.patch_size * vision.spatial_merge_size, most_image_tokens=None, held_tokens=0,
+            max_batch_tokens=batch_tokens,
         )  # fmt: skip
         refuse_difference(plain, self.info, self._image_token, self.extract)
         self.free_cache()

@@ -149,10 +149,10 @@ class DynamicBatcher:
         batch: list[_Entry] = []
         tokens = 0
         for entry in (e for entries in images.values() for e in entries):
-            if batch and (len(batch) == self._max_size or tokens + entry.request.num_tokens > self._max_tokens):
+            if batch and (len(batch) == self._max_size or tokens + entry.request.weight > self._max_tokens):
                 return batch, True
             batch.append(entry)
-            tokens += entry.request.num_tokens
+            tokens += entry.request.weight
         return batch, len(batch) == self._max_size
 
     def _run(self, batch: list[_Entry]) -> None:

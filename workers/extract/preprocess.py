@@ -91,7 +91,7 @@ class Preprocessor:
                 f"the prompt has {total} tokens, {tokens} of them from the image; the model takes {limit}. "
                 "Shorten the question or lower --max-pixels",
             )
-        return Request(image.key, image.pixels, suffix, total, recipe)
+        return Request(image.key, image.pixels, suffix, total, recipe, self._info.held_tokens)
 
 
 class HasLimits(Protocol):
