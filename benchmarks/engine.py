@@ -134,7 +134,7 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(directory)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         engine = QwenEngine(EngineSpec("model", str(directory), "main", "float32", scratch))
-        engine._eos = []  # forced answers: neither way may stop early
+        engine._generation.ends = []  # forced answers: neither way may stop early
         rows = []
         for images, questions in sets:
             cases = make_cases(engine, processor, images, questions, Path(scratch))

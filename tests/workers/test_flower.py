@@ -230,7 +230,13 @@ def test_dropped_questions_do_not_count_as_done(scene: Scene, photographs: Path,
     def again() -> dict[str, str]:
         return {question: state for name, (state, question) in scene.states("cancelled").items() if name not in dropped}
 
-    wait_for(lambda: again() == {"c0": "RETRY"} | {f"c{n}": "SUCCESS" for n in range(1, 6)}, 60, "this time's states")
+    def as_they_should_be() -> bool:
+        states = again()
+        # On a busy machine it may have had its last attempt, or be in one, at each look.
+        first = states.pop("c0", None) in {"RETRY", "STARTED", "RECEIVED", "FAILURE"}
+        return first and states == {f"c{n}": "SUCCESS" for n in range(1, 6)}
+
+    wait_for(as_they_should_be, 60, "this time's states")
     assert {state for name, (state, _) in scene.states("cancelled").items() if name in dropped} == {"REVOKED"}
     assert command("producer", "cancel", output, **scene.variables).returncode == 0
 

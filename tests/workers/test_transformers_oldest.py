@@ -53,7 +53,7 @@ def test_other_families_on_the_oldest_transformers(oldest: Path) -> None:
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]
-    assert int(last.partition(" passed")[0]) > 60, last
+    assert int(last.partition(" passed")[0]) > 50, last
 
 
 def test_the_oldest_is_the_one_that_is_declared() -> None:

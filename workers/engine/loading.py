@@ -52,9 +52,8 @@ def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
     model = _load_model(spec, source)
     try:
         processor = AutoProcessor.from_pretrained(spec.model, **source)
-    except ImportError as error:
-        raise _package_missing(error) from error
     except Exception as error:
+        _refuse_without_package(error)
         # Whatever transformers and tokenizers raise for files that are not what they should be.
         raise EngineStartError(
             f"its processor cannot be loaded ({in_a_line(error)}): restore tokenizer.json, "
@@ -91,7 +90,8 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     try:
         model, report = auto.from_pretrained(spec.model, attn_implementation="sdpa", **options)
     except ImportError as error:
-        raise _package_missing(error) from error
+        _refuse_without_package(error)
+        raise
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -111,8 +111,12 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def _package_missing(error: ImportError) -> EngineStartError:
-    return EngineStartError(f"it needs a package that is not here: pip install 'halp-extractor[models]' ({in_a_line(error)})")
+def _refuse_without_package(error: Exception) -> None:
+    """Raise EngineStartError where a package is missing that one family alone needs."""
+    if isinstance(error, ImportError) and any(package in str(error) for package in ("num2words", "timm")):
+        raise EngineStartError(
+            f"it needs a package that is not here: pip install 'halp-extractor[models]' ({in_a_line(error)})"
+        ) from error
 
 
 def _config(spec: EngineSpec, source: dict[str, Any]) -> Any:
