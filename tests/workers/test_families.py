@@ -25,6 +25,7 @@ from tests.support.tiny import FAMILIES, UNKNOWN, NotBuiltError, aya_vision, bui
 from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.models import base, mllama
+from workers.engine.passes import Passes
 from workers.engine.process import make_engine
 from workers.engine.prompt import PromptStyle
 from workers.errors import EngineStartError
@@ -180,14 +181,14 @@ def test_bfloat16_is_near(family: str, dtype: str, tiny: Callable[[str], Path], 
 
 def by_length(patch: pytest.MonkeyPatch) -> None:
     """Count text after an image on from the number of tokens."""
-    original = GenericEngine._run
+    original = Passes.run
 
     def run(self: Any, inputs: Any, *rest: Any) -> Any:
         vectors, batch, final = original(self, inputs, *rest)
         batch.next_position = inputs["attention_mask"].sum(1)
         return vectors, batch, final
 
-    patch.setattr(GenericEngine, "_run", run)
+    patch.setattr(Passes, "run", run)
 
 
 def padding_in_the_window(patch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ Knows nothing of runs, files or queues.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, Field, by_layer
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.engine.any_prompt import constant_prompt, placeholders, split_any_prompt
 from workers.engine.any_proof import most_image_tokens, plain_prompts, proof_images, refuse_difference
 from workers.engine.cache import Batch, PrefixCache, Row
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
-from workers.engine.hooks import ending_after, outputs, to_numpy
+from workers.engine.hooks import to_numpy
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import load_checkpoint, memory_bounds, model_info
 from workers.engine.models import family_of
 from workers.engine.models.base import Family, Inputs
+from workers.engine.passes import Passes
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.engine.soundness import refuse_no_end
 from workers.errors import EngineStartError
@@ -57,14 +58,6 @@ class ImagePrefix:
         return self.row.nbytes + sum(tensor.nbytes for tensor in kept)
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What the model's own forward hands its text decoder."""
-
-    embedded: Tensor | None = None  # (1, L, D)
-    positions: Tensor | None = None  # (1, L) or (axes, 1, L)
-
-
 class GenericEngine:
     """A loaded checkpoint of any family."""
 
@@ -74,8 +67,8 @@ class GenericEngine:
         self._family = family = family_of(model.config.model_type)(model, processor)
         self._generation = Generation(model)
         refuse_no_end(self._generation.ends, processor.tokenizer)
-        self._device = model.get_input_embeddings().weight.device
-        self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+        self._passes = Passes(family)
+        self._device = self._passes.device
         self._texts: dict[PromptStyle, str] = {}
         prompt = self.prompt(PromptStyle())
         recipe = Recipe(layers=(0,), max_new_tokens=1)
@@ -163,8 +156,8 @@ class GenericEngine:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")  # (B, L)
         offsets = torch.arange(width, device=self._device) - (width - lengths)[:, None]  # negative on padding
         positions = batch.next_position[:, None] + offsets.clamp(min=0)
-        with self._capture(recipe, [-1]) as captured:
-            states = self._step(batch, ids, positions, lengths.tolist(), recipe)
+        with self._passes.capture(recipe, [-1]) as captured:
+            states = self._passes.step(batch, ids, positions, lengths.tolist(), recipe)
         batch.next_position = batch.next_position + lengths
         prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in requests]
         answers = self._answer(batch, states, prompts, recipe)
@@ -190,7 +183,7 @@ class GenericEngine:
         inputs = family.up_to(whole, family.cut(whole))
         ids = inputs["input_ids"][0]
         last = int((ids == family.image_id).nonzero()[-1])
-        vectors, batch, _ = self._run(inputs, [last], (VISION_TOKEN,), recipe)
+        vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
         [row] = batch.rows()
         return ImagePrefix(row, tuple(ids.tolist()), self._facts(inputs, last), vectors, family.kept_of(inputs))
 
@@ -201,7 +194,7 @@ class GenericEngine:
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
         ids = inputs["input_ids"][0]
         last, end = int((ids == family.image_id).nonzero()[-1]), len(ids) - 1
-        vectors, batch, final = self._run(inputs, [last, end], (VISION_TOKEN, QUERY_TOKEN), recipe)
+        vectors, batch, final = self._passes.run(inputs, [last, end], (VISION_TOKEN, QUERY_TOKEN), recipe)
         batch.extra = family.kept_of(inputs)
         prompt = tuple(ids.tolist())
         [answer] = self._answer(batch, final, [prompt], recipe)
@@ -214,69 +207,12 @@ class GenericEngine:
         }
         return self._sample(family, vectors, answer, facts)
 
-    def _run(
-        self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
-    ) -> tuple[dict[str, Tensor], Batch, Tensor | None]:
-        """Run the model itself over one row. Return the vectors of its image and of a field at each of some positions, the
-        batch after it, and the last token's final state, (1, D): None where it ended after the last layer that is kept.
-        """
-        family = self._family
-        length = inputs["input_ids"].shape[1]
-        batch = Batch.empty([0], self._device, self._layer_kinds)
-        seen = _Seen()
-        # A recurrent layer that was not run has no state that could be kept.
-        ends = recipe.max_new_tokens == 0 and not family.recurrent
-        final = None
-        modules = {0: family.tower()} | ({} if (projector := family.projector()) is None else {1: projector})
-        with (
-            self._capture(recipe, at) as captured,
-            outputs(modules, family.of_tower) as vision,
-            self._watched(seen),
-            ending_after(family.layers[max(recipe.layers)] if ends else None),
-        ):
-            out = family.core(**inputs, past_key_values=batch.cache, use_cache=True)
-            final = out.last_hidden_state[:, -1].to(self._device)
-        batch.mask = inputs["attention_mask"].long()
-        if seen.positions is not None and seen.positions.ndim == 3:
-            self._axes = 3  # of four, the first is the text's own
-        positions = torch.arange(length, device=self._device) if seen.positions is None else seen.positions[-3:]
-        batch.next_position = positions.max().reshape(1).to(self._device) + 1
-        merged = vision.get(1, seen.embedded)
-        assert merged is not None
-        vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
-        if recipe.vision_encoder:
-            vectors[VISION_ENCODER.name] = family.encoder_mean(vision[0], inputs)
-        for place, field in enumerate(fields):
-            vectors |= by_layer(field, {n: v[0, place].clone() for n, v in captured.items()})
-        return vectors, batch, final
-
-    def _step(self, batch: Batch, ids: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe) -> Tensor | None:
-        """Run the text decoder on left-padded ids (B, L); extend the batch. Return the last column's final states, (B, D).
-
-        None where no answer is wanted and the forward ended after the last layer that is kept.
-        """
-        family, width = self._family, ids.shape[1]
-        column = torch.tensor(lengths, device=self._device)[:, None]
-        mask = (torch.arange(width, device=self._device) >= width - column).long()
-        batch.mask = torch.cat([batch.mask, mask], dim=1)
-        out = None
-        with ending_after(family.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None):
-            out = family.decoder(
-                input_ids=ids,
-                position_ids=positions if self._axes is None else positions.expand(self._axes, *positions.shape),
-                attention_mask=family.masks(batch.mask, width),
-                past_key_values=batch.cache,
-                use_cache=True,
-                **family.step(batch.extra, width),
-            )
-        return None if out is None else out.last_hidden_state[:, -1].to(self._device)
-
     def _answer(self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[Answer]:
         if last is None or recipe.max_new_tokens == 0:
             return [Answer() for _ in prompts]
 
         def forward(batch: Batch, tokens: Tensor) -> Tensor:
-            states = self._step(batch, tokens[:, None], batch.next_position[:, None], [1] * len(tokens), recipe)
+            states = self._passes.step(batch, tokens[:, None], batch.next_position[:, None], [1] * len(tokens), recipe)
             batch.next_position = batch.next_position + 1
             assert states is not None
             return states
@@ -285,16 +221,6 @@ class GenericEngine:
         rules = self._generation.rules(prompts, vocabulary, recipe.repetition_penalty, recipe.max_new_tokens, self._device)
         ends, longest = self._generation.ends, recipe.max_new_tokens
         return decode(batch, last, rules=rules, head=self._family.scores, forward=forward, eos=ends, max_new_tokens=longest)
-
-    @property
-    def _layer_kinds(self) -> Sequence[Any]:
-        """Of a model with recurrent layers, an empty cache's layers; nothing for others."""
-        if not self._family.recurrent:
-            return ()
-        from transformers.cache_utils import DynamicCache
-
-        layers: Sequence[Any] = DynamicCache(config=self._family.text).layers
-        return layers
 
     def _cross_the_scaling(self, requests: Sequence[Request]) -> bool:
         """Tell whether positions of some prompt depend on its length, and those of its prefix would be others."""
@@ -310,33 +236,6 @@ class GenericEngine:
     def _sample(self, family: Family, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
         text = family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         return Sample({name: to_numpy(vector) for name, vector in vectors.items()}, text, facts | answer.facts)
-
-    def _capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
-        """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
-        layers = {i: self._family.layers[i] for i in recipe.layers}
-        return outputs(layers, lambda out: out[:, list(at)])
-
-    @contextmanager
-    def _watched(self, seen: _Seen) -> Iterator[None]:
-        """See what the model hands its text decoder while the context lasts."""
-
-        def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            seen.embedded, seen.positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-
-        def enter(_module: Any, args: Any) -> None:
-            if seen.embedded is None:  # of a decoder that embeds images itself
-                seen.embedded = args[0]
-
-        decoder = self._family.decoder
-        handles = (
-            decoder.register_forward_pre_hook(look, with_kwargs=True),
-            self._family.layers[0].register_forward_pre_hook(enter),
-        )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _stacked(extras: Sequence[Tensor | None]) -> Tensor | None:

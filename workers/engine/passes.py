@@ -1,0 +1,128 @@
+"""The forward passes of any family: the model's own over a prompt, its text decoder's over what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.fields import VISION_ENCODER, VISION_ONLY, Field, by_layer
+from workers.engine.cache import Batch
+from workers.engine.hooks import ending_after, outputs
+from workers.engine.interface import Recipe
+from workers.engine.models.base import Family, Inputs
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the model's own forward hands its text decoder."""
+
+    embedded: Tensor | None = None  # (1, L, D)
+    positions: Tensor | None = None  # (1, L) or (axes, 1, L)
+
+
+class Passes:
+    """A loaded model's forward passes, with what hooks take of them."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.device = family.model.get_input_embeddings().weight.device
+        self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+
+    def run(
+        self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
+    ) -> tuple[dict[str, Tensor], Batch, Tensor | None]:
+        """Run the model itself over one row. Return the vectors of its image and of a field at each of some positions, the
+        batch after it, and the last token's final state, (1, D): None where it ended after the last layer that is kept.
+        """
+        family = self.family
+        length = inputs["input_ids"].shape[1]
+        batch = Batch.empty([0], self.device, self._layer_kinds)
+        seen = _Seen()
+        # A recurrent layer that was not run has no state that could be kept.
+        ends = recipe.max_new_tokens == 0 and not family.recurrent
+        final = None
+        modules = {0: family.tower()} | ({} if (projector := family.projector()) is None else {1: projector})
+        with (
+            self.capture(recipe, at) as captured,
+            outputs(modules, family.of_tower) as vision,
+            self._watched(seen),
+            ending_after(family.layers[max(recipe.layers)] if ends else None),
+        ):
+            out = family.core(**inputs, past_key_values=batch.cache, use_cache=True)
+            final = out.last_hidden_state[:, -1].to(self.device)
+        batch.mask = inputs["attention_mask"].long()
+        if seen.positions is not None and seen.positions.ndim == 3:
+            self._axes = 3  # of four, the first is the text's own
+        positions = torch.arange(length, device=self.device) if seen.positions is None else seen.positions[-3:]
+        batch.next_position = positions.max().reshape(1).to(self.device) + 1
+        merged = vision.get(1, seen.embedded)
+        assert merged is not None
+        vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
+        if recipe.vision_encoder:
+            vectors[VISION_ENCODER.name] = family.encoder_mean(vision[0], inputs)
+        for place, field in enumerate(fields):
+            vectors |= by_layer(field, {n: v[0, place].clone() for n, v in captured.items()})
+        return vectors, batch, final
+
+    def step(self, batch: Batch, ids: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe) -> Tensor | None:
+        """Run the text decoder on left-padded ids (B, L); extend the batch. Return the last column's final states, (B, D).
+
+        None where no answer is wanted and the forward ended after the last layer that is kept.
+        """
+        family, width = self.family, ids.shape[1]
+        column = torch.tensor(lengths, device=self.device)[:, None]
+        mask = (torch.arange(width, device=self.device) >= width - column).long()
+        batch.mask = torch.cat([batch.mask, mask], dim=1)
+        out = None
+        with ending_after(family.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None):
+            out = family.decoder(
+                input_ids=ids,
+                position_ids=positions if self._axes is None else positions.expand(self._axes, *positions.shape),
+                attention_mask=family.masks(batch.mask, width),
+                past_key_values=batch.cache,
+                use_cache=True,
+                **family.step(batch.extra, width),
+            )
+        return None if out is None else out.last_hidden_state[:, -1].to(self.device)
+
+    @property
+    def _layer_kinds(self) -> Sequence[Any]:
+        """Of a model with recurrent layers, an empty cache's layers; nothing for others."""
+        if not self.family.recurrent:
+            return ()
+        from transformers.cache_utils import DynamicCache
+
+        layers: Sequence[Any] = DynamicCache(config=self.family.text).layers
+        return layers
+
+    def capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
+        """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
+        layers = {i: self.family.layers[i] for i in recipe.layers}
+        return outputs(layers, lambda out: out[:, list(at)])
+
+    @contextmanager
+    def _watched(self, seen: _Seen) -> Iterator[None]:
+        """See what the model hands its text decoder while the context lasts."""
+
+        def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            seen.embedded, seen.positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+
+        def enter(_module: Any, args: Any) -> None:
+            if seen.embedded is None:  # of a decoder that embeds images itself
+                seen.embedded = args[0]
+
+        decoder = self.family.decoder
+        handles = (
+            decoder.register_forward_pre_hook(look, with_kwargs=True),
+            self.family.layers[0].register_forward_pre_hook(enter),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
