@@ -19,7 +19,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from storage.errors import DamagedError
-from storage.identity import Identity, identity_of, settings_digest
+from storage.identity import Identity, identity_of, settings_digests
 from storage.naming import labelled_part
 from storage.question import Question
 from storage.runs.plan import Slice
@@ -77,12 +77,12 @@ class StagingArea(ABC):
         """Return the key of a part's sidecar."""
 
     @cached_property
-    def _digest(self) -> str:
-        return settings_digest(self.settings)
+    def _digests(self) -> tuple[str, str]:
+        return settings_digests(self.settings)
 
     def identity(self, part: int, sequence: int) -> Identity:
         """Return whose a staged file must be."""
-        return identity_of(self.settings, self._digest, self.questions(part)[sequence])
+        return identity_of(self.settings, self._digests, self.questions(part)[sequence])
 
     def stage_sample(self, part: int, sequence: int, sample: Sample) -> None:
         """Stage a question's result. The first one stays."""

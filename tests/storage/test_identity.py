@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import storage.identity
 from storage.errors import DamagedError, ReplacedError
+from storage.identity import Identity
 from storage.runs.pack import pack, read_sidecar
 from storage.runs.run import Run
 from storage.sample import encode_sample
@@ -112,3 +116,19 @@ def test_a_sidecar_of_another_run_describes_nothing(tmp_path: Path) -> None:
     shutil.copytree(before.output_dir / ".run" / "parts", run.output_dir / ".run" / "parts")
     with pytest.raises(DamagedError, match="it describes another part, or a part of another run"):
         read_sidecar(run, 1)
+
+
+def test_what_a_version_in_between_staged_counts(tmp_path: Path) -> None:
+    """It took another digest of the settings."""
+    run = make_run(tmp_path / "run", 3, staged_identity=True)
+    stage(run, 1)
+    question, settings = run.questions(1)[0], run.settings
+    computed = set(storage.identity._COMPUTED)
+    former = hashlib.sha256(settings.model_dump_json(include=computed, exclude_defaults=True).encode()).hexdigest()
+    asked = json.dumps([former, question.question_id, question.image_id, question.question])
+    text = f"{settings.run_id}/{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
+    assert text != run.identity(1, 0).text
+    [path] = (run.output_dir / ".run/staging/001").glob("000000.*")
+    path.write_bytes(encode_sample(make_sample(question), Identity(text, question.question_id, True)))
+    assert run.has_finished(1, 0)
+    assert pack(run, 1)
