@@ -85,6 +85,7 @@ def _now(worker: Any, first: Presence) -> Presence:
         gpu_memory_total=use.memory_total if use else None,
         gpu_busy=use.utilisation if use else None,
         device=facts["device"],
+        whole=not current.extractor.info.shares_images,
         gpu=facts["gpu"],
         loading_since=engine.loading_since,
         busy_since=engine.busy_since,

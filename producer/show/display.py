@@ -61,7 +61,7 @@ def workers_table(workers: Sequence[Presence]) -> Table:
         cells: list[str | Name | Sentence] = [
             Name(worker.name),
             worker.state,
-            Name(f"{worker.model} ({worker.dtype})"),
+            Name(f"{worker.model} ({worker.dtype}{', whole prompts' if worker.whole else ''})"),
             Name(worker.gpu or worker.device),
             f"{duration(max(0.0, now - worker.seen))} ago",
             f"{worker.done:,}",

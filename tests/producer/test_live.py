@@ -83,6 +83,12 @@ def test_gpus_are_shown_where_there_are_some() -> None:
     assert "GPU" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_worker_that_shares_no_images_says_so() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(workers_table([worker(), worker(name="other", whole=True)]))
+    assert console.file.getvalue().count("whole prompts") == 1  # type: ignore[attr-defined]
+
+
 def test_the_pace_is_of_the_last_minute() -> None:
     def account(number: int) -> Account:
         return Account(planned=10_000, staged=number)

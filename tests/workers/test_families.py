@@ -103,6 +103,7 @@ def worst(sample: Any, expected: Expected) -> float:
 def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
     engine, plain = load(tiny(family)), Plain(tiny(family))
     # Recurrent states, and an image beside the text, take memory whatever the prompt's length.
+    assert engine.info.shares_images == (family != "paligemma")
     assert (engine.info.held_tokens > 0) == (family in {"qwen3_5", "mllama"})
     layers = tuple(range(engine.info.num_hidden_layers))
     recipe = Recipe(layers=layers, max_new_tokens=NEW)
@@ -258,6 +259,7 @@ def test_a_mistake_is_found_at_load(
         assert "away from a plain forward of transformers" in str(error) or "first token" in str(error)
         return
     assert engine._family.share == "nothing"
+    assert not engine.info.shares_images
     assert "images are not shared between questions" in caplog.text
     requests = requests_of(engine, pictures, Recipe(layers=(0, 1, 2, 3), max_new_tokens=NEW))
     expected = expected_of(Plain(tiny(family)), requests, resized=engine.info.factor is not None)

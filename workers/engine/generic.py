@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,7 @@ class GenericEngine:
             held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
         )  # fmt: skip
         self._prove()
+        self.info = replace(self.info, shares_images=family.share == "prefix")
         self.free_cache()
 
     def _prove(self) -> None:

@@ -49,6 +49,7 @@ class ModelInfo:
     held_tokens: int  # what a prompt holds in memory whatever its length, in tokens: recurrent states, an image beside the text
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
+    shares_images: bool = True  # else it computes whole prompts
 
     def image_tokens(self, height: int, width: int) -> int:
         """Return how many tokens an image of this size becomes; where its processor sizes it, at most."""

@@ -58,6 +58,7 @@ class Presence:
     dtype: Line = ""
     device: Line = ""
     gpu: Line = ""
+    whole: bool = False  # it computes whole prompts: its model's images cannot be shared
     loading_since: Time | None = None
     busy_since: Time | None = None
     answered: Time | None = None
