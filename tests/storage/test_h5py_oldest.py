@@ -14,7 +14,7 @@ from tests.support.builders import make_facts, make_questions, make_run, stage
 from tests.support.environments import python_with
 from tests.support.processes import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OLDEST = "3.11.0"
 ROOT = Path(__file__).parents[2]

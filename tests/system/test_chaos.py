@@ -11,7 +11,7 @@ import pytest
 from tests.support.chaos import Chaos
 from tests.support.expectations import assert_whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(1_000_000))
 

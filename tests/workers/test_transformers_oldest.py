@@ -14,7 +14,7 @@ import pytest
 from tests.support.environments import python_with
 from tests.support.processes import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OLDEST = "4.57.1"
 PINNED = (f"transformers=={OLDEST}", "tokenizers==0.22.1", "huggingface_hub==0.36.*")
