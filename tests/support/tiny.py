@@ -102,6 +102,11 @@ def sections() -> list[int]:
     return [head() // 2 - 2 * side, side, side]
 
 
+def kinds(*pattern: str) -> list[str]:
+    """Return the kind of each layer."""
+    return list(pattern) * (TEXT["num_hidden_layers"] // len(pattern))
+
+
 def rows(made: Any) -> int:
     return -(-(len(made) + 8) // 64) * 64
 
@@ -159,7 +164,7 @@ def qwen3_5() -> Made:
     }  # fmt: skip
     text = {
         "head_dim": head(), "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 4, "layer_types": kinds("linear_attention", "full_attention"),
         **rope(partial_rotary_factor=1.0, mrope_section=sections(), mrope_interleaved=True),
     }  # fmt: skip
     return qwen("Qwen3_5", vision, text, 16)
@@ -207,7 +212,7 @@ def gemma3(window: int = 4096) -> Made:
     )
     text = {
         **TEXT, "head_dim": head(), "vocab_size": rows(made), "sliding_window": window, "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": kinds("sliding_attention", "sliding_attention", "full_attention", "sliding_attention"),
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -373,7 +378,7 @@ def aya_vision(window: int = 4096) -> Made:
     config = transformers.AyaVisionConfig(
         text_config={
             **TEXT, "model_type": "cohere2", "vocab_size": rows(made), "sliding_window": window,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": kinds("sliding_attention", "sliding_attention", "full_attention", "sliding_attention"),
         },
         vision_config=SIGLIP, downsample_factor=2, **ids_of(made, image_token_index="<|IMG_PATCH|>"),
     )  # fmt: skip
