@@ -35,7 +35,7 @@ class Identity:
         """Raise DamagedError where a staged file is of something else; `found` is what it says, None where it says nothing."""
         if found is None and not self.required:  # written by the version before, of which this run is too
             return
-        if found not in {self.text, self.former}:
+        if found not in {self.text, self.former or self.text}:
             whose = "does not say whose it is" if found is None else "is of another run or question"
             raise DamagedError(f"{whose}, not question {self.question_id!r} of this run as it is planned")
 

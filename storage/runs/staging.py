@@ -59,6 +59,7 @@ class StagingArea(ABC):
         self.settings = settings
         self._listings: dict[int, _Listing] = {}
         self._listing_lock = threading.Lock()
+        self._listing_locks: dict[int, threading.Lock] = {}
 
     @abstractmethod
     def slice(self, part: int) -> Slice:
@@ -116,14 +117,21 @@ class StagingArea(ABC):
             listing.names.add(key.rpartition("/")[2])
 
     def _list(self, part: int) -> _Listing:
-        # Threads that ask at the same time wait for one listing.
         with self._listing_lock:
+            lock = self._listing_locks.setdefault(part, threading.Lock())
+        with lock:  # threads that ask for a slice at the same time wait for one listing; other slices do not
             now = time.monotonic()
-            self._listings = {p: listing for p, listing in self._listings.items() if now - listing.at < _LISTED_SECONDS}
-            if part not in self._listings:
+            listing = self._listings.get(part)
+            if listing is None or now - listing.at >= _LISTED_SECONDS:
                 names = set(self.store.list(self._staging_directory(part)))
-                self._listings[part] = _Listing(now, names, self.store.exists(self.sidecar_key(part)))
-            return self._listings[part]
+                listing = _Listing(now, names, self.store.exists(self.sidecar_key(part)))
+                with self._listing_lock:
+                    for old in [p for p, kept in self._listings.items() if now - kept.at >= _LISTED_SECONDS]:
+                        del self._listings[old]
+                        if old != part:
+                            self._listing_locks.pop(old, None)
+                    self._listings[part] = listing
+            return listing
 
     def staged(self, part: int) -> dict[int, bool]:
         """Return the finished questions of an unpublished slice, by the files' names: sequence to whether it has a result."""

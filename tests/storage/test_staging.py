@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -66,3 +67,25 @@ def test_a_slice_is_listed_once_a_moment(run: Run, monkeypatch: pytest.MonkeyPat
             run.has_finished(1, sequence)
             run.crashes_alone(1, sequence)
     assert len(listed) == 1
+
+
+def test_a_slow_listing_keeps_no_other_slice_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", 6)
+    original, begun, go_on = run.store.list, threading.Event(), threading.Event()
+
+    def slow(prefix: str) -> list[str]:
+        if prefix.endswith("/001"):
+            begun.set()
+            assert go_on.wait(20)
+        return original(prefix)
+
+    monkeypatch.setattr(run.store, "list", slow)
+    found: list[bool] = []
+    asking = threading.Thread(target=lambda: found.append(run.has_finished(1, 0)))
+    asking.start()
+    assert begun.wait(20)
+    assert not run.has_finished(2, 0)
+    assert found == []
+    go_on.set()
+    asking.join(20)
+    assert found == [False]
