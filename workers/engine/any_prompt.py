@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from workers.engine.models.base import Family
+from workers.engine.models.base import Family, Inputs
 from workers.engine.prompt import (
     PROBES,
     STAND_INS,
@@ -41,8 +41,8 @@ def split_any_prompt(family: Family, style: PromptStyle, image: np.ndarray) -> P
     changed = {probe for probe in PROBES if render(processor, style, probe) != before + probe + after}
     if any(render(processor, style, probe) != before + probe.strip() + after for probe in changed):
         raise EngineStartError(f"{whose(style)} does not insert the question as it is: use the base checkpoint's template")
-    ids = _ids(family, text, image)
-    end = family.cut(family.inputs(text, image))
+    inputs = _inputs(family, text, image)
+    ids, end = inputs["input_ids"][0].tolist(), family.cut(inputs)
     tail = processor.tokenizer.decode(ids[end:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if tail.count(question) != 1:
         raise EngineStartError(f"{whose(style)} puts the question before the image, or its tokenizer changes it: {tail!r}")
@@ -53,7 +53,8 @@ def split_any_prompt(family: Family, style: PromptStyle, image: np.ndarray) -> P
     head = (*ids[: ids.index(family.image_id)], *ids[final + 1 : end])  # tokens that close an image count once, too
     digest = hashlib.sha256(text.encode()).hexdigest()
     tokenize = QuestionTokenizer(processor.tokenizer.backend_tokenizer.to_str(), placeholders(family))
-    expected = {probe: _ids(family, render(processor, style, probe), image) for probe in PROBES}
+    prompts = {probe: _inputs(family, render(processor, style, probe), image) for probe in PROBES}
+    expected = {probe: made["input_ids"][0].tolist() for probe, made in prompts.items()}
     for anchor in _ANCHORS:
         parts = PromptParts(head, fixed[0], fixed[1], digest, lead, trail, bool(changed), anchor)
         if all([*ids[:end], *parts.suffix(tokenize, probe)] == whole for probe, whole in expected.items()):
@@ -75,10 +76,9 @@ def placeholders(family: Family) -> tuple[str, ...]:
     return tuple(sorted(str(token) for token in family.processor.tokenizer.convert_ids_to_tokens(sorted(ids)) if token))
 
 
-def _ids(family: Family, text: str, image: np.ndarray) -> list[int]:
+def _inputs(family: Family, text: str, image: np.ndarray) -> Inputs:
     try:
-        found: list[int] = family.inputs(text, image)["input_ids"][0].tolist()
-        return found
+        return family.inputs(text, image)
     except (ValueError, IndexError, TypeError, RuntimeError) as error:
         raise EngineStartError(
             f"its processor cannot prepare one small image with {text[:200]!r} ({in_a_line(error)}): its chat template, "

@@ -18,8 +18,8 @@ from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.models.base import Family
 from workers.engine.prompt import PromptParts, PromptStyle, QuestionTokenizer, render
-from workers.engine.proof import QUESTIONS, Vectors, compare
-from workers.errors import EngineStartError, in_a_line
+from workers.engine.proof import QUESTIONS, Vectors, compare, refusing
+from workers.errors import EngineStartError
 
 _SHAPES = ((4, 10), (9, 5))  # of the two images, in blocks: wide and high, of different numbers of tokens
 _NATS = {"float32": 1e-3, "bfloat16": 1.0}  # between two log-probabilities; a wrong factor of the logits gives several
@@ -62,21 +62,13 @@ def plain_prompts(family: Family) -> list[Plain]:
     found = []
     for number, image in enumerate(proof_images(family)):
         for question in QUESTIONS:
-            try:
+            with refusing():
                 inputs = family.inputs(render(family.processor, PromptStyle(), question), image)
                 vectors, scores = _forward(family, inputs)
                 other = vectors
                 if family.model.dtype != torch.float32:
                     with PlainAttention():
                         other, _ = _forward(family, inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                # Whatever transformers raises for files that do not fit together.
-                raise EngineStartError(
-                    f"transformers cannot compute one small image with it ({in_a_line(error)}): its "
-                    "config.json, preprocessor_config.json and tokenizer must be those of one checkpoint"
-                ) from error
             found.append(Plain(number, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
     return found
 

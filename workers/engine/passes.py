@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from storage.fields import VISION_ENCODER, VISION_ONLY, Field, by_layer
 from workers.engine.cache import Batch
@@ -32,6 +33,10 @@ class Passes:
         self.family = family
         self.device = family.model.get_input_embeddings().weight.device
         self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+        projector = family.projector()
+        self._vision = {0: family.tower()} | ({} if projector is None else {1: projector})
+        # Of a model with recurrent layers, an empty cache's layers.
+        self._layer_kinds: Sequence[Any] = DynamicCache(config=family.text).layers if family.recurrent else ()
 
     def run(
         self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
@@ -46,10 +51,9 @@ class Passes:
         # A recurrent layer that was not run has no state that could be kept.
         ends = recipe.max_new_tokens == 0 and not family.recurrent
         final = None
-        modules = {0: family.tower()} | ({} if (projector := family.projector()) is None else {1: projector})
         with (
             self.capture(recipe, at) as captured,
-            outputs(modules, family.of_tower) as vision,
+            outputs(self._vision, family.of_tower) as vision,
             self._watched(seen),
             ending_after(family.layers[max(recipe.layers)] if ends else None),
         ):
@@ -89,16 +93,6 @@ class Passes:
                 **family.step(batch.extra, width),
             )
         return None if out is None else out.last_hidden_state[:, -1].to(self.device)
-
-    @property
-    def _layer_kinds(self) -> Sequence[Any]:
-        """Of a model with recurrent layers, an empty cache's layers; nothing for others."""
-        if not self.family.recurrent:
-            return ()
-        from transformers.cache_utils import DynamicCache
-
-        layers: Sequence[Any] = DynamicCache(config=self.family.text).layers
-        return layers
 
     def capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
         """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""

@@ -7,8 +7,8 @@ four forwards of fifty tokens. `workers selfcheck` compares more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,20 @@ def small_image(factor: int) -> npt.NDArray[np.uint8]:
     return blocks.repeat(factor // 2, axis=0).repeat(factor // 2, axis=1)
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise EngineStartError for whatever transformers raises of files that do not fit together."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, EngineStartError):
+        raise
+    except Exception as error:  # of a class of its own for each thing that can be wrong
+        raise EngineStartError(
+            f"transformers cannot compute one small image with it ({in_a_line(error)}): its "
+            "config.json, preprocessor_config.json and tokenizer must be those of one checkpoint"
+        ) from error
+
+
 @torch.inference_mode()
 def plain_prompts(model: Any, processor: Any) -> list[Plain]:
     """Run the questions by the official path, before the engine changes anything in the model.
@@ -65,19 +79,11 @@ def plain_prompts(model: Any, processor: Any) -> list[Plain]:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        try:
+        with refusing():
             inputs = processor(text=[text], images=[image], do_resize=False, return_tensors="pt")
             inputs = inputs.to(model.get_input_embeddings().weight.device)
             vectors = _forward(model, inputs, nullcontext())
             other = vectors if model.dtype == torch.float32 else _forward(model, inputs, PlainAttention())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Whatever transformers raises for files that do not fit together.
-            raise EngineStartError(
-                f"transformers cannot compute one small image with it ({in_a_line(error)}): its "
-                "config.json, preprocessor_config.json and tokenizer must be those of one checkpoint"
-            ) from error
         found.append(Plain(tuple(inputs["input_ids"][0].tolist()), vectors, other))
     return found
 
