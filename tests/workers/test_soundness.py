@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.support.mistakes import MISTAKES
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE
-from workers.engine import proof
 from workers.engine.interface import EngineSpec, Recipe
+from workers.engine.proving import proof
 from workers.engine.shared_prefix import QwenEngine
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor

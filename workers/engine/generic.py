@@ -23,7 +23,6 @@ from torch import Tensor
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.engine.any_prompt import constant_prompt, placeholders, split_any_prompt
-from workers.engine.any_proof import most_image_tokens, plain_prompts, proof_images, refuse_difference
 from workers.engine.cache import Batch, PrefixCache, Row
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
@@ -35,7 +34,8 @@ from workers.engine.models import family_of
 from workers.engine.models.base import Family, Inputs
 from workers.engine.passes import Passes
 from workers.engine.prompt import PromptParts, PromptStyle
-from workers.engine.soundness import refuse_no_end
+from workers.engine.proving.any_proof import most_image_tokens, plain_prompts, proof_images, refuse_difference
+from workers.engine.proving.soundness import refuse_no_end
 from workers.errors import EngineStartError
 
 logger = logging.getLogger(__name__)

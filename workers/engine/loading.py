@@ -20,7 +20,7 @@ from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec, ModelInfo
 from workers.engine.models import family_of
-from workers.engine.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
+from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
 from workers.errors import EngineStartError, in_a_line
 
 _CPU_PREFIX_BYTES = 512 << 20

@@ -31,8 +31,8 @@ from workers.engine.kernels import PlainAttention
 from workers.engine.loading import kv_bytes_per_token, load_checkpoint, memory_bounds, model_info
 from workers.engine.models.qwen2_5_vl import Image, VisionTower, prefix_positions
 from workers.engine.prompt import PLACEHOLDERS, PromptParts, PromptStyle, split_prompt
-from workers.engine.proof import plain_prompts, refuse_difference
-from workers.engine.soundness import refuse_no_end
+from workers.engine.proving.proof import plain_prompts, refuse_difference
+from workers.engine.proving.soundness import refuse_no_end
 
 # One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
 _CPU_PREFILL_TOKENS = 1

@@ -18,7 +18,7 @@ from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.models.base import Family
 from workers.engine.prompt import PromptParts, PromptStyle, QuestionTokenizer, render
-from workers.engine.proof import QUESTIONS, Vectors, compare, refusing
+from workers.engine.proving.proof import QUESTIONS, Vectors, compare, refusing
 from workers.errors import EngineStartError
 
 _SHAPES = ((4, 10), (9, 5))  # of the two images, in blocks: wide and high, of different numbers of tokens
