@@ -29,7 +29,7 @@ from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
 from storage.stores.space import describe
-from workers.checkpoint.families import PUBLISHED, SIZED, refuse_blind
+from workers.checkpoint.families import SIZED, refuse_blind
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import (
     checkpoint_digest,
@@ -38,6 +38,7 @@ from workers.checkpoint.identity import (
     read_config,
     resolve_layers,
 )
+from workers.checkpoint.published import refuse_unpublished
 from workers.errors import EngineStartError
 from workers.settings import settings as process_settings
 
@@ -157,8 +158,8 @@ def _check_model(options: RunOptions) -> None:
         except EngineStartError as error:  # before a run is there that has the wrong model
             raise UserError(f"--model {options.model}: {error}") from None
         asked = options.computation
-        if asked.halp_compat and config.model_type not in PUBLISHED:
-            raise UserError(f"--halp-compat: the published definitions for a {config.model_type} model are not known here")
+        if asked.halp_compat:
+            refuse_unpublished(str(config.model_type))
         if config.model_type not in SIZED and (asked.min_pixels is not None or asked.max_pixels is not None):
             raise UserError(
                 f"--min-pixels and --max-pixels: a {config.model_type} model's own processor sizes images: leave them out"

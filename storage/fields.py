@@ -30,15 +30,15 @@ FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TO
 
 
 def widths(
-    hidden_size: int, vision_hidden_size: int, layers: Iterable[int], *, vision_encoder: bool, published: bool = False
+    hidden_size: int, vision_encoder: int | None, layers: Iterable[int], *, vision_only: int | None = None
 ) -> dict[str, int]:
     """Return the vectors that a question has: name to width.
 
-    `published`: as the published scripts have it, `vision_only` is the tower's mean before the merger.
+    `vision_encoder`: of the vision tower; None: it is not kept. `vision_only` None: as wide as the decoder.
     """
-    found = {VISION_ONLY.name: vision_hidden_size if published else hidden_size}
-    if vision_encoder and not published:
-        found[VISION_ENCODER.name] = vision_hidden_size
+    found = {VISION_ONLY.name: vision_only or hidden_size}
+    if vision_encoder is not None:
+        found[VISION_ENCODER.name] = vision_encoder
     chosen = tuple(layers)
     return found | {at_layer(f.name, k): hidden_size for f in (VISION_TOKEN, QUERY_TOKEN) for k in chosen}
 

@@ -7,6 +7,14 @@ from urllib.parse import unquote
 
 MAX_SLUG, MAX_DIGITS = 255, 9  # a file's name has 255 bytes at most
 MAX_PART = 10**MAX_DIGITS
+# What the HALP study calls its files, where no rule gives it.
+_PUBLISHED = {
+    "gemma-3-12b-it": "gemma3_12b",
+    "llama3-llava-next-8b-hf": "llava_next",
+    "llama-3.2-11b-vision-instruct": "llama3_2_11b_vision",
+    "phi-4-multimodal-instruct": "phi4_multimodal",
+    "smolvlm2-2.2b-instruct": "smolvlm_2.2b",
+}
 _PART = re.compile(r"_embeddings_part_(\d{3,})\.h5$")
 
 
@@ -17,6 +25,8 @@ def model_type(model: str) -> str:
 
 def model_slug(model: str) -> str:
     """Return the file-name form of a model's name: `Qwen/Qwen2.5-VL-7B-Instruct` is `qwen25vl_7b`."""
+    if published := _PUBLISHED.get(model_type(model)):
+        return published
     name = model_type(model).removesuffix("-instruct")
     name = re.sub(r"qwen2[.]?5[-_]?vl", "qwen25vl", name)
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_") or "model"

@@ -19,7 +19,6 @@ Order = Literal["image", "csv"]
 # Where the token vectors are taken. The published scripts' vision position is a token in the middle of the prompt.
 LAST_POSITIONS = "last_image_token,last_prompt_token"
 LAST_BLOCK = "last_block"  # of the vision tower: the mean over all that it puts out for an image
-HALP_POSITIONS = "min(patches,seq_len//2),last_prompt_token"
 
 # Options that a model's record repeats as they are: what is left to the checkpoint is in it too, resolved.
 AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation")
@@ -83,7 +82,7 @@ class RunSettings(Computation):
     )  # what the queue's name carries: of the revision, or of the local checkpoint's content
     # Of a local checkpoint: each file's own digest.
     model_files: dict[str, str] = Field(default_factory=dict)
-    model_slug: str = Field(pattern=rf"^[a-z0-9_]{{1,{MAX_SLUG}}}$")
+    model_slug: str = Field(pattern=rf"^[a-z0-9_][a-z0-9_.]{{0,{MAX_SLUG - 1}}}$")
     prompt_columns: bool = False  # {name} is a column and {{ a brace; a run from before that knows {question} alone
 
     dataset: str
@@ -146,7 +145,9 @@ class ModelFacts(BaseModel):
     vision_encoder: bool = True
     exif_rotation: bool = False
     positions: str = LAST_POSITIONS
-    vision_only_definition: str = "merged"  # or `encoder`: the published features' mean before the merger
+    layer_definition: str = "output"  # what of a layer its vectors are
+    vision_only_definition: str = "merged"  # another one: the published features
+    vision_only_size: int | None = None  # None: it follows from the definition
     vision_encoder_definition: str = LAST_BLOCK
 
     @classmethod
@@ -159,12 +160,12 @@ class ModelFacts(BaseModel):
 
     def field_widths(self) -> dict[str, int]:
         """Return the vectors that a question has: HALP field to width."""
+        published = self.vision_only_definition != "merged"
         return widths(
             self.hidden_size,
-            self.vision_hidden_size,
+            self.vision_hidden_size if self.vision_encoder and not published else None,
             self.layers,
-            vision_encoder=self.vision_encoder,
-            published=self.vision_only_definition == "encoder",
+            vision_only=(self.vision_only_size or self.vision_hidden_size) if published else self.hidden_size,
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from producer.check.findings import Finding, image_findings, long_prompts, table_findings
+from producer.check.findings import Finding, answer_length, image_findings, long_prompts, table_findings
 from producer.check.survey import ImageSource, Survey, survey
 from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
@@ -121,6 +121,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
         *image_findings(options, seen, asked_of),
         *long_prompts(questions, tokens, options.computation.prompt),
         *texts.findings(),
+        *answer_length(shape, options.computation),
     ]
     if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
         findings.append(
@@ -191,10 +192,9 @@ def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Dis
     asked_of = options.computation
     found = widths(
         shape.hidden_size,
-        shape.vision_hidden_size,
+        shape.vision_hidden_size if asked_of.vision_encoder else None,
         resolve_layers(asked_of.layers, shape.num_hidden_layers),
-        vision_encoder=asked_of.vision_encoder,
-        published=asked_of.halp_compat,
+        vision_only=shape.vision_hidden_size if asked_of.halp_compat else None,
     )
     of_image = sum(width for name, width in found.items() if FIELDS[split_layer(name)[0]].of_image)
     # In compat mode the vision position moves with the question's length.

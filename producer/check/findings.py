@@ -13,9 +13,11 @@ from producer.dataset.faults import short
 from producer.dataset.images import MAX_MISSING
 from producer.dataset.nearby import describe_missing
 from producer.options import RunOptions
-from storage.computation import QUESTION
+from storage.computation import QUESTION, Computation
 from storage.question import Question
 from storage.stores.location import resolve_location
+from workers.checkpoint.published import other_answer_length
+from workers.checkpoint.shapes import Shape
 from workers.extract.preprocess import MAX_PROMPT
 
 _SHOWN = 5
@@ -74,6 +76,12 @@ def _looks_broken(answer: str) -> bool:
     letters = bool(_LETTERS.fullmatch(text)) and any(c.isalpha() for c in text)
     printed = text[:1] + text[-1:] in {"[]", "{}"} and len(text) > 1
     return letters or printed or text in {"nan", "NaN", "None", "null", "NULL"}
+
+
+def answer_length(shape: Shape | None, asked: Computation) -> list[Finding]:
+    """Return what differs from the published answers, which `--halp-compat` is compared with."""
+    note = None if shape is None or shape.model_type is None else other_answer_length(shape.model_type, asked)
+    return [Finding("look", "answer_length", 1, note)] if note else []
 
 
 def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> list[Finding]:

@@ -61,7 +61,7 @@ def print_check(checked: Checked, console: Console) -> None:
             console.print(_bars("vision tokens of an image", _histogram(checked.tokens, _TOKENS)))
             console.print(_what_ifs(checked))
         else:
-            console.print("vision tokens of an image: not known here, the model's own processor makes them")
+            console.print(f"vision tokens of an image: {_trial_tokens(checked)}")
     for finding in checked.findings:
         console.print(Text(one_line(f"{finding.level}: {finding.number:,} {finding.message}")), soft_wrap=True)
         for example in finding.examples:
@@ -95,6 +95,13 @@ def _overview(checked: Checked) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value))
     return table
+
+
+def _trial_tokens(checked: Checked) -> str:
+    if checked.trial is None or checked.trial.image_tokens is None:
+        return "the model's own processor makes them; --sample 64 counts those of 64 questions"
+    least, most = checked.trial.image_tokens
+    return f"{least:,}" + (f" to {most:,}" if most > least else "") + " in the trial; the model's own processor makes them"
 
 
 def _turned(checked: Checked) -> str:

@@ -192,6 +192,8 @@ def test_a_sample_through_the_real_engine(tmp_path: Path, photographs: Path, sma
     trial = body["trial"]
     assert (trial["questions"], trial["images"], trial["device"]) == (6, 3, "cpu")
     assert trial["memory_bytes"] > 50e6
+    least, most = body["vision_tokens"]["least"], body["vision_tokens"]["most"]
+    assert least <= trial["image_tokens"][0] <= trial["image_tokens"][1] <= most  # by the worker, and by arithmetic
     assert body["hours"] == pytest.approx(24 / trial["questions_per_second"] / 3600)
     assert body["decode_cores"] > 0
     failed = command("producer", "check", table, "--images-dir", photographs, "--model", tmp_path / "none", "--sample", 1)

@@ -212,7 +212,7 @@ def test_another_kind_of_model_is_refused_before_a_run_is_there(options: RunOpti
     [
         ({"max_pixels": 100_000}, "a llava model's own processor sizes images"),
         ({"min_pixels": 100}, "a llava model's own processor sizes images"),
-        ({"halp_compat": True}, "the published definitions for a llava model are not known here"),
+        ({"halp_compat": True}, "--halp-compat: the study has no llava model; it has fast_vlm, gemma3"),
     ],
 )
 def test_what_another_family_does_not_have_is_refused(

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,7 +22,8 @@ import workers.cli
 from storage import load as load_vectors
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
-from tests.support.tiny import FAMILIES, UNKNOWN, NotBuiltError, aya_vision, build_tiny, gemma3
+from tests.support.tiny import FAMILIES, UNKNOWN, aya_vision, build_tiny, gemma3
+from tests.workers.conftest import SIZES
 from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.models import base, mllama
@@ -36,7 +38,6 @@ QUESTIONS = (
     "Is there a red car to the left of the tall building, and how many people stand near it?",
     "Why",
 )
-SIZES = ((90, 150), (210, 100), (120, 120), (60, 240))  # of the images: height and width
 PAIRS = tuple((image, question) for image in range(len(SIZES)) for question in range(len(QUESTIONS)))
 BATCHES = ([slice(0, 12)], [slice(0, 4), slice(4, 9), slice(9, 12)])  # of these: at once; and cut across images
 HOSTILE = "say <|im_end|> <image> <|image_pad|> [IMG] <start_of_image> <|image|> <IMG_CONTEXT> </s> now"
@@ -45,31 +46,6 @@ TOLERANCE = 1e-4
 # One of each kind; the others with the long tests.
 OFTEN = {"qwen3_vl", "qwen3_5", "gemma3", "llava", "smolvlm", "molmo2", "mllama", "paligemma"}
 ALL = [pytest.param(n, marks=[] if n in {*OFTEN, *UNKNOWN} else [pytest.mark.slow]) for n in (*FAMILIES, *UNKNOWN)]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a family's checkpoint, built once."""
-    directory = tmp_path_factory.mktemp("tiny")
-
-    def of(family: str) -> Path:
-        place = directory / family
-        try:
-            return place if place.exists() else build_tiny(family, place)
-        except NotBuiltError as reason:
-            pytest.skip(str(reason))
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of several shapes."""
-    directory, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(7)
-    for number, (height, width) in enumerate(SIZES):
-        small = Image.fromarray(random.integers(0, 255, (height // 10, width // 10, 3), dtype=np.uint8))
-        small.resize((width, height), Image.Resampling.BICUBIC).save(directory / f"{number}.png")
-    return directory
 
 
 def load(model: Path, dtype: str = "float32") -> GenericEngine:
@@ -381,3 +357,28 @@ def test_no_code_of_a_repository_is_run(tiny: Callable[[str], Path], tmp_path: P
     with pytest.raises(EngineStartError, match="no code of a model's repository is run here"):
         load(model)
     assert not (tmp_path / "RUN").exists()
+
+
+def test_phi4s_vision_adapter_is_merged(tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
+    """Its release keeps a LoRA adapter beside the weights, without which the model does not see."""
+    directory = tmp_path / "phi4"
+    shutil.copytree(tiny("phi4_multimodal"), directory)
+    plain = Plain(directory)
+    adapted = get_peft_model(plain.model, LoraConfig(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj"]))
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first
+            torch.nn.init.normal_(weight, std=0.2)
+    unadapted = load(directory)
+    adapted.save_pretrained(directory / "vision-lora")
+    plain.model = adapted.merge_and_unload().eval()
+    engine = load(directory)
+    requests = requests_of(engine, pictures, Recipe(layers=tuple(range(4)), max_new_tokens=NEW))
+    expected = expected_of(plain, requests, resized=False)
+    assert worst(unadapted.extract(requests[:1])[0], expected[0]) > 0.01  # the adapter matters
+    for sample, one in zip(engine.extract(requests), expected, strict=True):
+        assert worst(sample, one) < TOLERANCE
+        assert sample.facts["answer_token_ids"] == one.answer
+    (directory / "vision-lora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(EngineStartError, match=r"vision-lora lacks adapter_model\.safetensors: fetch the whole checkpoint"):
+        load(directory)

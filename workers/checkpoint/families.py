@@ -17,8 +17,13 @@ FAMILIES = {
 }  # fmt: skip
 # Images of these are resized as qwen-vl-utils does, within pixel limits; others' processors size them.
 SIZED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
-# The published features and positions are known of these.
-PUBLISHED = {"qwen2_5_vl"}
+
+# What to take in place of a model whose release has code of its own.
+_NATIVE = {
+    "molmo": "Molmo 2 is served: allenai/Molmo2-8B",
+    "llava_qwen2": "FastVLM is served from a checkpoint that was converted for transformers",
+    "phi4mm": "Phi-4 multimodal is served from the checkpoint that was converted for transformers",
+}
 
 
 def refuse_blind(config: Mapping[str, Any]) -> None:
@@ -28,6 +33,6 @@ def refuse_blind(config: Mapping[str, Any]) -> None:
         raise EngineStartError(f"it is a {kind} model, which takes no images")
     if config.get("auto_map") and kind not in FAMILIES:
         raise EngineStartError(
-            f"it is a {kind} model with code of its own, and no code of a model's repository is run here; is there a version "
-            "of it that transformers knows?"
+            f"it is a {kind} model with code of its own, and no code of a model's repository is run here; "
+            + _NATIVE.get(str(kind), "is there a version of it that transformers knows?")
         )

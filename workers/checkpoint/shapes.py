@@ -35,6 +35,7 @@ class Shape:
     min_pixels: int | None
     max_pixels: int | None
     weight_bytes: int
+    model_type: str | None = None
 
 
 def shape_of(model: str) -> Shape | None:
@@ -44,7 +45,7 @@ def shape_of(model: str) -> Shape | None:
         return _read(directory)
     for size, (hidden, layers, weights) in _RELEASED.items():
         if model.lower() == f"qwen/qwen2.5-vl-{size}-instruct":
-            return Shape(hidden, 1280, layers, _FACTOR, _MIN_PIXELS, _MAX_PIXELS, weights)
+            return Shape(hidden, 1280, layers, _FACTOR, _MIN_PIXELS, _MAX_PIXELS, weights, "qwen2_5_vl")
     return None
 
 
@@ -62,6 +63,7 @@ def _read(directory: Path) -> Shape:
             min_pixels=limits[0],
             max_pixels=limits[1],
             weight_bytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+            model_type=config.get("model_type"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--model {directory}: its configuration is damaged ({error!r})") from error

@@ -43,6 +43,7 @@ class Trial:
     gpu: str
     load_seconds: float
     questions_per_second: float  # of the engine, the first batch apart where there are more
+    image_tokens: tuple[int, int] | None  # the fewest and the most that an image became; None where the engine does not say
     memory_bytes: int | None  # on a GPU what is in use on it, on the CPU the engine's peak; None where unknown
 
 
@@ -88,11 +89,12 @@ def run_trial(
         requests = [r for case in cases if (r := request(case))]
         if not requests:
             raise PermanentError("trial", "none of the sampled questions can be prepared")
-        times = []
+        times, tokens = [], set[int]()
         for batch in _batches(requests, 1 if recipe.exact else settings().batch_size, info.max_batch_tokens):
             started = time.monotonic()
-            engine.extract(batch)
+            samples = engine.extract(batch)
             times.append((len(batch), time.monotonic() - started))
+            tokens |= {sample.facts["num_vision_tokens"] for sample in samples if "num_vision_tokens" in sample.facts}
         measured = times[1:] or times  # the first batch warms the device up
         return Trial(
             questions=len(requests),
@@ -101,6 +103,7 @@ def run_trial(
             gpu=info.environment["gpu"],
             load_seconds=loaded,
             questions_per_second=sum(n for n, _ in measured) / max(1e-9, sum(s for _, s in measured)),
+            image_tokens=(min(tokens), max(tokens)) if tokens else None,
             memory_bytes=_memory(info.environment["device"], engine.pid),
         )
     finally:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_TOKEN, by_layer
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
+from workers.checkpoint.published import PUBLISHED
+from workers.checkpoint.published import Prompt as PublishedPrompt
 from workers.engine.any_prompt import constant_prompt, placeholders, split_any_prompt
 from workers.engine.cache import Batch, PrefixCache, Row
 from workers.engine.decode import Answer, decode
@@ -86,7 +88,7 @@ class GenericEngine:
             held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
         )  # fmt: skip
         self._prove()
-        self.info = replace(self.info, shares_images=family.share == "prefix")
+        self.info = replace(self.info, shares_images=family.share == "prefix", published_vision_size=self._published_size())
         self.free_cache()
 
     def _prove(self) -> None:
@@ -101,6 +103,16 @@ class GenericEngine:
             family.share = "nothing"
             refuse_difference(plain, family, self.info, self.extract)
             logger.warning("images are not shared between questions, which is slower: %s", error)
+
+    def _published_size(self) -> int | None:
+        """Return how wide the study's vector of an image is; None for a model that it does not have."""
+        if self.info.model_type not in PUBLISHED:
+            return None
+        recipe = Recipe(layers=(0,), max_new_tokens=0, halp_compat=True)
+        inputs = self._family.inputs(self._text(recipe), proof_images(self._family)[0])
+        with torch.inference_mode():
+            vectors, _, _ = self._passes.run(inputs, [0], (), recipe)
+        return len(vectors[VISION_ONLY.name])
 
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
@@ -123,7 +135,7 @@ class GenericEngine:
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample per request, in their order. All requests have one recipe."""
         recipe = requests[0].recipe
-        if recipe.exact or self._family.share == "nothing" or self._cross_the_scaling(requests):
+        if recipe.exact or recipe.halp_compat or self._family.share == "nothing" or self._cross_the_scaling(requests):
             with PlainAttention() if recipe.math_kernel else nullcontext():
                 return [self._whole(request) for request in requests]
         if not self._family.recurrent:
@@ -194,17 +206,25 @@ class GenericEngine:
         made = family.inputs(self._text(recipe), request.pixels)
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
         ids = inputs["input_ids"][0]
-        last, end = int((ids == family.image_id).nonzero()[-1]), len(ids) - 1
-        vectors, batch, final = self._passes.run(inputs, [last, end], (VISION_TOKEN, QUERY_TOKEN), recipe)
+        images = (ids == family.image_id).nonzero()
+        last, end = int(images[-1]), len(ids) - 1
+        facts = self._facts(inputs, last)
+        if recipe.halp_compat:
+            facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(
+                PublishedPrompt(len(ids), int(images[0]), last, patches=len(images))
+            )
+        vectors, batch, final = self._passes.run(
+            inputs, [facts["vision_token_position"], end], (VISION_TOKEN, QUERY_TOKEN), recipe
+        )
         batch.extra = family.kept_of(inputs)
         prompt = tuple(ids.tolist())
         [answer] = self._answer(batch, final, [prompt], recipe)
         facts = {
-            **self._facts(inputs, last),
+            **facts,
             "seq_len": len(prompt),
             "query_token_position": end,
             "batch_size": 1,
-            "image_prefix": "computed" if recipe.exact else "whole",
+            "image_prefix": "computed" if recipe.exact or recipe.halp_compat else "whole",
         }
         return self._sample(family, vectors, answer, facts)
 

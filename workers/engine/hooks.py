@@ -36,6 +36,25 @@ def outputs(modules: dict[int, torch.nn.Module], take: Callable[[Tensor], Tensor
 
 
 @contextmanager
+def inputs_of(modules: dict[int, torch.nn.Module], take: Callable[[Tensor], Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Collect what `take` makes of the states that enter each module while the context lasts."""
+    captured: dict[int, Tensor] = {}
+
+    def hook(key: int) -> Callable[..., None]:
+        def collect(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            captured[key] = take(args[0] if args else kwargs["hidden_states"])
+
+        return collect
+
+    handles = [module.register_forward_pre_hook(hook(key), with_kwargs=True) for key, module in modules.items()]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def ending_after(module: torch.nn.Module | None) -> Iterator[None]:
     """End the forward in this context after a module; None lets it run. Register it last: it ends later hooks too."""
     if module is None:

@@ -50,6 +50,7 @@ class ModelInfo:
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
     environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
     shares_images: bool = True  # else it computes whole prompts
+    published_vision_size: int | None = None  # of `vision_only` as the HALP study has it; None: it is the vision tower's
 
     def image_tokens(self, height: int, width: int) -> int:
         """Return how many tokens an image of this size becomes; where its processor sizes it, at most."""

@@ -27,6 +27,7 @@ _CPU_PREFIX_BYTES = 512 << 20
 # Of the memory that is free once the model is loaded; the rest is for activations.
 _PREFIX_SHARE = 0.2
 _BATCH_SHARE = 0.3
+_VISION_ADAPTER = "vision-lora"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -107,13 +108,36 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise EngineStartError(f"the checkpoint lacks {len(missing)} of the model's weights, among them {missing[0]}")
     refuse_unmerged(report["unexpected_keys"])
+    model = _adapted(model, spec, source)
     refuse_unfinite(model)
     return model.eval()
 
 
+def _adapted(model: Any, spec: EngineSpec, source: dict[str, Any]) -> Any:
+    """Return a model with the adapter that its checkpoint has for images merged into its weights, if it has one.
+
+    Phi-4 multimodal's release keeps it beside the weights: without it, the model has not learnt to see.
+    """
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    if model.config.model_type != "phi4_multimodal":
+        return model
+    options = {**source, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = [cached_file(spec.model, f"{_VISION_ADAPTER}/{name}", **options) for name in files]
+    if found == [None, None]:
+        return model
+    if None in found:
+        raise EngineStartError(f"{_VISION_ADAPTER} lacks {files[found.index(None)]}: fetch the whole checkpoint")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        _refuse_without_package(error)
+        raise
+    return PeftModel.from_pretrained(model, str(Path(found[0]).parent)).merge_and_unload()
+
+
 def _refuse_without_package(error: Exception) -> None:
     """Raise EngineStartError where a package is missing that one family alone needs."""
-    if isinstance(error, ImportError) and any(package in str(error) for package in ("num2words", "timm")):
+    if isinstance(error, ImportError) and any(package in str(error) for package in ("num2words", "timm", "peft")):
         raise EngineStartError(
             f"it needs a package that is not here: pip install 'halp-extractor[models]' ({in_a_line(error)})"
         ) from error

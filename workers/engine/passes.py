@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from storage.fields import VISION_ENCODER, VISION_ONLY, Field, by_layer
+from workers.checkpoint.published import PUBLISHED
 from workers.engine.cache import Batch
-from workers.engine.hooks import ending_after, outputs
+from workers.engine.hooks import ending_after, inputs_of, outputs
 from workers.engine.interface import Recipe
 from workers.engine.models.base import Family, Inputs
 
@@ -32,6 +33,7 @@ class Passes:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.device = family.model.get_input_embeddings().weight.device
+        self._published = PUBLISHED.get(family.model.config.model_type)
         self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
         projector = family.projector()
         self._vision = {0: family.tower()} | ({} if projector is None else {1: projector})
@@ -66,8 +68,12 @@ class Passes:
         batch.next_position = positions.max().reshape(1).to(self.device) + 1
         merged = vision.get(1, seen.embedded)
         assert merged is not None
-        vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
-        if recipe.vision_encoder:
+        if recipe.halp_compat:
+            assert seen.embedded is not None
+            vectors = {VISION_ONLY.name: family.published_vision(vision[0], seen.embedded, inputs)}
+        else:
+            vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
+        if recipe.vision_encoder and not recipe.halp_compat:
             vectors[VISION_ENCODER.name] = family.encoder_mean(vision[0], inputs)
         for place, field in enumerate(fields):
             vectors |= by_layer(field, {n: v[0, place].clone() for n, v in captured.items()})
@@ -97,7 +103,13 @@ class Passes:
     def capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
         """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
         layers = {i: self.family.layers[i] for i in recipe.layers}
-        return outputs(layers, lambda out: out[:, list(at)])
+        columns = list(at)
+        definition = self._published.layers if recipe.halp_compat and self._published else "output"
+        if definition == "input":
+            return inputs_of(layers, lambda states: states[:, columns])
+        if definition == "output,last_normed" and (last := len(self.family.layers) - 1) in layers:
+            layers[last] = self.family.decoder.norm
+        return outputs(layers, lambda out: out[:, columns])
 
     @contextmanager
     def _watched(self, seen: _Seen) -> Iterator[None]:

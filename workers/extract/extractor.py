@@ -13,12 +13,12 @@ from storage.computation import Computation
 from storage.errors import ReplacedError, UserError
 from storage.runs.run import Run
 from storage.sample import Sample
-from storage.settings import AS_ASKED, HALP_POSITIONS, LAST_POSITIONS, ModelFacts, RunSettings
+from storage.settings import AS_ASKED, LAST_POSITIONS, ModelFacts, RunSettings
 from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
-from workers.checkpoint.families import PUBLISHED
 from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
+from workers.checkpoint.published import PUBLISHED, refuse_unpublished
 from workers.engine.interface import EngineSpec, ModelInfo, Recipe, Request
 from workers.engine.process import EngineProcess
 from workers.engine.prompt import PromptParts, PromptStyle
@@ -185,10 +185,13 @@ class Extractor:
         settings, info = run.settings, self.info
         try:
             layers = resolve_layers(settings.layers, info.num_hidden_layers)
+            published = None
+            if settings.halp_compat:
+                if info.model_type != "fake":
+                    refuse_unpublished(info.model_type)
+                published = PUBLISHED.get(info.model_type, PUBLISHED["qwen2_5_vl"])
         except UserError as error:
             raise RunRefusedError(str(error)) from error
-        if settings.halp_compat and info.model_type not in {*PUBLISHED, "fake"}:
-            raise RunRefusedError(f"--halp-compat: the published definitions for a {info.model_type} model are not known here")
         asked_limits = settings.min_pixels, settings.max_pixels
         minimum, maximum = limits_of(asked_limits, info)
         if info.factor is None and asked_limits != (None, None):
@@ -209,8 +212,10 @@ class Extractor:
             layers=layers,
             chat_template_sha256=settings.chat_template_sha256(),
             **{name: getattr(settings, name) for name in AS_ASKED},
-            positions=HALP_POSITIONS if settings.halp_compat else LAST_POSITIONS,
-            vision_only_definition="encoder" if settings.halp_compat else "merged",
+            positions=published.positions if published else LAST_POSITIONS,
+            layer_definition=published.layers if published else "output",
+            vision_only_definition=published.vision_only if published else "merged",
+            vision_only_size=info.published_vision_size if published else None,
             min_pixels=minimum,
             max_pixels=maximum,
             repetition_penalty=(

@@ -10,7 +10,7 @@ from typing import Any
 
 _MODULES = {
     **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_5"), "qwen_vl"),
-    **{name: name for name in ("qwen2_5_vl", "fast_vlm", "mllama", "paligemma", "phi4_multimodal")},
+    **{name: name for name in ("qwen2_5_vl", "fast_vlm", "gemma3", "llava_next", "mllama", "paligemma", "phi4_multimodal")},
 }
 
 

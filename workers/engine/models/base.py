@@ -197,6 +197,10 @@ class Family:
         """Return the mean (D,) of an image's embeddings."""
         return out[0, inputs["input_ids"][0] == self.image_id].mean(0)
 
+    def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
+        """Return what the HALP study keeps of an image, (S,): of what the tower puts out, or of what enters the decoder."""
+        return self.encoder_mean(tower, inputs)
+
 
 def _by_token(values: Tensor, shape: Any) -> bool:
     """Tell whether something has a value for each token of a prompt; pixels have none."""

@@ -37,6 +37,10 @@ class Family(base.Family):
         real = inputs["aspect_ratio_mask"].bool()  # (1, images, tiles)
         return out.reshape(*real.shape, -1, out.shape[-1])[real].flatten(0, 1).mean(0)
 
+    def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
+        """Return the mean (E,) over all tiles, empty ones too."""
+        return super().encoder_mean(tower, inputs)
+
     def projector(self) -> Any:
         """Return the module whose output the text attends to."""
         return self.core.multi_modal_projector

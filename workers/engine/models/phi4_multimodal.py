@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from workers.engine.models import base
+from workers.engine.models.base import Inputs
 
 
 class Family(base.Family):
@@ -17,3 +19,7 @@ class Family(base.Family):
     def tower(self) -> Any:
         """Return the vision tower's last block."""
         return base.last_block(self.core.embed_tokens_extend.image_embed.img_processor)
+
+    def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
+        """Return the mean (width,) of each column of pixels, over crops, colours and rows: the published one is no feature."""
+        return inputs["image_pixel_values"][0].flatten(0, -2).mean(0)
