@@ -35,7 +35,7 @@ from workers.checkpoint.identity import resolve_layers
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import BENCH, TEST
 from workers.engine.interface import EngineSpec, Recipe, Request
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.model import ModelEngine
 from workers.extract.preprocess import Preprocessor
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "grass", "moon")
@@ -59,7 +59,7 @@ class Case:
     inputs: dict[str, torch.Tensor]
 
 
-def make_cases(engine: QwenEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
+def make_cases(engine: ModelEngine, processor: Any, images: int, questions: int, directory: Path) -> list[Case]:
     """Return `images` x `questions` cases; more images than photographs are crops of them."""
     preprocess = Preprocessor(engine.info)
     recipe = Recipe(layers=resolve_layers(None, engine.info.num_hidden_layers), max_new_tokens=0)
@@ -102,7 +102,7 @@ def one_forward(model: Any, cases: Sequence[Case], tokens: int) -> None:
             model.model(**case.inputs)
 
 
-def with_engine(engine: QwenEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
+def with_engine(engine: ModelEngine, cases: Sequence[Case], tokens: int, size: int) -> None:
     """Batches of `size` questions."""
     engine.free_cache()  # the image prefixes of an earlier run of this cell
     requests = [replace(c.request, recipe=c.request.recipe.model_copy(update={"max_new_tokens": tokens})) for c in cases]
@@ -133,7 +133,7 @@ def main() -> None:
         directory = build_small_model(Path(scratch) / "model", preset)
         processor = AutoProcessor.from_pretrained(directory)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-        engine = QwenEngine(EngineSpec("model", str(directory), "main", "float32", scratch))
+        engine = ModelEngine(EngineSpec("model", str(directory), "main", "float32", scratch))
         engine._generation.ends = []  # forced answers: neither way may stop early
         rows = []
         for images, questions in sets:

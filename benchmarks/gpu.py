@@ -44,8 +44,8 @@ from workers.demo.small_spec import TEST
 from workers.engine.decode import decode
 from workers.engine.generation import Generation
 from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.model import ModelEngine
 from workers.engine.prompt import PromptParts, split_prompt
-from workers.engine.shared_prefix import QwenEngine
 
 # The published config.json, where it differs from the small model's, whose tokenizer and token ids serve every size.
 _MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
@@ -91,10 +91,10 @@ def make_model(name: str, device: torch.device, directory: Path) -> tuple[Any, A
     return model.eval(), AutoProcessor.from_pretrained(directory)
 
 
-def make_engine(model: Any, directory: Path) -> QwenEngine:
+def make_engine(model: Any, directory: Path) -> ModelEngine:
     """Return the worker's engine around a model that is in memory."""
     with mock.patch("workers.engine.loading._load_model", lambda *_: model):
-        return QwenEngine(EngineSpec("model", str(directory), "main", "bfloat16", str(directory)))
+        return ModelEngine(EngineSpec("model", str(directory), "main", "bfloat16", str(directory)))
 
 
 class Questions:
@@ -186,7 +186,7 @@ def forced_answers(cases: Sequence[Case]) -> Iterator[None]:
         rows = ForcedRows(batch, head, torch.tensor(rules.lengths, device=last.device), eos)
         return decode(rows, last, rules=rules, head=rows, forward=lambda _, t: forward(batch, t), eos=eos, **options)
 
-    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.engine.shared_prefix.decode", forced):
+    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.engine.model.decode", forced):
         yield
 
 
@@ -294,7 +294,7 @@ def batches_of(cases: Sequence[Case], size: int, tokens: int) -> list[list[Case]
     return batches
 
 
-def extract(engine: QwenEngine, cases: Sequence[Case]) -> int:
+def extract(engine: ModelEngine, cases: Sequence[Case]) -> int:
     """Run a batch; where memory does not suffice, halve it as the worker's batcher does. Return how often it was halved."""
     short = False
     try:
@@ -339,7 +339,7 @@ class Bench:
         return [name, "1", answers, *self._figures(len(cases), taken, work), self._peak_memory()]
 
     def engine(
-        self, engine: QwenEngine, batches: Sequence[Sequence[Case]], answers: str, name: str
+        self, engine: ModelEngine, batches: Sequence[Sequence[Case]], answers: str, name: str
     ) -> tuple[list[str], list[str]]:
         """Measure the engine; return the rows of both tables."""
         cases = [case for batch in batches for case in batch]

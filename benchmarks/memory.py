@@ -67,11 +67,11 @@ def measure_engine(model: str, images: str, batch: int) -> None:
 
     from workers.checkpoint.identity import resolve_layers
     from workers.engine.interface import EngineSpec, Recipe
-    from workers.engine.shared_prefix import QwenEngine
+    from workers.engine.model import ModelEngine
     from workers.extract.preprocess import Preprocessor
 
     torch.set_num_threads(1)
-    engine = QwenEngine(EngineSpec("model", model, "main", "float32", model))
+    engine = ModelEngine(EngineSpec("model", model, "main", "float32", model))
     preprocess = Preprocessor(engine.info)
     recipe = Recipe(layers=resolve_layers(None, engine.info.num_hidden_layers), max_new_tokens=ANSWER_TOKENS)
     limits = (engine.info.min_pixels, MAX_PIXELS)

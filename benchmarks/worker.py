@@ -151,11 +151,11 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
 
     from producer.dataset.table import read_table
     from workers.engine.interface import EngineSpec, Recipe
-    from workers.engine.shared_prefix import QwenEngine
+    from workers.engine.model import ModelEngine
     from workers.extract.preprocess import Preprocessor
 
     torch.set_num_threads(1)
-    engine = QwenEngine(EngineSpec("model", str(model), "main", "float32", ""))
+    engine = ModelEngine(EngineSpec("model", str(model), "main", "float32", ""))
     preprocess = Preprocessor(engine.info)
     layers = tuple(range(0, engine.info.num_hidden_layers, 2))
     requests = [

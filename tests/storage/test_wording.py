@@ -30,8 +30,8 @@ from tests.support.processes import command, write_csv
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 from workers.engine.interface import EngineSpec, Recipe
+from workers.engine.model import ModelEngine
 from workers.engine.prompt import PLACEHOLDERS, PromptStyle, QuestionTokenizer, split_prompt
-from workers.engine.shared_prefix import QwenEngine
 from workers.errors import EngineStartError, RunRefusedError
 from workers.extract.extractor import Extractor
 from workers.extract.preprocess import Preprocessor
@@ -317,7 +317,7 @@ class StyledReference(Reference):
 
 def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> None:
     """Batches of one style and of another about the same image, shared, exact and compatible."""
-    engine = QwenEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
+    engine = ModelEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
     reference, preprocess = StyledReference(small_model), Preprocessor(engine.info)
     limits = (engine.info.min_pixels, engine.info.max_pixels)
     for style in (STYLES[1], STYLES[0], STYLES[6]):
@@ -326,7 +326,8 @@ def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> Non
         texts = ["Find <|object_ref_start|>it<|object_ref_end|>.", "Why?"]
         image = preprocess.image("coffee.png", photographs, (), limits)
         expected = [reference(photographs / "coffee.png", text, max_new_tokens=3, layers=(0, 3)) for text in texts]
-        shared = Recipe(layers=(0, 3), max_new_tokens=3, special_tokens="parse", head_ids=prompt.head_ids)
+        asked: dict[str, Any] = {"special_tokens": "parse", "system_prompt": style.system, "chat_template": style.template}
+        shared = Recipe(layers=(0, 3), max_new_tokens=3, **asked)
         for recipe in (shared, shared.model_copy(update={"exact": True})):
             requests = [preprocess.request(image, text, recipe, prompt) for text in texts]
             for request, sample, wanted in zip(requests, engine.extract(requests), expected, strict=True):

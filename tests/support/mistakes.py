@@ -5,45 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from workers.engine import shared_prefix
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.model import ModelEngine
+from workers.engine.models import qwen2_5_vl
+from workers.engine.passes import Passes
 
 
 def one_dimensional(patch: pytest.MonkeyPatch) -> None:
-    """Count the image's positions on as those of text."""
-    original = shared_prefix.prefix_positions
-    patch.setattr(shared_prefix, "prefix_positions", lambda *image: torch.arange(original(*image).shape[1]).expand(3, -1))
+    """Count text after an image on from the number of tokens."""
+    original = Passes.run
 
+    def run(self: Any, inputs: Any, *rest: Any) -> Any:
+        vectors, batch, final = original(self, inputs, *rest)
+        batch.next_position = inputs["attention_mask"].sum(1)
+        return vectors, batch, final
 
-def height_and_width_swapped(patch: pytest.MonkeyPatch) -> None:
-    """Take rows for columns."""
-    original, swap = shared_prefix.prefix_positions, torch.tensor([0, 2, 1])
-    patch.setattr(shared_prefix, "prefix_positions", lambda *image: original(*image)[swap])
+    patch.setattr(Passes, "run", run)
 
 
 def suffix_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Begin the question a position late."""
-    original = QwenEngine._prefill_images
+    original = ModelEngine._run_images
 
-    def prefill(self: QwenEngine, images: Any, recipe: Any) -> Any:
+    def prefill(self: ModelEngine, images: Any, recipe: Any) -> Any:
         prefixes = original(self, images, recipe)
         for prefix in prefixes:
             prefix.row.next_position += 1
         return prefixes
 
-    patch.setattr(QwenEngine, "_prefill_images", prefill)
+    patch.setattr(ModelEngine, "_run_images", prefill)
 
 
 def padding_mask_ignored(patch: pytest.MonkeyPatch) -> None:
     """Attend to padding."""
-    original = QwenEngine._forward
+    original = Passes.step
 
-    def forward(self: QwenEngine, batch: Any, embedded: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
-        return original(self, batch, embedded, positions, [embedded.shape[1]] * len(lengths), recipe)
+    def step(self: Passes, batch: Any, ids: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
+        return original(self, batch, ids, positions, [ids.shape[1]] * len(lengths), recipe)
 
-    patch.setattr(QwenEngine, "_forward", forward)
+    patch.setattr(Passes, "step", step)
 
 
-MISTAKES = (one_dimensional, height_and_width_swapped, suffix_off_by_one, padding_mask_ignored)
+def windows_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Have all patches of an image see each other in every layer of the tower."""
+    original = qwen2_5_vl._Windows.of
+    patch.setattr(qwen2_5_vl._Windows, "of", lambda self, boundaries: original(self, boundaries[[0, -1]]))
+
+
+SHARING = (one_dimensional, suffix_off_by_one, padding_mask_ignored)
+MISTAKES = (*SHARING, windows_ignored)

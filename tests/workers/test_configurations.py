@@ -15,7 +15,7 @@ from workers.checks.reference import Reference
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import SmallModelSpec
 from workers.engine.interface import EngineSpec, Recipe
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.model import ModelEngine
 from workers.extract.preprocess import Preprocessor
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_published_size_is_computed_right(name: str, tmp_path: Path, photograp
     model = build_small_model(tmp_path / f"Qwen2.5-VL-{name}-Instruct", small(size))
     layers = tuple(range(small(size).num_hidden_layers))
     assert json.loads((model / "config.json").read_text())["rope_scaling"]["mrope_section"] == [16, 24, 24]
-    engine = QwenEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
+    engine = ModelEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
     info = engine.info
     assert (info.num_hidden_layers, info.hidden_size, info.vision_hidden_size) == (
         len(layers),

@@ -19,7 +19,7 @@ from tests.support.mistakes import MISTAKES
 from workers.checks.reference import Reference
 from workers.engine import process as engine_process
 from workers.engine.interface import EngineSpec, Recipe, Request
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.model import ModelEngine
 from workers.errors import PermanentError
 from workers.extract.batcher import DynamicBatcher
 from workers.extract.preprocess import Preprocessor
@@ -36,12 +36,12 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def engine(small_model: Path) -> QwenEngine:
-    return QwenEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
+def engine(small_model: Path) -> ModelEngine:
+    return ModelEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
 
 
 @pytest.fixture(scope="module")
-def cases(engine: QwenEngine, small_model: Path, photographs: Path) -> list[tuple[Request, dict[str, Any]]]:
+def cases(engine: ModelEngine, small_model: Path, photographs: Path) -> list[tuple[Request, dict[str, Any]]]:
     """Every photograph with two or three questions: the request, and what the reference says."""
     reference, preprocess = Reference(small_model), Preprocessor(engine.info)
     limits = (engine.info.min_pixels, engine.info.max_pixels)
@@ -70,14 +70,14 @@ def assert_equal(sample: Sample, expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])
-def test_values_equal_the_reference(engine: QwenEngine, cases: Any, size: int) -> None:
+def test_values_equal_the_reference(engine: ModelEngine, cases: Any, size: int) -> None:
     for start in range(0, len(cases), size):
         batch = cases[start : start + size]
         for sample, (_, expected) in zip(engine.extract([request for request, _ in batch]), batch, strict=True):
             assert_equal(sample, expected)
 
 
-def test_values_do_not_depend_on_the_order(engine: QwenEngine, cases: Any) -> None:
+def test_values_do_not_depend_on_the_order(engine: ModelEngine, cases: Any) -> None:
     shuffled = random.Random(3).sample(cases, len(cases))
     for start in range(0, len(shuffled), 7):
         batch = shuffled[start : start + 7]
@@ -85,12 +85,12 @@ def test_values_do_not_depend_on_the_order(engine: QwenEngine, cases: Any) -> No
             assert_equal(sample, expected)
 
 
-def test_answers_end_for_both_reasons(engine: QwenEngine, cases: Any) -> None:
+def test_answers_end_for_both_reasons(engine: ModelEngine, cases: Any) -> None:
     reasons = {sample.facts["finish_reason"] for sample in engine.extract([request for request, _ in cases])}
     assert reasons == {"eos", "length"}
 
 
-def test_no_answer_is_asked_for(engine: QwenEngine, cases: Any) -> None:
+def test_no_answer_is_asked_for(engine: ModelEngine, cases: Any) -> None:
     request, expected = cases[0]
     silent = replace(request, recipe=Recipe(layers=LAYERS, max_new_tokens=0))
     [sample] = engine.extract([silent])
@@ -98,7 +98,7 @@ def test_no_answer_is_asked_for(engine: QwenEngine, cases: Any) -> None:
     assert worst_error(sample, expected) < TOLERANCE
 
 
-def test_log_probabilities_are_the_models(engine: QwenEngine, cases: Any, small_model: Path, photographs: Path) -> None:
+def test_log_probabilities_are_the_models(engine: ModelEngine, cases: Any, small_model: Path, photographs: Path) -> None:
     """The first token's log-probability and entropy, from a plain forward's logits."""
     request, _ = cases[0]
     [sample] = engine.extract([request])
@@ -113,7 +113,7 @@ def test_log_probabilities_are_the_models(engine: QwenEngine, cases: Any, small_
 
 
 def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
-    engine = QwenEngine(EngineSpec("model", str(small_model), "main", "bfloat16", "unused"))
+    engine = ModelEngine(EngineSpec("model", str(small_model), "main", "bfloat16", "unused"))
     [sample] = engine.extract([cases[0][0]])
     assert {vector.dtype.name for vector in sample.vectors.values()} == {"bfloat16"}
     worst = max(
@@ -127,7 +127,7 @@ def test_bfloat16_vectors_stay_bfloat16(small_model: Path, cases: Any) -> None:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_would_show(
-    engine: QwenEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    engine: ModelEngine, cases: Any, mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.free_cache()
     mistake(monkeypatch)
@@ -141,20 +141,20 @@ def test_a_mistake_would_show(
 # Recipes that share nothing, and others.
 
 
-def test_exact_equals_the_reference(engine: QwenEngine, cases: Any) -> None:
+def test_exact_equals_the_reference(engine: ModelEngine, cases: Any) -> None:
     requests = [replace(request, recipe=request.recipe.model_copy(update={"exact": True})) for request, _ in cases[:8]]
     for sample, (_, expected) in zip(engine.extract(requests), cases, strict=False):
         assert_equal(sample, expected)
         assert (sample.facts["batch_size"], sample.facts["image_prefix"]) == (1, "computed")
 
 
-def test_another_kernel_is_the_noise_floor(engine: QwenEngine, cases: Any) -> None:
+def test_another_kernel_is_the_noise_floor(engine: ModelEngine, cases: Any) -> None:
     request, expected = cases[0]
     [sample] = engine.extract([replace(request, recipe=request.recipe.model_copy(update={"exact": True, "math_kernel": True}))])
     assert 0 < worst_error(sample, expected) < TOLERANCE
 
 
-def test_images_are_shared_within_and_across_batches(engine: QwenEngine, cases: Any) -> None:
+def test_images_are_shared_within_and_across_batches(engine: ModelEngine, cases: Any) -> None:
     engine.free_cache()
     requests = [request for request, _ in cases]
     images = {request.image_key for request in requests}
@@ -166,7 +166,7 @@ def test_images_are_shared_within_and_across_batches(engine: QwenEngine, cases: 
         assert_equal(sample, expected)
 
 
-def test_the_prefix_cache_is_bounded(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prefix_cache_is_bounded(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
     monkeypatch.setattr(engine._prefixes, "max_bytes", 300_000)
     for request, expected in cases:
@@ -177,18 +177,18 @@ def test_the_prefix_cache_is_bounded(engine: QwenEngine, cases: Any, monkeypatch
     engine.free_cache()
 
 
-def test_images_are_prefilled_together_where_that_pays(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_prefilled_together_on_a_gpu(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
-    monkeypatch.setattr(engine, "_prefill_tokens", 250)  # as on a GPU: several images of different sizes, padded
+    monkeypatch.setattr(engine, "_together", 250)  # as on a GPU: several images of different sizes, padded
     for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
         assert_equal(sample, expected)
     engine.free_cache()
 
 
-def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases: Any) -> None:
+def test_embeddings_only_ends_after_the_highest_layer(engine: ModelEngine, cases: Any) -> None:
     request, expected = cases[0]
     ran: list[int] = []
-    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._decoder.layers)]
+    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(engine._family.layers)]
     [sample] = engine.extract([replace(request, recipe=Recipe(layers=(0, 3), max_new_tokens=0))])
     for handle in handles:
         handle.remove()
@@ -198,7 +198,7 @@ def test_embeddings_only_ends_after_the_highest_layer(engine: QwenEngine, cases:
 
 
 def test_halp_compat_takes_the_published_positions(
-    engine: QwenEngine, cases: Any, small_model: Path, photographs: Path
+    engine: ModelEngine, cases: Any, small_model: Path, photographs: Path
 ) -> None:
     """The mean before the merger, and the vision token at min(patches, seq_len // 2), from a plain forward."""
     request, expected = cases[0]
@@ -220,7 +220,7 @@ def test_halp_compat_takes_the_published_positions(
     assert sample.answer == expected["answer"]
 
 
-def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, photographs: Path) -> None:
+def test_options_of_a_recipe(engine: ModelEngine, cases: Any, small_model: Path, photographs: Path) -> None:
     request, _ = cases[0]
     plain = Reference(small_model, repetition_penalty=1.5)
     expected = plain(sorted(photographs.iterdir())[0], QUESTIONS[0], max_new_tokens=MAX_NEW_TOKENS, layers=(2,))
@@ -234,20 +234,21 @@ def test_options_of_a_recipe(engine: QwenEngine, cases: Any, small_model: Path, 
     }
 
 
-def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_splits_and_recovers(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than three questions do not fit: batches are halved until they do, and the values are those of the reference."""
     engine.free_cache()
-    fits = engine._prefill_suffixes
+    fits = engine._passes.step
     sizes: list[int] = []
 
-    def prefill(batch: Any, suffixes: Any, recipe: Any) -> Any:
-        sizes.append(len(suffixes))
-        if len(suffixes) > 3 or suffixes[0] == too_large.suffix_ids:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return fits(batch, suffixes, recipe)
+    def step(batch: Any, ids: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
+        if ids.shape[1] > 1:  # the questions; else a token of each answer
+            sizes.append(len(ids))
+            if len(ids) > 3 or [5, 6, 7] in ids[:, -3:].tolist():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return fits(batch, ids, positions, lengths, recipe)
 
     too_large = replace(cases[0][0], suffix_ids=(5, 6, 7))
-    monkeypatch.setattr(engine, "_prefill_suffixes", prefill)
+    monkeypatch.setattr(engine._passes, "step", step)
     monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
     ours, theirs = multiprocessing.Pipe()
     threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()
@@ -273,14 +274,14 @@ def test_out_of_memory_splits_and_recovers(engine: QwenEngine, cases: Any, monke
     engine.free_cache()
 
 
-def test_patches_are_bit_equal_to_the_official_recipe(engine: QwenEngine, small_model: Path, photographs: Path) -> None:
+def test_patches_are_bit_equal_to_the_official_recipe(engine: ModelEngine, small_model: Path, photographs: Path) -> None:
     """uint8 pixels resized in the task threads, normalised and patchified in the engine: qwen-vl-utils and the processor."""
     preprocess = Preprocessor(engine.info)
     for limits in [(3136, 12_845_056), (3136, 20_000), (150_000, 12_845_056)]:
         reference = Reference(small_model, min_pixels=limits[0], max_pixels=limits[1])
         for path in sorted(photographs.iterdir()):
             pixels = preprocess.image(path.name, photographs, (), limits).pixels
-            patches = engine._vision._processor(images=[pixels], do_resize=False, return_tensors="pt")
+            patches = engine._family.inputs("<|image_pad|>", pixels)
             official = reference.inputs(path, "?")
             assert torch.equal(patches["pixel_values"], official["pixel_values"])
             assert torch.equal(patches["image_grid_thw"], official["image_grid_thw"])

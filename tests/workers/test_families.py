@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 import workers.cli
 from storage import load as load_vectors
+from tests.support.mistakes import one_dimensional
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
 from tests.support.tiny import FAMILIES, UNKNOWN, aya_vision, build_tiny, gemma3
 from tests.workers.conftest import SIZES
-from workers.engine.generic import GenericEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.model import ModelEngine
 from workers.engine.models import base, mllama
-from workers.engine.passes import Passes
 from workers.engine.process import make_engine
 from workers.engine.prompt import PromptStyle
 from workers.errors import EngineStartError
@@ -48,13 +48,13 @@ OFTEN = {"qwen3_vl", "qwen3_5", "gemma3", "llava", "smolvlm", "molmo2", "mllama"
 ALL = [pytest.param(n, marks=[] if n in {*OFTEN, *UNKNOWN} else [pytest.mark.slow]) for n in (*FAMILIES, *UNKNOWN)]
 
 
-def load(model: Path, dtype: str = "float32") -> GenericEngine:
+def load(model: Path, dtype: str = "float32") -> ModelEngine:
     engine = make_engine(EngineSpec("model", str(model), "main", dtype, "unused"))
-    assert isinstance(engine, GenericEngine)
+    assert isinstance(engine, ModelEngine)
     return engine
 
 
-def requests_of(engine: GenericEngine, pictures: Path, recipe: Recipe, questions: tuple[str, ...] = QUESTIONS) -> list[Request]:
+def requests_of(engine: ModelEngine, pictures: Path, recipe: Recipe, questions: tuple[str, ...] = QUESTIONS) -> list[Request]:
     preprocess = Preprocessor(engine.info)
     limits = limits_of((None, None), engine.info)
     images = [preprocess.image(f"{number}.png", pictures, (), limits) for number in range(len(SIZES))]
@@ -156,18 +156,6 @@ def test_bfloat16_is_near(family: str, dtype: str, tiny: Callable[[str], Path], 
 # The traps: each mistake is found at load, and prompts are computed whole.
 
 
-def by_length(patch: pytest.MonkeyPatch) -> None:
-    """Count text after an image on from the number of tokens."""
-    original = Passes.run
-
-    def run(self: Any, inputs: Any, *rest: Any) -> Any:
-        vectors, batch, final = original(self, inputs, *rest)
-        batch.next_position = inputs["attention_mask"].sum(1)
-        return vectors, batch, final
-
-    patch.setattr(Passes, "run", run)
-
-
 def padding_in_the_window(patch: pytest.MonkeyPatch) -> None:
     """Leave it to the model what a window holds: padding between image and question counts."""
     patch.setattr(base.Family, "masks", lambda self, valid, width: valid)
@@ -175,7 +163,7 @@ def padding_in_the_window(patch: pytest.MonkeyPatch) -> None:
 
 def padded_recurrence(patch: pytest.MonkeyPatch) -> None:
     """Let a recurrent state run through padding."""
-    patch.setattr(GenericEngine, "extract", torch.inference_mode()(lambda self, requests: (
+    patch.setattr(ModelEngine, "extract", torch.inference_mode()(lambda self, requests: (
         [self._whole(r) for r in requests] if self._family.share == "nothing" else self._shared(requests)
     )))  # fmt: skip
 
@@ -197,9 +185,9 @@ def after_the_last_patch(family: base.Family, inputs: Any) -> int:
 
 def cut_at_the_last_patch(patch: pytest.MonkeyPatch) -> None:
     """Leave closing tokens to the question."""
-    original = GenericEngine._prefix
+    original = ModelEngine._run_images
 
-    def prefix(self: Any, pixels: Any, recipe: Any) -> Any:
+    def run_images(self: Any, pixels: Any, recipe: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(
                 base.Family, "cut", lambda self, inputs: int((inputs["input_ids"][0] == self.image_id).nonzero()[-1]) + 1
@@ -207,7 +195,7 @@ def cut_at_the_last_patch(patch: pytest.MonkeyPatch) -> None:
             found = original(self, pixels, recipe)
         return found
 
-    patch.setattr(GenericEngine, "_prefix", prefix)
+    patch.setattr(ModelEngine, "_run_images", run_images)
 
 
 def without_the_cross_mask(patch: pytest.MonkeyPatch) -> None:
@@ -216,7 +204,7 @@ def without_the_cross_mask(patch: pytest.MonkeyPatch) -> None:
 
 
 TRAPS = [
-    ("qwen2_vl", by_length), ("qwen3_vl", by_length), ("glm4v", by_length), ("qwen3_5", padded_recurrence),
+    ("qwen2_vl", one_dimensional), ("qwen3_vl", one_dimensional), ("glm4v", one_dimensional), ("qwen3_5", padded_recurrence),
     ("gemma3", causal_image), ("molmo2", causal_image), ("molmo2", cut_at_the_last_patch), ("ovis2", cut_at_the_last_patch),
     ("mllama", without_the_cross_mask),
 ]  # fmt: skip
@@ -296,7 +284,9 @@ def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_pat
             assert group.attrs["seq_len"] == len(expected.ids)
         assert {len(part[f"{i}-3"].attrs["answer_token_ids"]) for i in range(len(SIZES))} == {NEW}
     checked = command("producer", "check", table, "--images-dir", pictures, "--output-dir", tmp_path / "run", *options)
-    assert "vision tokens of an image: not known here" in checked.stdout, checked.stderr
+    assert "vision tokens of an image: the model's own processor makes them; --sample 64 counts" in checked.stdout, (
+        checked.stderr
+    )
 
 
 @pytest.mark.slow

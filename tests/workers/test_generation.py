@@ -11,7 +11,7 @@ import pytest
 
 from workers.checks.reference import Reference
 from workers.engine.interface import EngineSpec, Recipe
-from workers.engine.shared_prefix import QwenEngine
+from workers.engine.model import ModelEngine
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor
 
@@ -32,7 +32,7 @@ def checkpoint(small_model: Path, directory: Path, **settings: Any) -> Path:
 
 def answers(model: Path, photographs: Path, *, penalty: float | None = None) -> tuple[list[Any], list[Any]]:
     """The engine's token ids, of one batch of several images and questions, and the reference's."""
-    engine = QwenEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
+    engine = ModelEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
     preprocess, reference = Preprocessor(engine.info), Reference(model, repetition_penalty=penalty)
     limits = (engine.info.min_pixels, engine.info.max_pixels)
     requests, expected = [], []
@@ -107,5 +107,5 @@ def test_what_cannot_be_done_is_refused_at_the_start(
         (model / "config.json").unlink()
         (model / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     with pytest.raises(EngineStartError, match=named) as caught:
-        QwenEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
+        ModelEngine(EngineSpec("model", str(model), "main", "float32", "unused"))
     assert "generation_config.json" in str(caught.value)

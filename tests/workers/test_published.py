@@ -146,7 +146,8 @@ def test_each_of_the_studys_models(family: str, tiny: Callable[[str], Path], pic
         expected, positions = as_published(plain, family, image.pixels, QUESTION)
         assert_equal(sample.vectors, expected)
         assert (sample.facts["vision_token_position"], sample.facts["query_token_position"]) == positions
-        assert sample.vectors["vision_only_representation"].shape == (engine.info.published_vision_size,)
+        size = engine.info.published_vision_size or engine.info.vision_hidden_size
+        assert sample.vectors["vision_only_representation"].shape == (size,)
         assert sample.facts["answer_token_ids"] == plain(image.pixels, QUESTION, new=4).answer
 
 

@@ -61,7 +61,7 @@ def test_the_table_has_a_line_for_each_family(small_model: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     one_dimensional(monkeypatch)
-    monkeypatch.setattr("workers.engine.shared_prefix.refuse_difference", lambda *_: None)  # it would be found at load
+    monkeypatch.setattr("workers.engine.model.refuse_difference", lambda *_: None)  # it would be found at load
     quiet = ("--quiet",) if dtype == "float32" else ()  # what fails is shown all the same
     result = in_process("--model", small_model, "--questions", 4, "--max-new-tokens", 4, "--dtype", dtype, *quiet)
     assert result.exit_code == 1, result.output

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.mistakes import MISTAKES
+from tests.support.mistakes import SHARING, windows_ignored
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE
 from workers.engine.interface import EngineSpec, Recipe
+from workers.engine.model import ModelEngine
 from workers.engine.proving import proof
-from workers.engine.shared_prefix import QwenEngine
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor
 
 TEXT = "{{ content['text'] }}"
 
 
-def load(model: Path, dtype: str = "float32") -> QwenEngine:
-    return QwenEngine(EngineSpec("model", str(model), "main", dtype, "unused"))
+def load(model: Path, dtype: str = "float32") -> ModelEngine:
+    return ModelEngine(EngineSpec("model", str(model), "main", dtype, "unused"))
 
 
 @pytest.fixture
@@ -106,14 +106,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "added tokens lost": (added_tokens_lost, r"<\|(image_pad|vision_start)\|> is .*token.*restore"),
     "another image token": (setting("config.json", image_token_id=8205), r"<\|image_pad\|> is token 8204.*image_token_id"),
     "another start": (setting("config.json", vision_start_token_id=8193), r"<\|vision_start\|> is token 8201"),
-    "sliding windows": (
-        setting("config.json", use_sliding_window=True, sliding_window=16, max_window_layers=2),
-        r"config\.json has use_sliding_window \(sliding_window 16\)",
-    ),
-    "positions by length": (
-        setting("config.json", rope_scaling={"type": "dynamic", "factor": 2.0, "mrope_section": [4, 6, 6]}),
-        r"config\.json has rope_\w+ of the kind 'dynamic'",
-    ),
     "NaN": (one_value(WEIGHT, float("nan")), r"layers\.3\.mlp\.up_proj\.weight have values that are not finite"),
     "infinity": (one_value("visual.blocks.1.attn.qkv.weight", -float("inf")), r"blocks\.1\.attn\.qkv\.weight have values"),
     "NaN in the head": (one_value("lm_head.weight", float("nan")), r"lm_head\.weight have values that are not finite"),
@@ -148,6 +140,10 @@ WHOLE: dict[str, Callable[[Path], object]] = {
     "rows to spare": rows(8256 + 3),
     "slow tokenizer": slow_tokenizer,
     "a window that is not used": setting("config.json", use_sliding_window=False, sliding_window=16),
+    "sliding windows": setting("config.json", use_sliding_window=True, sliding_window=16, max_window_layers=2),
+    "positions by length": setting(
+        "config.json", rope_scaling={"type": "dynamic", "factor": 2.0, "mrope_section": [2, 3, 3]},
+    ),
     "static rotary scaling": setting(
         "config.json",
         rope_scaling={
@@ -189,18 +185,33 @@ def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found_at_load(
-    mistake: Callable[[pytest.MonkeyPatch], None], dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("mistake", SHARING)
+def test_where_sharing_goes_wrong_prompts_are_computed_whole(
+    mistake: Callable[[pytest.MonkeyPatch], None], dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     mistake(monkeypatch)
+    assert not load(small_model, dtype).info.shares_images
+    assert "away from a plain forward of transformers on one small image" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mistake_that_whole_prompts_have_too_is_refused(
+    dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows_ignored(monkeypatch)
     with pytest.raises(EngineStartError, match="away from a plain forward of transformers on one small image"):
         load(small_model, dtype)
 
 
 def test_what_overflows_is_refused(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = proof._array
-    monkeypatch.setattr(proof, "_array", lambda tensor: original(tensor) * np.float32("inf"))
+    original = proof._forward
+
+    def overflowing(*arguments: Any) -> Any:
+        vectors, scores = original(*arguments)
+        return {name: vector * np.float32("inf") for name, vector in vectors.items()}, scores
+
+    monkeypatch.setattr(proof, "_forward", overflowing)
     with pytest.raises(EngineStartError, match=r"has values that are not finite in float32, though its weights have none"):
         load(small_model)
 
@@ -209,4 +220,4 @@ def test_what_overflows_is_refused(small_model: Path, monkeypatch: pytest.Monkey
 def test_a_proof_leaves_nothing_behind(small_model: Path, dtype: str) -> None:
     engine = load(small_model, dtype)
     assert not engine._prefixes._kept
-    assert not any(module._forward_hooks for module in engine._model.modules())
+    assert not any(module._forward_hooks for module in engine._family.model.modules())

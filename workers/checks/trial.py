@@ -74,7 +74,7 @@ def run_trial(
         style = PromptStyle(computation.system_prompt, computation.chat_template)
         prompt = info.prompt if style == PromptStyle() else engine.prompt(style)
         layers = resolve_layers(computation.layers, info.num_hidden_layers)
-        recipe = Recipe(**computation.options() | {"layers": layers}, head_ids=prompt.head_ids)
+        recipe = Recipe(**computation.options() | {"layers": layers})
         prepare = Preprocessor(info)
         limits = limits_of((computation.min_pixels, computation.max_pixels), info)
 

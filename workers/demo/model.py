@@ -35,7 +35,7 @@ from workers.demo.pictures import Lesson, Picture, Pixels, draw_batch
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import SmallModelSpec
 from workers.engine.loading import pixel_limits
-from workers.engine.models.qwen2_5_vl import VisionTower
+from workers.engine.models.qwen2_5_vl import batch_windows
 from workers.engine.prompt import QuestionTokenizer, split_prompt
 from workers.extract.loading import smart_resize
 
@@ -81,7 +81,8 @@ class Pupil:
         self._end: int = processor.tokenizer.eos_token_id
         self._limits = pixel_limits(processor.image_processor)
         self._factor = processor.image_processor.patch_size * processor.image_processor.merge_size
-        self._tower = VisionTower(self.model.model.visual, processor.image_processor, torch.float32, device)
+        self._images = processor.image_processor
+        batch_windows(self.model.model.visual)
         self._embed = self.model.get_input_embeddings()
         self._device = device
 
@@ -102,13 +103,16 @@ class Pupil:
 
     def __call__(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
         """Return logits (targets, vocabulary) of every answer token and end of turn, and labels (B, K, S)."""
-        images = self._tower([self._resized(picture.pixels) for picture in pictures])
+        resized = [self._resized(picture.pixels) for picture in pictures]
+        patches = self._images(resized, do_resize=False, return_tensors="pt").to(self._device)
+        seen = self.model.model.visual(patches["pixel_values"], grid_thw=patches["image_grid_thw"])
+        merged = seen if isinstance(seen, Tensor) else seen.pooler_output  # (B * tokens, D); an output object since 5.0
         ids, labels = self._targets(pictures)  # (B, K, S)
         rows, number, length = ids.shape
         head = self._embed(torch.tensor(self._prompt.head_ids, device=self._device)).expand(rows, -1, -1)  # (B, H, D)
-        prefix = torch.cat([head, torch.stack([image.tokens for image in images])], dim=1)  # (B, P, D)
+        prefix = torch.cat([head, merged.unflatten(0, (rows, -1))], dim=1)  # (B, P, D)
         embedded = torch.cat([prefix, self._embed(ids.flatten(1))], dim=1)  # (B, P + K*S, D)
-        positions, mask = self._layout(head.shape[1], images[0].grid, number, length)
+        positions, mask = self._layout(head.shape[1], patches["image_grid_thw"][0].tolist(), number, length)
         states = self.model.model.language_model(
             inputs_embeds=embedded,
             position_ids=positions[:, None].expand(-1, rows, -1),
@@ -135,7 +139,7 @@ class Pupil:
                 labels[row, place, lesson.answer_at - 1 : len(own) - 1] = own[lesson.answer_at :]
         return ids.to(self._device), labels.to(self._device)
 
-    def _layout(self, head: int, grid: tuple[int, int, int], number: int, length: int) -> tuple[Tensor, Tensor]:
+    def _layout(self, head: int, grid: Sequence[int], number: int, length: int) -> tuple[Tensor, Tensor]:
         """Return positions (3, L), each lesson's counting on after the image, and who sees whom (L, L)."""
         height, width = grid[1] // 2, grid[2] // 2
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -185,21 +185,6 @@ class Batch:
         self.extra = None if self.extra is None else self.extra[rows]
 
 
-@dataclass(slots=True)
-class Prefix:
-    """[head | image] of a prompt, run once for all questions of the image."""
-
-    row: Row
-    grid: tuple[int, int, int]
-    num_tokens: int  # of the image
-    vectors: dict[str, Tensor]  # HALP field to (D,)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it holds."""
-        return self.row.nbytes + sum(vector.nbytes for vector in self.vectors.values())
-
-
 class Sized(Protocol):
     """Something that says how much memory it holds."""
 

@@ -111,8 +111,8 @@ class FakeEngine:
 
     def _sample(self, request: Request, batch_size: int) -> Sample:
         image = request.pixels.tobytes()
-        head = request.recipe.head_ids
-        question = image + repr(request.suffix_ids if head is None else (head, request.suffix_ids)).encode()
+        style = request.recipe.system_prompt, request.recipe.chat_template
+        question = image + repr(request.suffix_ids if style == (None, None) else (style, request.suffix_ids)).encode()
         vectors = {
             VISION_ONLY.name: self._vector(image, "vision_only"),
             VISION_ENCODER.name: self._vector(image, "vision_encoder"),

@@ -65,7 +65,6 @@ class Recipe(Computation):
 
     layers: tuple[int, ...]
     math_kernel: bool = False  # another attention kernel than the usual one, for the noise floor of `exact`
-    head_ids: tuple[int, ...] | None = None  # the prompt up to the image tokens; None: the checkpoint's template's
 
 
 @dataclass(frozen=True, slots=True)

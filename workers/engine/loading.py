@@ -20,7 +20,7 @@ from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import EngineSpec, ModelInfo
 from workers.engine.models import family_of
-from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged, refuse_unserved
+from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged
 from workers.errors import EngineStartError, in_a_line
 
 _CPU_PREFIX_BYTES = 512 << 20
@@ -37,11 +37,6 @@ def _source(spec: EngineSpec) -> dict[str, Any]:
         return {"cache_dir": spec.cache_dir, "revision": spec.revision}
     check_files(directory)
     return {"cache_dir": spec.cache_dir}
-
-
-def model_type_of(spec: EngineSpec) -> str:
-    """Return what a checkpoint's config.json calls its architecture. Raises UserError, EngineStartError."""
-    return str(_config(spec, _source(spec)).model_type)
 
 
 def load_checkpoint(spec: EngineSpec) -> tuple[Any, Any, Path]:
@@ -80,8 +75,6 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
         transformers.logging.disable_progress_bar()  # in a log a bar is a hundred lines
     config = _config(spec, source)
     refuse_blind(config.to_dict())
-    if config.model_type == "qwen2_5_vl":
-        refuse_unserved(config)
     placement: dict[str, Any] = {}
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
@@ -216,9 +209,3 @@ def memory_bounds(device: torch.device, bytes_per_token: int) -> tuple[int, int]
     free = free_memory(device)
     tokens = max(1, int(free * _BATCH_SHARE) // bytes_per_token)
     return (int(free * _PREFIX_SHARE) if device.type == "cuda" else _CPU_PREFIX_BYTES), tokens
-
-
-def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Return the size of one token in the KV cache of all layers: 57 KB for 7B in bfloat16."""
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    return int(2 * config.num_hidden_layers * width * dtype.itemsize)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,42 @@ from workers.engine.models.base import Family, Inputs
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
     """What the model's own forward hands its text decoder."""
 
-    embedded: Tensor | None = None  # (1, L, D)
-    positions: Tensor | None = None  # (1, L) or (axes, 1, L)
+    embedded: Tensor | None = None  # (B, L, D)
+    positions: Tensor | None = None  # (B, L) or (axes, B, L)
+
+
+@contextmanager
+def watched(family: Family) -> Iterator[Seen]:
+    """See what the model hands its text decoder while the context lasts."""
+    seen = Seen()
+
+    def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.embedded, seen.positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
+
+    def enter(_module: Any, args: Any) -> None:
+        if seen.embedded is None:  # of a decoder that embeds images itself
+            seen.embedded = args[0]
+
+    handles = (
+        family.decoder.register_forward_pre_hook(look, with_kwargs=True),
+        family.layers[0].register_forward_pre_hook(enter),
+    )
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def vision_means(family: Family, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs) -> list[dict[str, Tensor]]:
+    """Return the vision fields of each row's image, of what `vision_modules` put out."""
+    merged = vision.get(1, seen.embedded)
+    assert merged is not None
+    means = zip(family.merged_means(merged, inputs), family.encoder_means(vision[0], inputs), strict=True)
+    return [{VISION_ONLY.name: merged, VISION_ENCODER.name: encoder} for merged, encoder in means]
 
 
 class Passes:
@@ -35,28 +66,26 @@ class Passes:
         self.device = family.model.get_input_embeddings().weight.device
         self._published = PUBLISHED.get(family.model.config.model_type)
         self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
-        projector = family.projector()
-        self._vision = {0: family.tower()} | ({} if projector is None else {1: projector})
         # Of a model with recurrent layers, an empty cache's layers.
         self._layer_kinds: Sequence[Any] = DynamicCache(config=family.text).layers if family.recurrent else ()
 
     def run(
         self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
-    ) -> tuple[dict[str, Tensor], Batch, Tensor | None]:
-        """Run the model itself over one row. Return the vectors of its image and of a field at each of some positions, the
-        batch after it, and the last token's final state, (1, D): None where it ended after the last layer that is kept.
+    ) -> tuple[list[dict[str, Tensor]], Batch, Tensor | None]:
+        """Run the model itself over rows, padded on the left. Return for each the vectors of its image and of a field at each
+        of some columns; the batch after it; and the last tokens' final states, (B, D): None where it ended after the last
+        layer that is kept.
         """
         family = self.family
-        length = inputs["input_ids"].shape[1]
-        batch = Batch.empty([0], self.device, self._layer_kinds)
-        seen = _Seen()
+        rows, length = inputs["input_ids"].shape
+        batch = Batch.empty([0] * rows, self.device, self._layer_kinds)
         # A recurrent layer that was not run has no state that could be kept.
         ends = recipe.max_new_tokens == 0 and not family.recurrent
         final = None
         with (
             self.capture(recipe, at) as captured,
-            outputs(self._vision, family.of_tower) as vision,
-            self._watched(seen),
+            outputs(family.vision_modules(), family.of_tower) as vision,
+            watched(family) as seen,
             ending_after(family.layers[max(recipe.layers)] if ends else None),
         ):
             out = family.core(**inputs, past_key_values=batch.cache, use_cache=True)
@@ -64,20 +93,21 @@ class Passes:
         batch.mask = inputs["attention_mask"].long()
         if seen.positions is not None and seen.positions.ndim == 3:
             self._axes = 3  # of four, the first is the text's own
-        positions = torch.arange(length, device=self.device) if seen.positions is None else seen.positions[-3:]
-        batch.next_position = positions.max().reshape(1).to(self.device) + 1
-        merged = vision.get(1, seen.embedded)
-        assert merged is not None
-        if recipe.halp_compat:
-            assert seen.embedded is not None
-            vectors = {VISION_ONLY.name: family.published_vision(vision[0], seen.embedded, inputs)}
-        else:
-            vectors = {VISION_ONLY.name: family.merged_mean(merged, inputs)}
-        if recipe.vision_encoder and not recipe.halp_compat:
-            vectors[VISION_ENCODER.name] = family.encoder_mean(vision[0], inputs)
+        positions = torch.arange(length, device=self.device) if seen.positions is None else seen.positions.to(self.device)
+        last = positions.amax(-1)  # of each row, in each axis
+        batch.next_position = (last.amax(0) if last.ndim == 2 else last.expand(rows)) + 1
+        found = self._of_images(vision, seen, inputs, recipe)
         for place, field in enumerate(fields):
-            vectors |= by_layer(field, {n: v[0, place].clone() for n, v in captured.items()})
-        return vectors, batch, final
+            for row, vectors in enumerate(found):
+                vectors.update(by_layer(field, {n: v[row, place].clone() for n, v in captured.items()}))
+        return found, batch, final
+
+    def _of_images(self, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs, recipe: Recipe) -> list[dict[str, Tensor]]:
+        if recipe.halp_compat:  # one row
+            assert seen.embedded is not None
+            return [{VISION_ONLY.name: self.family.published_vision(vision[0], seen.embedded, inputs)}]
+        found = vision_means(self.family, vision, seen, inputs)
+        return found if recipe.vision_encoder else [{VISION_ONLY.name: means[VISION_ONLY.name]} for means in found]
 
     def step(self, batch: Batch, ids: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe) -> Tensor | None:
         """Run the text decoder on left-padded ids (B, L); extend the batch. Return the last column's final states, (B, D).
@@ -110,25 +140,3 @@ class Passes:
         if definition == "output,last_normed" and (last := len(self.family.layers) - 1) in layers:
             layers[last] = self.family.decoder.norm
         return outputs(layers, lambda out: out[:, columns])
-
-    @contextmanager
-    def _watched(self, seen: _Seen) -> Iterator[None]:
-        """See what the model hands its text decoder while the context lasts."""
-
-        def look(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            seen.embedded, seen.positions = kwargs.get("inputs_embeds"), kwargs.get("position_ids")
-
-        def enter(_module: Any, args: Any) -> None:
-            if seen.embedded is None:  # of a decoder that embeds images itself
-                seen.embedded = args[0]
-
-        decoder = self.family.decoder
-        handles = (
-            decoder.register_forward_pre_hook(look, with_kwargs=True),
-            self.family.layers[0].register_forward_pre_hook(enter),
-        )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -176,15 +176,9 @@ def make_engine(spec: EngineSpec) -> Engine:
 
         return FakeEngine(spec)
     local_directory(spec.model)  # transformers would take a directory that is not there for an ill-formed hub name
-    from workers.engine.loading import model_type_of
+    from workers.engine.model import ModelEngine
 
-    if model_type_of(spec) != "qwen2_5_vl":
-        from workers.engine.generic import GenericEngine
-
-        return GenericEngine(spec)
-    from workers.engine.shared_prefix import QwenEngine
-
-    return QwenEngine(spec)
+    return ModelEngine(spec)
 
 
 def _serve(connection: Connection) -> None:

@@ -156,7 +156,7 @@ class Extractor:
         try:
             prompt = self._prompt(prompt_style(run.settings))
             facts = self._facts(run, prompt)
-            opened = OpenRun(run, facts, prompt, _recipe(run.settings, facts, prompt))
+            opened = OpenRun(run, facts, prompt, _recipe(run.settings, facts))
         except RunRefusedError as error:
             run.note_refusal(self._worker, str(error))
             raise
@@ -235,10 +235,9 @@ def prompt_style(settings: Computation) -> PromptStyle:
     return PromptStyle(settings.system_prompt, settings.chat_template)
 
 
-def _recipe(settings: RunSettings, facts: ModelFacts, prompt: PromptParts) -> Recipe:
+def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:
     resolved = {name: getattr(facts, name) for name in ("layers", "repetition_penalty", "min_pixels", "max_pixels")}
-    head = None if prompt_style(settings) == PromptStyle() else prompt.head_ids
-    return Recipe(**settings.options() | resolved, head_ids=head)
+    return Recipe(**settings.options() | resolved)
 
 
 def _refuse_unfinite(sample: Sample) -> None:

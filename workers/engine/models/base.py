@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from storage.settings import LAST_BLOCK
+from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import EngineStartError
 
 _IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")  # of a config, or of its vision_config
@@ -28,6 +29,7 @@ Inputs = dict[str, Tensor]
 class Family:
     """A loaded model as the engine sees it.
 
+    together: whether images of any sizes can be prefilled together: what the tower puts out is then taken apart by image.
     share: what the questions of an image share: `prefix`, its part of the prompt, run once; or `nothing`, where image tokens
         see the question, and prompts are computed whole.
     """
@@ -35,6 +37,7 @@ class Family:
     AUTO: Any = AutoModelForImageTextToText
     encoder_definition = LAST_BLOCK
     share = "prefix"
+    together = False  # several images can be run at once
     marks_images = True  # token_type_ids say which tokens are an image's
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -50,7 +53,9 @@ class Family:
         named = (getattr(self.text, name, None) for name in ("rope_parameters", "rope_scaling"))
         scaling: dict[str, Any] = next(filter(None, named), {})
         by_length = scaling.get("rope_type", scaling.get("type")) in _BY_LENGTH
-        self.scaled_from: int | None = self.text.original_max_position_embeddings if by_length else None
+        name = "original_max_position_embeddings"
+        original = scaling.get(name) or getattr(self.text, name, None) or self.text.max_position_embeddings
+        self.scaled_from: int | None = original if by_length else None
         self._window = getattr(self.text, "sliding_window", None)
         self._finish: Callable[[Tensor], Tensor] = lambda logits: logits
         self._added = set(processor.tokenizer.added_tokens_decoder)
@@ -63,9 +68,12 @@ class Family:
     def _decoder(self) -> Any:
         return decoder_of(self.model)
 
-    def inputs(self, text: str, image: np.ndarray) -> Inputs:
-        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]."""
-        return self.on_device(self.processor(text=[text], images=[image], return_tensors="pt"))
+    def inputs(self, text: str, *images: np.ndarray) -> Inputs:
+        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]; a row for each image."""
+        return self.on_device(self.processor(text=[text] * len(images), images=list(images), **self._processing(len(images))))
+
+    def _processing(self, rows: int) -> dict[str, Any]:
+        return {"return_tensors": "pt"} | ({"padding": True, "padding_side": "left"} if rows > 1 else {})
 
     def on_device(self, made: Any) -> Inputs:
         """Return a processor's output where the embeddings are, in the model's dtype."""
@@ -106,6 +114,10 @@ class Family:
                 more = values[:, -1:].expand(-1, len(suffix), *values.shape[2:])
             found[name] = torch.cat([values, more], dim=1)
         return found
+
+    def prompt(self, style: PromptStyle) -> PromptParts | None:
+        """Return the prompt of a style, by the template alone; None: by what the processor makes of it."""
+        return None
 
     def step(self, extra: Tensor | None, width: int) -> dict[str, Any]:
         """Return what else the decoder takes for `width` text tokens; `extra` has what `kept_of` gave of each image, (B, …)."""
@@ -185,6 +197,22 @@ class Family:
         """Return the states in what the tower's module puts out."""
         return out if isinstance(out, Tensor) else out.last_hidden_state
 
+    def vision_modules(self) -> dict[int, Any]:
+        """Return the modules whose outputs the vision fields are of: 0 the tower's, 1 the projector's, where it is needed."""
+        projector = self.projector()
+        return {0: self.tower()} | ({} if projector is None else {1: projector})
+
+    def speed_up(self) -> None:
+        """Change modules so that they compute the same faster; plain forwards of transformers come before it."""
+
+    def encoder_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Return the mean (E,) of the tower's output for each row's image."""
+        return [self.encoder_mean(out, inputs)]
+
+    def merged_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Return the mean (D,) of the embeddings of each row's image."""
+        return [row[ids == self.image_id].mean(0) for row, ids in zip(out, inputs["input_ids"])]
+
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (E,) of the tower's output: over patches, tiles and, where it has one, the class token."""
         return out.flatten(0, -2).mean(0)
@@ -192,10 +220,6 @@ class Family:
     def projector(self) -> Any:
         """Return the module that puts out what `merged_mean` takes; None: it takes what enters the decoder, (1, L, D)."""
         return None
-
-    def merged_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
-        """Return the mean (D,) of an image's embeddings."""
-        return out[0, inputs["input_ids"][0] == self.image_id].mean(0)
 
     def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
         """Return what the HALP study keeps of an image, (S,): of what the tower puts out, or of what enters the decoder."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from workers.engine.models import base
 from workers.engine.models.base import Inputs
@@ -17,6 +20,15 @@ class Family(base.Family):
         vision = self.model.config.vision_config
         return int(vision.patch_size * vision.spatial_merge_size)
 
-    def inputs(self, text: str, image: np.ndarray) -> Inputs:
-        """Return what the processor makes of a rendered prompt and a resized image."""
-        return self.on_device(self.processor(text=[text], images=[image], do_resize=False, return_tensors="pt"))
+    @property
+    def together(self) -> bool:  # type: ignore[override]
+        """Patches of several images are one row, which `image_grid_thw` takes apart."""
+        return not self.recurrent  # padding would go through a recurrent state
+
+    def _processing(self, rows: int) -> dict[str, Any]:
+        return super()._processing(rows) | {"do_resize": False}
+
+    def encoder_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Return the mean (E,) over each image's patches."""
+        sizes: list[int] = inputs["image_grid_thw"].prod(dim=1).tolist()
+        return [patches.mean(0) for patches in torch.split(out.flatten(0, -2), sizes)]

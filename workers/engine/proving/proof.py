@@ -1,55 +1,72 @@
-"""The proof at load: the engine's vectors against a plain forward of transformers, on one small image.
+"""The proof at load: vectors and first tokens against plain forwards of transformers, on two small images.
 
-What the engine takes over from transformers (positions, masks, the shared prefix, the vision windows, the prompt's ids) is
-so compared on every checkpoint before it serves, and what its files ask for and is not known here shows. It costs three or
-four forwards of fifty tokens. `workers selfcheck` compares more.
+What the engine takes over from transformers (positions, masks, the shared prefix, a faster vision tower, the prompt's ids) is
+so compared on every checkpoint before it serves, and what its files ask for and is not known here shows. `workers selfcheck`
+compares more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
+from storage.fields import QUERY_TOKEN, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.checkpoint.identity import resolve_layers
 from workers.engine.hooks import outputs
 from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.kernels import PlainAttention
-from workers.engine.prompt import QuestionTokenizer
+from workers.engine.models.base import Family
+from workers.engine.passes import vision_means, watched
+from workers.engine.prompt import PromptParts, PromptStyle, QuestionTokenizer, render
 from workers.errors import EngineStartError, in_a_line
 
-_SIDES = (2, 14)  # of the image, in merged tokens: height and width differ much, so that a confusion shows
 # Of different lengths, so that a batch is padded; the second has what templates and tokenizers like to change.
 QUESTIONS = ("Why?", "  How many RED shapes are\n in <this> picture? ")
 _TOLERANCE = 1e-3  # max|a-b| / max|b| in float32, where 1e-5 is usual and a mistake gives 0.1
 # In bfloat16 the two differ by roundings, as plain attention kernels do among themselves.
 _NOISE_FACTOR, _ROUNDING = 2, 2.0**-4
+_SHAPES = ((4, 10), (9, 5))  # of the two images, in blocks: wide and high, of different numbers of tokens
+_NATS = {"float32": 1e-3, "bfloat16": 1.0}  # between two log-probabilities; a wrong factor of the logits gives several
+_BLOCK = 28  # pixels, where images come in any size
+# Images that show how many tokens one may take: squares and strips, small and large.
+_TRIED = ((448, 448), (1344, 1344), (448, 1792), (1792, 448), (896, 1344), (1344, 896), (336, 2016), (2016, 336))
 
 Vectors = dict[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """One prompt by transformers alone: its ids, its vectors, and those under another attention kernel."""
+    """One prompt by transformers alone: its ids, its vectors, those under another attention kernel; its first token."""
 
+    image: int
+    question: str
     ids: tuple[int, ...]
     vectors: Vectors
     other_kernel: Vectors
+    log_probabilities: npt.NDArray[np.float32]  # (V,), of the first token
 
 
-def small_image(factor: int) -> npt.NDArray[np.uint8]:
-    """Return an image of noise in blocks, uint8 [H, W, 3]."""
-    rows, columns = (side * 2 for side in _SIDES)
-    blocks = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), np.uint8)
-    return blocks.repeat(factor // 2, axis=0).repeat(factor // 2, axis=1)
+def proof_images(family: Family) -> list[npt.NDArray[np.uint8]]:
+    """Return two images of noise in blocks, uint8 [H, W, 3]."""
+    block = family.factor or _BLOCK
+    made = []
+    for seed, shape in enumerate(_SHAPES):
+        blocks = np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+        made.append(blocks.repeat(block, axis=0).repeat(block, axis=1))
+    return made
+
+
+def most_image_tokens(family: Family, text: str, prompt: PromptParts) -> int:
+    """Return the most tokens that an image of one of several shapes becomes."""
+    images = (np.zeros((height, width, 3), np.uint8) for height, width in _TRIED)
+    return max(family.cut(family.inputs(text, image)) for image in images) - len(prompt.head_ids)
 
 
 @contextmanager
@@ -67,60 +84,68 @@ def refusing() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def plain_prompts(model: Any, processor: Any) -> list[Plain]:
-    """Run the questions by the official path, before the engine changes anything in the model.
-
-    Raises EngineStartError where transformers itself cannot.
-    """
-    vision = model.config.vision_config
-    image = small_image(vision.patch_size * vision.spatial_merge_size)
+def plain_prompts(family: Family) -> list[Plain]:
+    """Run each question over each image by transformers' own forward. Raises EngineStartError where it cannot."""
     found = []
-    for question in QUESTIONS:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        with refusing():
-            inputs = processor(text=[text], images=[image], do_resize=False, return_tensors="pt")
-            inputs = inputs.to(model.get_input_embeddings().weight.device)
-            vectors = _forward(model, inputs, nullcontext())
-            other = vectors if model.dtype == torch.float32 else _forward(model, inputs, PlainAttention())
-        found.append(Plain(tuple(inputs["input_ids"][0].tolist()), vectors, other))
+    for number, image in enumerate(proof_images(family)):
+        for question in QUESTIONS:
+            with refusing():
+                inputs = family.inputs(render(family.processor, PromptStyle(), question), image)
+                vectors, scores = _forward(family, inputs)
+                other = vectors
+                if family.model.dtype != torch.float32:
+                    with PlainAttention():
+                        other, _ = _forward(family, inputs)
+            found.append(Plain(number, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
     return found
 
 
 def refuse_difference(
-    plain: Sequence[Plain], info: ModelInfo, image_token: int, extract: Callable[[list[Request]], list[Sample]]
+    plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]]
 ) -> None:
-    """Have the engine compute the same. Raises EngineStartError where its prompts or vectors are others."""
-    assert info.factor is not None
-    pixels, recipe = small_image(info.factor), Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=0)
-    tokenize = QuestionTokenizer(info.tokenizer_json)
+    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others."""
+    images, tokenize = proof_images(family), QuestionTokenizer(info.tokenizer_json, info.placeholders)
+    recipe = Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=1)
     requests = []
-    for question, one in zip(QUESTIONS, plain, strict=True):
-        suffix = info.prompt.suffix(tokenize, question)
-        ids = (*info.prompt.head_ids, *[image_token] * (_SIDES[0] * _SIDES[1]), *suffix)
-        if ids != one.ids:
+    for one in plain:
+        suffix = info.prompt.suffix(tokenize, one.question)
+        requests.append(Request(str(one.image), images[one.image], suffix, len(one.ids), recipe))
+    for sample, one in zip(extract(requests), plain, strict=True):
+        if sample.facts["seq_len"] != len(one.ids):
             raise EngineStartError(
                 "its prompt is another here than its processor's: the files of its tokenizer, its chat template and "
                 "preprocessor_config.json must be those of one checkpoint"
             )
-        requests.append(Request("", pixels, suffix, len(ids), recipe))
-    for sample, one in zip(extract(requests), plain, strict=True):
+        dtype = str(family.model.dtype).removeprefix("torch.")
         for name, vector in sample.vectors.items():
-            compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], vector.dtype.name)
+            if name in one.vectors:
+                compare(name, vector.astype(np.float32), one.vectors[name], one.other_kernel[name], dtype)
+        [token] = sample.facts["answer_token_ids"]
+        scored = np.float32(sample.facts["answer_token_logprobs"][0])
+        if not abs(scored - one.log_probabilities[token]) <= _NATS[dtype]:  # NaN too
+            raise EngineStartError(
+                f"its first token has the log-probability {scored:.4f} here and {one.log_probabilities[token]:.4f} by "
+                "transformers: something in its config.json is not served here. Please report it, with that file"
+            )
 
 
-def _forward(model: Any, inputs: Any, kernel: AbstractContextManager[Any]) -> Vectors:
-    decoder, visual = model.model.language_model, model.model.visual
-    layers = resolve_layers(None, len(decoder.layers))
-    modules = {i: decoder.layers[i] for i in layers} | {-1: visual.merger, -2: visual.blocks[-1]}
-    with kernel, outputs(modules, lambda out: out) as captured:
-        model(**inputs)
-    last = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[-1])
-    means = {VISION_ONLY.name: captured[-1].mean(0), VISION_ENCODER.name: captured[-2].mean(0)}
-    vision = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)
-    query = by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})
-    return {name: _array(vector) for name, vector in (means | vision | query).items()}
+def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float32]]:
+    layers = resolve_layers(None, len(family.layers))
+    # Copies: Qwen3-VL adds to the states in place, after its first layers, in transformers 4.57.
+    with (
+        outputs({i: family.layers[i] for i in layers}, torch.clone) as captured,
+        outputs(family.vision_modules(), family.of_tower) as vision,
+        watched(family) as seen,
+        family.ending() as ended,
+    ):
+        out = family.model(**inputs)
+    family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
+    last = int((inputs["input_ids"][0] == family.image_id).nonzero()[-1])
+    vectors = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)
+    vectors |= by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})
+    vectors |= vision_means(family, vision, seen, inputs)[0]
+    scores: npt.NDArray[np.float32] = out.logits[0, -1].float().log_softmax(-1).cpu().numpy()
+    return {name: vector.float().cpu().numpy() for name, vector in vectors.items()}, scores
 
 
 def compare(name: str, ours: Any, plain: Any, other: Any, dtype: str) -> None:
@@ -141,8 +166,3 @@ def compare(name: str, ours: Any, plain: Any, other: Any, dtype: str) -> None:
 
 def _relative(vector: Any, expected: Any) -> float:
     return float(np.abs(vector - expected).max() / max(np.abs(expected).max(), 1e-30))
-
-
-def _array(vector: Tensor) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = vector.float().cpu().numpy()
-    return array

@@ -16,25 +16,6 @@ _TOKENS = {"<|image_pad|>": "image_token_id", "<|vision_start|>": "vision_start_
 _PADDING = 64  # released vocabularies are rounded up to a multiple of it, and more: 151,665 tokens have 152,064 rows
 # Weights that change what the others do: of adapters that were not merged, of quantisation whose settings were lost.
 _TELLING = ("lora_", "base_layer", "modules_to_save", "weight_scale", "scale_inv", "qweight", "qzeros", "absmax")
-_BY_LENGTH = {"dynamic", "longrope"}  # rotary scaling that differs between a prefix and the whole prompt
-
-
-def refuse_unserved(config: Any) -> None:
-    """Raise EngineStartError where config.json asks for what a shared image prefix does not reproduce."""
-    text = config.get_text_config()
-    if set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
-        raise EngineStartError(
-            f"its config.json has use_sliding_window (sliding_window {text.sliding_window}), which is not served here: "
-            "every layer must attend to the whole prompt, as in the released checkpoints"
-        )
-    for name in ("rope_scaling", "rope_parameters"):
-        scaling = getattr(text, name, None) or {}
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind in _BY_LENGTH:
-            raise EngineStartError(
-                f"its config.json has {name} of the kind {kind!r}, by which positions depend on a prompt's length: "
-                "that is not served here"
-            )
 
 
 def refuse_unmerged(unexpected: Iterable[str]) -> None:

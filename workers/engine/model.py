@@ -1,9 +1,10 @@
-"""The engine for any family of models: their own forward over [head | image], their text decoder over the rest, hooks on it.
+"""The engine, for any family of models: their own forward over [head | image], their text decoder over the rest, hooks on it.
 
 For each image the model's processor makes a constant prompt, cut after the image's last token: the prefix. The model itself
-runs it once; a hook on its text decoder sees which positions it gave. The questions' suffixes then go through the decoder as
-one batch, padded on the left, with positions and masks said explicitly, over the prefix's cache; and answers are decoded from
-there. `exact` recipes, and families that share nothing, run one whole prompt at a time.
+runs it once; a hook on its text decoder sees which positions it gave. Attention is causal (else the proof at load finds that
+sharing does not hold), so everything up to there is the same for all questions of the image. Their suffixes then go through the
+decoder as one batch, padded on the left, with positions and masks said explicitly, over the prefix's cache; and answers are
+decoded from there. `exact` recipes, and families that share nothing, run one whole prompt at a time.
 
 Knows nothing of runs, files or queues.
 """
@@ -11,7 +12,8 @@ Knows nothing of runs, files or queues.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,11 +38,14 @@ from workers.engine.models import family_of
 from workers.engine.models.base import Family, Inputs
 from workers.engine.passes import Passes
 from workers.engine.prompt import PromptParts, PromptStyle
-from workers.engine.proving.any_proof import most_image_tokens, plain_prompts, proof_images, refuse_difference
+from workers.engine.proving.proof import Plain, most_image_tokens, plain_prompts, proof_images, refuse_difference
 from workers.engine.proving.soundness import refuse_no_end
 from workers.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
+# One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
+_CPU_PREFILL_TOKENS = 1
+_GPU_PREFILL_TOKENS = 16384
 
 
 @dataclass(slots=True)
@@ -60,7 +65,7 @@ class ImagePrefix:
         return self.row.nbytes + sum(tensor.nbytes for tensor in kept)
 
 
-class GenericEngine:
+class ModelEngine:
     """A loaded checkpoint of any family."""
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -69,15 +74,18 @@ class GenericEngine:
         self._family = family = family_of(model.config.model_type)(model, processor)
         self._generation = Generation(model)
         refuse_no_end(self._generation.ends, processor.tokenizer)
+        plain = plain_prompts(family)  # the model is as transformers makes it until the next line
+        family.speed_up()
         self._passes = Passes(family)
         self._device = self._passes.device
         self._texts: dict[PromptStyle, str] = {}
         prompt = self.prompt(PromptStyle())
         recipe = Recipe(layers=(0,), max_new_tokens=1)
-        first = self._prefix(proof_images(family)[0], recipe)
+        [first] = self._run_images([proof_images(family)[0]], recipe)
         row = first.row
         per_token = max(1, row.growing_bytes // row.length)
         prefix_bytes, batch_tokens = memory_bounds(self._device, per_token)
+        self._together = _GPU_PREFILL_TOKENS if self._device.type == "cuda" else _CPU_PREFILL_TOKENS
         self._prefixes: PrefixCache[ImagePrefix] = PrefixCache(prefix_bytes)
         self.info = model_info(
             model, processor, config_file, spec.revision, vision_hidden_size=len(first.vectors[VISION_ENCODER.name]),
@@ -87,14 +95,13 @@ class GenericEngine:
             most_image_tokens=None if family.factor else most_image_tokens(family, self._text(recipe), prompt),
             held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
         )  # fmt: skip
-        self._prove()
+        self._prove(plain)
         self.info = replace(self.info, shares_images=family.share == "prefix", published_vision_size=self._published_size())
         self.free_cache()
 
-    def _prove(self) -> None:
+    def _prove(self, plain: Sequence[Plain]) -> None:
         """Compare shared prompts with transformers' own; where they differ, compute whole ones. Raises EngineStartError."""
         family = self._family
-        plain = plain_prompts(family)
         try:
             refuse_difference(plain, family, self.info, self.extract)
         except EngineStartError as error:
@@ -105,18 +112,19 @@ class GenericEngine:
             logger.warning("images are not shared between questions, which is slower: %s", error)
 
     def _published_size(self) -> int | None:
-        """Return how wide the study's vector of an image is; None for a model that it does not have."""
+        """Return how wide the study's vector of an image is; None: as the tower's, or of a model that it does not have."""
         if self.info.model_type not in PUBLISHED:
             return None
         recipe = Recipe(layers=(0,), max_new_tokens=0, halp_compat=True)
         inputs = self._family.inputs(self._text(recipe), proof_images(self._family)[0])
         with torch.inference_mode():
-            vectors, _, _ = self._passes.run(inputs, [0], (), recipe)
-        return len(vectors[VISION_ONLY.name])
+            [vectors], _, _ = self._passes.run(inputs, [0], (), recipe)
+        size = len(vectors[VISION_ONLY.name])
+        return None if size == self.info.vision_hidden_size else size
 
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
-        return split_any_prompt(self._family, style, proof_images(self._family)[0])
+        return self._family.prompt(style) or split_any_prompt(self._family, style, proof_images(self._family)[0])
 
     def free_cache(self) -> None:
         """Free what is kept between batches."""
@@ -149,16 +157,7 @@ class GenericEngine:
 
     def _shared(self, requests: Sequence[Request]) -> list[Sample]:
         recipe, family = requests[0].recipe, self._family
-        computed: set[str] = set()
-        prefixes: dict[str, ImagePrefix] = {}
-        for request in requests:
-            if request.image_key not in prefixes:
-                key = request.image_key, recipe.layers, recipe.max_new_tokens == 0, self._text(recipe)
-                if (found := self._prefixes.get(key)) is None:
-                    found = self._prefix(request.pixels, recipe)
-                    computed.add(request.image_key)
-                    self._prefixes.put(key, found)
-                prefixes[request.image_key] = found
+        prefixes, computed = self._prefixes_of(requests, recipe)
         order = list(prefixes)
         index = [order.index(request.image_key) for request in requests]
         batch = Batch.of([prefixes[key].row for key in order], index, self._device)
@@ -189,16 +188,44 @@ class GenericEngine:
             samples.append(self._sample(family, vectors, answers[i], facts))
         return samples
 
-    def _prefix(self, pixels: np.ndarray, recipe: Recipe) -> ImagePrefix:
-        """Run [head | image] of an image."""
+    def _prefixes_of(self, requests: Sequence[Request], recipe: Recipe) -> tuple[dict[str, ImagePrefix], set[str]]:
+        """Return the prefix of every image in the batch, and which of them had to be computed now."""
+        pixels = {request.image_key: request.pixels for request in requests}
+        settings = recipe.layers, recipe.max_new_tokens == 0, self._text(recipe)
+        found = {key: prefix for key in pixels if (prefix := self._prefixes.get((key, *settings))) is not None}
+        missing = sorted(pixels.keys() - found.keys(), key=lambda key: (pixels[key].size, key))
+        for chunk in self._chunks(missing, pixels):
+            for key, prefix in zip(chunk, self._run_images([pixels[key] for key in chunk], recipe), strict=True):
+                found[key] = prefix
+                self._prefixes.put((key, *settings), prefix)
+        return {key: found[key] for key in pixels}, set(missing)
+
+    def _chunks(self, keys: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
+        """Cut images, sorted by size, into chunks that are run at once: within a number of tokens, padding counted."""
+        chunk: list[str] = []
+        for key in keys:
+            tokens = self.info.image_tokens(*pixels[key].shape[:2])
+            if chunk and (not self._family.together or (len(chunk) + 1) * tokens > self._together):
+                yield chunk
+                chunk = []
+            chunk.append(key)
+        if chunk:
+            yield chunk
+
+    def _run_images(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[ImagePrefix]:
+        """Run [head | image] of some images."""
         family = self._family
-        whole = family.inputs(self._text(recipe), pixels)
+        whole = family.inputs(self._text(recipe), *pixels)
         inputs = family.up_to(whole, family.cut(whole))
-        ids = inputs["input_ids"][0]
-        last = int((ids == family.image_id).nonzero()[-1])
+        ids, real = inputs["input_ids"], inputs["attention_mask"]
+        last = int((ids[0] == family.image_id).nonzero()[-1]) - ids.shape[1]  # from the end: closing tokens are as many in all
         vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
-        [row] = batch.rows()
-        return ImagePrefix(row, tuple(ids.tolist()), self._facts(inputs, last), vectors, family.kept_of(inputs))
+        made = []
+        for i, (row, found) in enumerate(zip(batch.rows(), vectors, strict=True)):
+            own = ids[i][real[i].bool()]
+            facts = self._facts(own, inputs, i)
+            made.append(ImagePrefix(row, tuple(own.tolist()), facts, found, family.kept_of(inputs)))
+        return made
 
     def _whole(self, request: Request) -> Sample:
         """Run a whole prompt, which shares nothing."""
@@ -206,14 +233,13 @@ class GenericEngine:
         made = family.inputs(self._text(recipe), request.pixels)
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
         ids = inputs["input_ids"][0]
-        images = (ids == family.image_id).nonzero()
-        last, end = int(images[-1]), len(ids) - 1
-        facts = self._facts(inputs, last)
+        end, facts = len(ids) - 1, self._facts(ids, inputs, 0)
         if recipe.halp_compat:
-            facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(
-                PublishedPrompt(len(ids), int(images[0]), last, patches=len(images))
-            )
-        vectors, batch, final = self._passes.run(
+            first, grid = int((ids == family.image_id).nonzero()[0]), facts.get("image_grid_thw")
+            patches = facts["num_vision_tokens"] if grid is None else math.prod(grid)
+            where = PublishedPrompt(len(ids), first, facts["vision_token_position"], patches)
+            facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(where)
+        [vectors], batch, final = self._passes.run(
             inputs, [facts["vision_token_position"], end], (VISION_TOKEN, QUERY_TOKEN), recipe
         )
         batch.extra = family.kept_of(inputs)
@@ -248,11 +274,11 @@ class GenericEngine:
         limit = self._family.scaled_from
         return limit is not None and any(r.num_tokens + r.recipe.max_new_tokens > limit for r in requests)
 
-    def _facts(self, inputs: Inputs, last: int) -> dict[str, Any]:
+    def _facts(self, ids: Tensor, inputs: Inputs, row: int) -> dict[str, Any]:
+        images = (ids == self._family.image_id).nonzero()
+        facts = {"vision_token_position": int(images[-1]), "num_vision_tokens": len(images)}
         grid = inputs.get("image_grid_thw")
-        number = int((inputs["input_ids"][0] == self._family.image_id).sum())
-        facts = {"vision_token_position": last, "num_vision_tokens": number}
-        return facts if grid is None else facts | {"image_grid_thw": grid[0].tolist()}
+        return facts if grid is None else facts | {"image_grid_thw": grid[row].tolist()}
 
     def _sample(self, family: Family, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
         text = family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
