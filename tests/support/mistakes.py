@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from workers.engine.model import ModelEngine
+from workers.engine import slot_cache
 from workers.engine.models import qwen2_5_vl
 from workers.engine.passes import Passes
+from workers.engine.prefixes import Prefixes
 
 
 def one_dimensional(patch: pytest.MonkeyPatch) -> None:
@@ -25,19 +27,25 @@ def one_dimensional(patch: pytest.MonkeyPatch) -> None:
 
 def suffix_off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Begin the question a position late."""
-    original = ModelEngine._run_images
+    original = Prefixes.run
 
-    def prefill(self: ModelEngine, images: Any, recipe: Any) -> Any:
+    def prefill(self: Prefixes, images: Any, recipe: Any) -> Any:
         prefixes = original(self, images, recipe)
         for prefix in prefixes:
             prefix.row.next_position += 1
         return prefixes
 
-    patch.setattr(ModelEngine, "_run_images", prefill)
+    patch.setattr(Prefixes, "run", prefill)
+
+
+def lengths_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Attend in a slot to whatever is there."""
+    original = slot_cache._seen_by
+    patch.setattr(slot_cache, "_seen_by", lambda *where: torch.ones_like(original(*where)))
 
 
 def padding_mask_ignored(patch: pytest.MonkeyPatch) -> None:
-    """Attend to padding."""
+    """Attend to padding, where questions are padded."""
     original = Passes.step
 
     def step(self: Passes, batch: Any, ids: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
@@ -52,5 +60,5 @@ def windows_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(qwen2_5_vl._Windows, "of", lambda self, boundaries: original(self, boundaries[[0, -1]]))
 
 
-SHARING = (one_dimensional, suffix_off_by_one, padding_mask_ignored)
-MISTAKES = (*SHARING, windows_ignored)
+SHARING = (one_dimensional, suffix_off_by_one)
+MISTAKES = (*SHARING, lengths_ignored, windows_ignored)

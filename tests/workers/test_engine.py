@@ -168,18 +168,18 @@ def test_images_are_shared_within_and_across_batches(engine: ModelEngine, cases:
 
 def test_the_prefix_cache_is_bounded(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
-    monkeypatch.setattr(engine._prefixes, "max_bytes", 300_000)
+    monkeypatch.setattr(engine._prefixes.kept, "max_bytes", 300_000)
     for request, expected in cases:
         [sample] = engine.extract([request])
         assert_equal(sample, expected)
-        assert engine._prefixes._bytes <= 300_000
-    assert engine._prefixes._bytes == sum(prefix.nbytes for prefix in engine._prefixes._kept.values())
+        assert engine._prefixes.kept._bytes <= 300_000
+    assert engine._prefixes.kept._bytes == sum(prefix.nbytes for prefix in engine._prefixes.kept._kept.values())
     engine.free_cache()
 
 
 def test_images_are_prefilled_together_on_a_gpu(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
-    monkeypatch.setattr(engine, "_together", 250)  # as on a GPU: several images of different sizes, padded
+    monkeypatch.setattr(engine._prefixes, "together", 250)  # as on a GPU: several images of different sizes, padded
     for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
         assert_equal(sample, expected)
     engine.free_cache()
@@ -237,18 +237,20 @@ def test_options_of_a_recipe(engine: ModelEngine, cases: Any, small_model: Path,
 def test_out_of_memory_splits_and_recovers(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than three questions do not fit: batches are halved until they do, and the values are those of the reference."""
     engine.free_cache()
-    fits = engine._passes.step
+    slots = engine._slots
+    assert slots is not None
+    fits = slots.run
     sizes: list[int] = []
 
-    def step(batch: Any, ids: Any, positions: Any, lengths: Any, recipe: Any) -> Any:
-        if ids.shape[1] > 1:  # the questions; else a token of each answer
-            sizes.append(len(ids))
-            if len(ids) > 3 or [5, 6, 7] in ids[:, -3:].tolist():
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return fits(batch, ids, positions, lengths, recipe)
+    def run(prefill: Any) -> None:
+        sizes.append(len(prefill.where))
+        ends = [prefill.ids[end - 3 : end].tolist() for _, _, end, _ in prefill.plan.spans]
+        if len(ends) > 3 or [5, 6, 7] in ends:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        fits(prefill)
 
     too_large = replace(cases[0][0], suffix_ids=(5, 6, 7))
-    monkeypatch.setattr(engine._passes, "step", step)
+    monkeypatch.setattr(slots, "run", run)
     monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
     ours, theirs = multiprocessing.Pipe()
     threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()

@@ -28,6 +28,7 @@ from tests.workers.conftest import SIZES
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
 from workers.engine.models import base, mllama
+from workers.engine.prefixes import Prefixes
 from workers.engine.process import make_engine
 from workers.engine.prompt import PromptStyle
 from workers.errors import EngineStartError
@@ -185,7 +186,7 @@ def after_the_last_patch(family: base.Family, inputs: Any) -> int:
 
 def cut_at_the_last_patch(patch: pytest.MonkeyPatch) -> None:
     """Leave closing tokens to the question."""
-    original = ModelEngine._run_images
+    original = Prefixes.run
 
     def run_images(self: Any, pixels: Any, recipe: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
@@ -195,7 +196,7 @@ def cut_at_the_last_patch(patch: pytest.MonkeyPatch) -> None:
             found = original(self, pixels, recipe)
         return found
 
-    patch.setattr(ModelEngine, "_run_images", run_images)
+    patch.setattr(Prefixes, "run", run_images)
 
 
 def without_the_cross_mask(patch: pytest.MonkeyPatch) -> None:

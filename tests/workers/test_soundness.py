@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.mistakes import SHARING, windows_ignored
+from tests.support.mistakes import SHARING, lengths_ignored, padding_mask_ignored, windows_ignored
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE
 from workers.engine.interface import EngineSpec, Recipe
@@ -195,6 +195,18 @@ def test_where_sharing_goes_wrong_prompts_are_computed_whole(
     assert "away from a plain forward of transformers on one small image" in caplog.text
 
 
+def test_where_slots_go_wrong_questions_are_padded(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths_ignored(monkeypatch)
+    engine = load(small_model)
+    assert engine.info.shares_images
+    assert engine._slots is None
+    assert "questions are padded, which is slower" in caplog.text
+    padding_mask_ignored(monkeypatch)
+    assert not load(small_model).info.shares_images
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_mistake_that_whole_prompts_have_too_is_refused(
     dtype: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,5 +231,5 @@ def test_what_overflows_is_refused(small_model: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_proof_leaves_nothing_behind(small_model: Path, dtype: str) -> None:
     engine = load(small_model, dtype)
-    assert not engine._prefixes._kept
+    assert not engine._prefixes.kept._kept
     assert not any(module._forward_hooks for module in engine._family.model.modules())

@@ -113,13 +113,13 @@ class Generation:
             # Whatever transformers raises for a value that it does not take.
             raise EngineStartError(f"generate() refuses its generation_config.json: {in_a_line(error)}") from error
         _refuse_other_decoding(prepared)
-        self._plain = {type(p).__name__ for p in prepared.processors} <= {_PENALTY}
+        self.plain = {type(p).__name__ for p in prepared.processors} <= {_PENALTY}
 
     def rules(
         self, prompts: Sequence[Sequence[int]], vocabulary: int, penalty: float | None, max_new_tokens: int, device: Any
     ) -> Rules:
         """Return how the next tokens of a batch are chosen; `penalty` None is the checkpoint's own."""
-        if self._plain:
+        if self.plain:
             return Penalty(prompts, vocabulary, self.penalty if penalty is None else penalty, device)
         prepared = [_prepare(self._model, ids, max_new_tokens, penalty).processors for ids in prompts]
         return Processors(prompts, prepared, device)

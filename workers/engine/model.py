@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +25,8 @@ from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKE
 from storage.sample import Sample
 from workers.checkpoint.published import PUBLISHED
 from workers.checkpoint.published import Prompt as PublishedPrompt
-from workers.engine.any_prompt import constant_prompt, placeholders, split_any_prompt
-from workers.engine.cache import Batch, PrefixCache, Row
+from workers.engine.any_prompt import placeholders, split_any_prompt
+from workers.engine.cache import Batch
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
 from workers.engine.hooks import to_numpy
@@ -35,34 +34,17 @@ from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import load_checkpoint, memory_bounds, model_info
 from workers.engine.models import family_of
-from workers.engine.models.base import Family, Inputs
 from workers.engine.passes import Passes
+from workers.engine.prefixes import ImagePrefix, Prefixes
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.engine.proving.proof import Plain, most_image_tokens, plain_prompts, proof_images, refuse_difference
 from workers.engine.proving.soundness import refuse_no_end
+from workers.engine.slots import Slots
 from workers.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
-# One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
-_CPU_PREFILL_TOKENS = 1
-_GPU_PREFILL_TOKENS = 16384
-
-
-@dataclass(slots=True)
-class ImagePrefix:
-    """[head | image] of a prompt, run once for all questions of the image."""
-
-    row: Row
-    ids: tuple[int, ...]
-    facts: dict[str, Any]
-    vectors: dict[str, Tensor]  # HALP field to (D,)
-    extra: Tensor | None  # what the family's further steps need, with one row
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it holds."""
-        kept = [*self.vectors.values(), *([] if self.extra is None else [self.extra])]
-        return self.row.nbytes + sum(tensor.nbytes for tensor in kept)
+_MOST_SLOTS = 128
+_REFILL_SHARE = 0.125  # of the slots: a prefill of one question costs nearly what one of several does
 
 
 class ModelEngine:
@@ -77,24 +59,25 @@ class ModelEngine:
         plain = plain_prompts(family)  # the model is as transformers makes it until the next line
         family.speed_up()
         self._passes = Passes(family)
+        self._prefixes = Prefixes(family, self._passes)
         self._device = self._passes.device
-        self._texts: dict[PromptStyle, str] = {}
         prompt = self.prompt(PromptStyle())
         recipe = Recipe(layers=(0,), max_new_tokens=1)
-        [first] = self._run_images([proof_images(family)[0]], recipe)
+        [first] = self._prefixes.run([proof_images(family)[0]], recipe)
         row = first.row
         per_token = max(1, row.growing_bytes // row.length)
         prefix_bytes, batch_tokens = memory_bounds(self._device, per_token)
-        self._together = _GPU_PREFILL_TOKENS if self._device.type == "cuda" else _CPU_PREFILL_TOKENS
-        self._prefixes: PrefixCache[ImagePrefix] = PrefixCache(prefix_bytes)
+        self._prefixes.kept.max_bytes = prefix_bytes
         self.info = model_info(
             model, processor, config_file, spec.revision, vision_hidden_size=len(first.vectors[VISION_ENCODER.name]),
             vision_encoder_definition=family.encoder_definition,
             sized=family.factor is not None, repetition_penalty=self._generation.penalty,
             placeholders=placeholders(family), prompt=prompt, factor=family.factor,
-            most_image_tokens=None if family.factor else most_image_tokens(family, self._text(recipe), prompt),
+            most_image_tokens=None if family.factor else most_image_tokens(family, self._prefixes.text(recipe), prompt),
             held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
         )  # fmt: skip
+        alone = first.extra is not None or row.growing_bytes < row.nbytes  # more than text is attended to
+        self._slots = None if alone else Slots(family, self._generation.ends, self._passes.axes)
         self._prove(plain)
         self.info = replace(self.info, shares_images=family.share == "prefix", published_vision_size=self._published_size())
         self.free_cache()
@@ -102,6 +85,14 @@ class ModelEngine:
     def _prove(self, plain: Sequence[Plain]) -> None:
         """Compare shared prompts with transformers' own; where they differ, compute whole ones. Raises EngineStartError."""
         family = self._family
+        if self._slots is not None:
+            try:
+                refuse_difference(plain, family, self.info, self.extract)
+            except EngineStartError as error:
+                logger.warning("questions are padded, which is slower: %s", error)
+                self._slots = None
+            else:
+                return
         try:
             refuse_difference(plain, family, self.info, self.extract)
         except EngineStartError as error:
@@ -116,7 +107,7 @@ class ModelEngine:
         if self.info.model_type not in PUBLISHED:
             return None
         recipe = Recipe(layers=(0,), max_new_tokens=0, halp_compat=True)
-        inputs = self._family.inputs(self._text(recipe), proof_images(self._family)[0])
+        inputs = self._family.inputs(self._prefixes.text(recipe), proof_images(self._family)[0])
         with torch.inference_mode():
             [vectors], _, _ = self._passes.run(inputs, [0], (), recipe)
         size = len(vectors[VISION_ONLY.name])
@@ -128,16 +119,11 @@ class ModelEngine:
 
     def free_cache(self) -> None:
         """Free what is kept between batches."""
-        self._prefixes.clear()
+        self._prefixes.kept.clear()
+        if self._slots is not None:
+            self._slots.release()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _text(self, recipe: Recipe) -> str:
-        """Return a recipe's rendered constant prompt."""
-        style = PromptStyle(recipe.system_prompt, recipe.chat_template)
-        if style not in self._texts:
-            self._texts[style] = constant_prompt(self._family.processor, style)[0]
-        return self._texts[style]
 
     @torch.inference_mode()
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
@@ -146,6 +132,8 @@ class ModelEngine:
         if recipe.exact or recipe.halp_compat or self._family.share == "nothing" or self._cross_the_scaling(requests):
             with PlainAttention() if recipe.math_kernel else nullcontext():
                 return [self._whole(request) for request in requests]
+        if self._slots is not None and self._generation.plain:
+            return self._in_slots(requests)
         if not self._family.recurrent:
             return self._shared(requests)
         # A recurrent state runs through padding: suffixes of one length at a time.
@@ -155,9 +143,70 @@ class ModelEngine:
             samples |= zip(chosen, self._shared([requests[i] for i in chosen]))
         return [samples[i] for i in range(len(requests))]
 
+    def _in_slots(self, requests: Sequence[Request]) -> list[Sample]:
+        """Compute questions in slots, as many at once as memory has room for."""
+        slots, recipe = self._slots, requests[0].recipe
+        assert slots is not None
+        longest = max(request.num_tokens for request in requests) + recipe.max_new_tokens
+        number = max(1, min(len(requests), _MOST_SLOTS, self.info.max_batch_tokens // longest))
+        penalty = self._generation.penalty if recipe.repetition_penalty is None else recipe.repetition_penalty
+        waiting = list(range(len(requests)))
+        samples: dict[int, Sample] = {}
+        made: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        computed: set[str] = set()
+        reserved = False
+        while waiting or made:
+            free = len(slots.free) if reserved else number
+            if waiting and (not made or free >= max(1, _REFILL_SHARE * number)):
+                chosen, waiting = waiting[:free], waiting[free:]
+                asked = [requests[i] for i in chosen]
+                prefixes, new = self._prefixes.of(asked, recipe)
+                computed |= new
+                order = list(prefixes)
+                rows = [prefixes[key].row for key in order]
+                if not reserved:
+                    slots.reserve(rows[0], number, longest, recipe.max_new_tokens)
+                    slots.begin(penalty, recipe.max_new_tokens)
+                    reserved = True
+                prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in asked]
+                of = [order.index(request.image_key) for request in asked]
+                prefill = slots.take(chosen, rows, of, prompts, [request.suffix_ids for request in asked])
+                with (
+                    self._passes.capture(recipe, prefill.last) as captured,
+                    self._passes.ending(recipe),
+                ):
+                    slots.run(prefill)
+                for place, (i, request) in enumerate(zip(chosen, asked)):
+                    prefix = prefixes[request.image_key]
+                    vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[0, place] for n, v in captured.items()})
+                    made[i] = vectors, self._shared_facts(prefix, prompts[place], request, len(requests), computed)
+            if recipe.max_new_tokens:
+                answers = slots.decode()
+            else:
+                answers = {i: Answer() for i in made}
+                slots.leave()
+            for i, answer in answers.items():
+                samples[i] = self._sample(*made.pop(i), answer)
+        return [samples[i] for i in range(len(requests))]
+
+    def _shared_facts(
+        self, prefix: ImagePrefix, prompt: Sequence[int], request: Request, number: int, computed: set[str]
+    ) -> dict[str, Any]:
+        """Return what is known of a question; the first one of an image takes it from those that had to be computed."""
+        facts = {
+            **prefix.facts,
+            "seq_len": len(prompt),
+            "query_token_position": len(prompt) - 1,
+            "batch_size": number,
+            # How well images are shared: the share of questions that did not have to compute their image's prefix.
+            "image_prefix": "computed" if request.image_key in computed else "shared",
+        }
+        computed.discard(request.image_key)
+        return facts
+
     def _shared(self, requests: Sequence[Request]) -> list[Sample]:
-        recipe, family = requests[0].recipe, self._family
-        prefixes, computed = self._prefixes_of(requests, recipe)
+        recipe = requests[0].recipe
+        prefixes, computed = self._prefixes.of(requests, recipe)
         order = list(prefixes)
         index = [order.index(request.image_key) for request in requests]
         batch = Batch.of([prefixes[key].row for key in order], index, self._device)
@@ -177,63 +226,17 @@ class ModelEngine:
         for i, request in enumerate(requests):
             prefix = prefixes[request.image_key]
             vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i, 0] for n, v in captured.items()})
-            facts = {
-                **prefix.facts,
-                "seq_len": len(prompts[i]),
-                "query_token_position": len(prompts[i]) - 1,
-                "batch_size": len(requests),
-                "image_prefix": "computed" if request.image_key in computed else "shared",
-            }
-            computed.discard(request.image_key)
-            samples.append(self._sample(family, vectors, answers[i], facts))
+            facts = self._shared_facts(prefix, prompts[i], request, len(requests), computed)
+            samples.append(self._sample(vectors, facts, answers[i]))
         return samples
-
-    def _prefixes_of(self, requests: Sequence[Request], recipe: Recipe) -> tuple[dict[str, ImagePrefix], set[str]]:
-        """Return the prefix of every image in the batch, and which of them had to be computed now."""
-        pixels = {request.image_key: request.pixels for request in requests}
-        settings = recipe.layers, recipe.max_new_tokens == 0, self._text(recipe)
-        found = {key: prefix for key in pixels if (prefix := self._prefixes.get((key, *settings))) is not None}
-        missing = sorted(pixels.keys() - found.keys(), key=lambda key: (pixels[key].size, key))
-        for chunk in self._chunks(missing, pixels):
-            for key, prefix in zip(chunk, self._run_images([pixels[key] for key in chunk], recipe), strict=True):
-                found[key] = prefix
-                self._prefixes.put((key, *settings), prefix)
-        return {key: found[key] for key in pixels}, set(missing)
-
-    def _chunks(self, keys: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
-        """Cut images, sorted by size, into chunks that are run at once: within a number of tokens, padding counted."""
-        chunk: list[str] = []
-        for key in keys:
-            tokens = self.info.image_tokens(*pixels[key].shape[:2])
-            if chunk and (not self._family.together or (len(chunk) + 1) * tokens > self._together):
-                yield chunk
-                chunk = []
-            chunk.append(key)
-        if chunk:
-            yield chunk
-
-    def _run_images(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[ImagePrefix]:
-        """Run [head | image] of some images."""
-        family = self._family
-        whole = family.inputs(self._text(recipe), *pixels)
-        inputs = family.up_to(whole, family.cut(whole))
-        ids, real = inputs["input_ids"], inputs["attention_mask"]
-        last = int((ids[0] == family.image_id).nonzero()[-1]) - ids.shape[1]  # from the end: closing tokens are as many in all
-        vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
-        made = []
-        for i, (row, found) in enumerate(zip(batch.rows(), vectors, strict=True)):
-            own = ids[i][real[i].bool()]
-            facts = self._facts(own, inputs, i)
-            made.append(ImagePrefix(row, tuple(own.tolist()), facts, found, family.kept_of(inputs)))
-        return made
 
     def _whole(self, request: Request) -> Sample:
         """Run a whole prompt, which shares nothing."""
         family, recipe = self._family, request.recipe
-        made = family.inputs(self._text(recipe), request.pixels)
+        made = family.inputs(self._prefixes.text(recipe), request.pixels)
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
         ids = inputs["input_ids"][0]
-        end, facts = len(ids) - 1, self._facts(ids, inputs, 0)
+        end, facts = len(ids) - 1, self._prefixes.facts(ids, inputs, 0)
         if recipe.halp_compat:
             first, grid = int((ids == family.image_id).nonzero()[0]), facts.get("image_grid_thw")
             patches = facts["num_vision_tokens"] if grid is None else math.prod(grid)
@@ -252,7 +255,7 @@ class ModelEngine:
             "batch_size": 1,
             "image_prefix": "computed" if recipe.exact or recipe.halp_compat else "whole",
         }
-        return self._sample(family, vectors, answer, facts)
+        return self._sample(vectors, facts, answer)
 
     def _answer(self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[Answer]:
         if last is None or recipe.max_new_tokens == 0:
@@ -274,14 +277,8 @@ class ModelEngine:
         limit = self._family.scaled_from
         return limit is not None and any(r.num_tokens + r.recipe.max_new_tokens > limit for r in requests)
 
-    def _facts(self, ids: Tensor, inputs: Inputs, row: int) -> dict[str, Any]:
-        images = (ids == self._family.image_id).nonzero()
-        facts = {"vision_token_position": int(images[-1]), "num_vision_tokens": len(images)}
-        grid = inputs.get("image_grid_thw")
-        return facts if grid is None else facts | {"image_grid_thw": grid[row].tolist()}
-
-    def _sample(self, family: Family, vectors: dict[str, Tensor], answer: Answer, facts: dict[str, Any]) -> Sample:
-        text = family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+    def _sample(self, vectors: dict[str, Tensor], facts: dict[str, Any], answer: Answer) -> Sample:
+        text = self._family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         return Sample({name: to_numpy(vector) for name, vector in vectors.items()}, text, facts | answer.facts)
 
 

@@ -65,7 +65,7 @@ class Passes:
         self.family = family
         self.device = family.model.get_input_embeddings().weight.device
         self._published = PUBLISHED.get(family.model.config.model_type)
-        self._axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
+        self.axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
         # Of a model with recurrent layers, an empty cache's layers.
         self._layer_kinds: Sequence[Any] = DynamicCache(config=family.text).layers if family.recurrent else ()
 
@@ -92,7 +92,7 @@ class Passes:
             final = out.last_hidden_state[:, -1].to(self.device)
         batch.mask = inputs["attention_mask"].long()
         if seen.positions is not None and seen.positions.ndim == 3:
-            self._axes = 3  # of four, the first is the text's own
+            self.axes = 3  # of four, the first is the text's own
         positions = torch.arange(length, device=self.device) if seen.positions is None else seen.positions.to(self.device)
         last = positions.amax(-1)  # of each row, in each axis
         batch.next_position = (last.amax(0) if last.ndim == 2 else last.expand(rows)) + 1
@@ -119,10 +119,10 @@ class Passes:
         mask = (torch.arange(width, device=self.device) >= width - column).long()
         batch.mask = torch.cat([batch.mask, mask], dim=1)
         out = None
-        with ending_after(family.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None):
+        with self.ending(recipe):
             out = family.decoder(
                 input_ids=ids,
-                position_ids=positions if self._axes is None else positions.expand(self._axes, *positions.shape),
+                position_ids=positions if self.axes is None else positions.expand(self.axes, *positions.shape),
                 attention_mask=family.masks(batch.mask, width),
                 past_key_values=batch.cache,
                 use_cache=True,
@@ -130,10 +130,14 @@ class Passes:
             )
         return None if out is None else out.last_hidden_state[:, -1].to(self.device)
 
-    def capture(self, recipe: Recipe, at: Sequence[int]) -> Any:
+    def ending(self, recipe: Recipe) -> Any:
+        """End a decoder's forward after the last layer that is kept, where no answer is wanted."""
+        return ending_after(self.family.layers[max(recipe.layers)] if recipe.max_new_tokens == 0 else None)
+
+    def capture(self, recipe: Recipe, at: Sequence[int] | Tensor) -> Any:
         """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
         layers = {i: self.family.layers[i] for i in recipe.layers}
-        columns = list(at)
+        columns = at if isinstance(at, Tensor) else list(at)
         definition = self._published.layers if recipe.halp_compat and self._published else "output"
         if definition == "input":
             return inputs_of(layers, lambda states: states[:, columns])

@@ -1,0 +1,106 @@
+"""Image prefixes: [head | image] of a prompt, run once for all questions of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from storage.fields import VISION_TOKEN
+from workers.engine.any_prompt import constant_prompt
+from workers.engine.cache import PrefixCache, Row
+from workers.engine.interface import Recipe, Request
+from workers.engine.models.base import Family, Inputs
+from workers.engine.passes import Passes
+from workers.engine.prompt import PromptStyle
+
+# One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
+_CPU_TOKENS = 1
+_GPU_TOKENS = 16384
+
+
+@dataclass(slots=True)
+class ImagePrefix:
+    """[head | image] of a prompt, run once for all questions of the image."""
+
+    row: Row
+    ids: tuple[int, ...]
+    facts: dict[str, Any]
+    vectors: dict[str, Tensor]  # HALP field to (D,)
+    extra: Tensor | None  # what the family's further steps need, with one row
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        kept = [*self.vectors.values(), *([] if self.extra is None else [self.extra])]
+        return self.row.nbytes + sum(tensor.nbytes for tensor in kept)
+
+
+class Prefixes:
+    """The prefixes of a loaded model: those used last are kept."""
+
+    def __init__(self, family: Family, passes: Passes) -> None:
+        self._family, self._passes = family, passes
+        self.kept: PrefixCache[ImagePrefix] = PrefixCache(0)
+        self.together = _GPU_TOKENS if passes.device.type == "cuda" else _CPU_TOKENS
+        self._texts: dict[PromptStyle, str] = {}
+
+    def text(self, recipe: Recipe) -> str:
+        """Return a recipe's rendered constant prompt."""
+        style = PromptStyle(recipe.system_prompt, recipe.chat_template)
+        if style not in self._texts:
+            self._texts[style] = constant_prompt(self._family.processor, style)[0]
+        return self._texts[style]
+
+    def of(self, requests: Sequence[Request], recipe: Recipe) -> tuple[dict[str, ImagePrefix], set[str]]:
+        """Return the prefix of every image in the batch, and which of them had to be computed now."""
+        pixels = {request.image_key: request.pixels for request in requests}
+        settings = recipe.layers, recipe.max_new_tokens == 0, self.text(recipe)
+        found = {key: prefix for key in pixels if (prefix := self.kept.get((key, *settings))) is not None}
+        missing = sorted(pixels.keys() - found.keys(), key=lambda key: (pixels[key].size, key))
+        for chunk in self._chunks(missing, pixels):
+            for key, prefix in zip(chunk, self.run([pixels[key] for key in chunk], recipe), strict=True):
+                found[key] = prefix
+                self.kept.put((key, *settings), prefix)
+        return {key: found[key] for key in pixels}, set(missing)
+
+    def _chunks(self, keys: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
+        """Cut images, sorted by size, into chunks that are run at once: within a number of tokens, padding counted."""
+        chunk: list[str] = []
+        for key in keys:
+            if chunk and not (self._family.together and (len(chunk) + 1) * self._tokens(pixels[key]) <= self.together):
+                yield chunk
+                chunk = []
+            chunk.append(key)
+        if chunk:
+            yield chunk
+
+    def run(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[ImagePrefix]:
+        """Run [head | image] of some images."""
+        family = self._family
+        whole = family.inputs(self.text(recipe), *pixels)
+        inputs = family.up_to(whole, family.cut(whole))
+        ids, real = inputs["input_ids"], inputs["attention_mask"]
+        last = int((ids[0] == family.image_id).nonzero()[-1]) - ids.shape[1]  # from the end: closing tokens are as many in all
+        vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
+        made = []
+        for i, (row, found) in enumerate(zip(batch.rows(), vectors, strict=True)):
+            own = ids[i][real[i].bool()]
+            facts = self.facts(own, inputs, i)
+            made.append(ImagePrefix(row, tuple(own.tolist()), facts, found, family.kept_of(inputs)))
+        return made
+
+    def _tokens(self, pixels: np.ndarray) -> int:
+        factor = self._family.factor
+        assert factor is not None
+        return int(np.prod(pixels.shape[:2])) // factor**2
+
+    def facts(self, ids: Tensor, inputs: Inputs, row: int) -> dict[str, Any]:
+        """Return what is known of the image in a prompt's ids."""
+        images = (ids == self._family.image_id).nonzero()
+        facts = {"vision_token_position": int(images[-1]), "num_vision_tokens": len(images)}
+        grid = inputs.get("image_grid_thw")
+        return facts if grid is None else facts | {"image_grid_thw": grid[row].tolist()}

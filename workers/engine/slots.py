@@ -1,0 +1,318 @@
+"""Slots: places for questions, in which suffixes are prefilled without padding and answers are decoded.
+
+A slot whose answer has ended takes the next question at once. No shape depends on who else is in the batch: in float32 on a CPU
+a question's results have the same bits in any company (where the machine's matrix products have; the load's proof measures
+it). A step of decoding reads nothing from the device, so that CUDA captures it in one graph.
+
+Served so are decoders whose layers attend to text before them, all of it or a window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.engine.cache import Row
+from workers.engine.decode import Answer
+from workers.engine.models.base import Family
+from workers.engine.slot_cache import Plan, SlotCache
+from workers.errors import in_a_line
+
+logger = logging.getLogger(__name__)
+_BLOCK = 64  # of a capacity; on the CPU attention looks at a multiple of it
+_STEPS = 4  # of decoding between two looks at the device, on CUDA
+# Rows of a matrix product on the CPU for each thread: with fewer, its kernel is another one, and the last bits too.
+_LEAST_ROWS = 4
+
+
+@dataclass(slots=True)
+class Prefill:
+    """Suffixes in slots, to be run: ids and text positions (N,); their slots and their last tokens, (n,)."""
+
+    plan: Plan
+    ids: Tensor
+    positions: Tensor
+    where: Tensor
+    last: Tensor
+
+
+@dataclass(slots=True)
+class _State:
+    """What decoding knows of each slot, on the device."""
+
+    used: Tensor  # (S,) int32, tokens
+    position: Tensor  # (S,) text position of the next token
+    last: Tensor  # (S, D) final state of the last token
+    seen: Tensor  # (S, V) which tokens the penalty is on
+    chosen: Tensor  # (S,) the answer's last token
+    alive: Tensor  # (S,)
+    count: Tensor  # (S,) tokens of the answer
+    ended: Tensor  # (S,) by an end token
+    tokens: Tensor  # (S, T)
+    log_probabilities: Tensor  # (S, T)
+    entropy: Tensor  # (S,) of the first token
+    penalty: Tensor
+    limit: Tensor
+
+
+class Slots:
+    """The slots of one loaded model."""
+
+    def __init__(self, family: Family, ends: Sequence[int], axes: int | None) -> None:
+        self._family, self._axes = family, axes
+        self._device: torch.device = family.model.get_input_embeddings().weight.device
+        self._ends = torch.tensor(list(ends), device=self._device)
+        self._kv = SlotCache(family, self._device)
+        self._given: _State | None = None
+        self._graph: Any = None  # False: it cannot be captured
+        self._fresh = False  # some slot has no token of its answer yet
+        self._owners: list[int | None] = []
+        on_cuda = self._device.type == "cuda"
+        self._least_rows = 0 if on_cuda else _LEAST_ROWS * torch.get_num_threads()
+
+    @property
+    def _state(self) -> _State:
+        assert self._given is not None
+        return self._given
+
+    # Memory
+
+    def reserve(self, row: Row, number: int, tokens: int, answer: int) -> None:
+        """Have at least some slots for so many tokens each, of which `answer` may be an answer; empties them."""
+        capacity = -(-tokens // _BLOCK) * _BLOCK
+        kv = self._kv
+        fits = number <= kv.number and capacity <= kv.capacity and len(row.kv) <= kv.depth
+        if self._given is None or not fits or answer > self._given.tokens.shape[1]:
+            self.release()
+            self._allocate(row, number, capacity, max(1, answer))
+        self._state.alive.zero_()
+        self._owners = [None] * self._kv.number
+
+    def release(self) -> None:
+        """Free the memory."""
+        self._given = self._graph = None
+        self._kv.release()
+
+    def _allocate(self, row: Row, number: int, capacity: int, answer: int) -> None:
+        self._kv.allocate(row, number, capacity)
+        device, family = self._device, self._family
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        words = family.model.get_output_embeddings().out_features
+        self._given = _State(
+            used=zeros(number, dtype=torch.int32),
+            position=zeros(number),
+            last=zeros(number, family.text.hidden_size, dtype=family.model.dtype),
+            seen=zeros(number, words, dtype=torch.bool),
+            chosen=zeros(number),
+            alive=zeros(number, dtype=torch.bool),
+            count=zeros(number),
+            ended=zeros(number, dtype=torch.bool),
+            tokens=zeros(number, answer),
+            log_probabilities=zeros(number, answer, dtype=torch.float32),
+            entropy=zeros(number, dtype=torch.float32),
+            penalty=torch.ones((), device=device),
+            limit=zeros(),
+        )
+        self._every = torch.arange(number, device=device)
+
+    # Questions in
+
+    @property
+    def free(self) -> list[int]:
+        """The slots that hold no question."""
+        return [slot for slot, owner in enumerate(self._owners) if owner is None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether some slot's answer goes on."""
+        return any(owner is not None for owner in self._owners)
+
+    def begin(self, penalty: float, longest: int) -> None:
+        """Set the repetition penalty, and how many tokens an answer has at most."""
+        self._state.penalty.fill_(penalty)
+        self._state.limit.fill_(longest)
+
+    def take(
+        self, owners: Sequence[int], rows: Sequence[Row], of: Sequence[int], prompts: Sequence[Sequence[int]],
+        suffixes: Sequence[Sequence[int]],
+    ) -> Prefill:  # fmt: skip
+        """Put questions into free slots: the i-th goes on from a copy of rows[of[i]]. `run` is to follow."""
+        chosen = self.free[: len(owners)]
+        for slot, owner in zip(chosen, owners, strict=True):
+            self._owners[slot] = owner
+        lengths = [rows[i].length for i in of]
+        self._kv.copy(rows, of, chosen)
+        sizes = [len(ids) for ids in suffixes]
+        begins = [0, *itertools.accumulate(sizes)]
+        used = [length + size for length, size in zip(lengths, sizes)]
+        spans = [(slot, begins[i], begins[i + 1], used[i]) for i, slot in enumerate(chosen)]
+        next_positions = [rows[i].next_position for i in of]
+        tokens = np.array(
+            [
+                (token, slot, length + j, position + j)
+                for slot, length, position, ids in zip(chosen, lengths, next_positions, suffixes)
+                for j, token in enumerate(ids)
+            ]
+        )
+        if (short := self._least_rows - len(tokens)) > 0:
+            tokens = np.concatenate([tokens, tokens[-1:].repeat(short, axis=0)])
+        ids, slot, place, positions = self._on_device(tokens.T)
+        state = self._state
+        facts = np.array([chosen, used, [p + n for p, n in zip(next_positions, sizes)], [e - 1 for e in begins[1:]]])
+        where, counts, following, last = self._on_device(facts)
+        state.used[where] = counts.int()
+        state.position[where] = following
+        state.seen[where] = False
+        known = [(slot, token) for slot, prompt in zip(chosen, prompts) for token in set(prompt) if token < state.seen.shape[1]]
+        state.seen[tuple(self._on_device(np.array(known).T))] = True
+        state.count[where] = 0
+        state.ended[where] = False
+        state.alive[where] = state.limit > 0
+        self._fresh = True
+        plan = Plan(slot, place, state.used, spans)
+        if self._kv.flash:
+            plan.begins, plan.longest = self._kv.begins(spans), max(sizes)
+        return Prefill(plan, ids, positions, where, last)
+
+    def run(self, prefill: Prefill) -> None:
+        """Run the suffixes that were put in. Something else may end the forward, where no answers are wanted."""
+        states = self._forward(prefill.plan, prefill.ids, prefill.positions)
+        self._state.last[prefill.where] = states[prefill.last]
+
+    def _on_device(self, values: Any) -> Any:
+        """Copy a stack of integers (k, n) to the device at once; return its rows."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device).unbind(0)
+
+    # Answers out
+
+    def decode(self) -> dict[int, Answer]:
+        """Run some steps. Return the answers that ended, by owner; their slots are free."""
+        if self._device.type == "cuda":
+            self._steps()
+            alive = self._state.alive.tolist()
+        else:
+            alive = self._step_of_the_living()
+        ended = [slot for slot, owner in enumerate(self._owners) if owner is not None and not alive[slot]]
+        return self._answers(ended) if ended else {}
+
+    def _step_of_the_living(self) -> list[bool]:
+        """Choose a token for each answer that goes on; run those that go on still."""
+        running = [slot for slot, owner in enumerate(self._owners) if owner is not None]
+        self._choose(self._rows(running))
+        alive: list[bool] = self._state.alive.tolist()
+        if running := [slot for slot in running if alive[slot]]:
+            rows = self._rows(running)
+            whole = running == list(range(len(rows)))
+            reach = int(self._state.used[rows].max()) + 1
+            self._advance(rows, running[-1] + 1, min(self._kv.capacity, -(-reach // _BLOCK) * _BLOCK), whole=whole)
+        return alive
+
+    def _rows(self, slots: Sequence[int]) -> Tensor:
+        short = max(0, self._least_rows - len(slots))
+        return torch.tensor([*slots, *[slots[-1]] * short], device=self._device)
+
+    def _steps(self) -> None:
+        """Run steps for all slots: those with first tokens as they are, others by one captured graph."""
+        for _ in range(_STEPS):
+            if self._fresh or self._graph is False:
+                self._step_of_all()
+            else:
+                self._graph = self._graph or self._captured()
+                if self._graph:
+                    self._graph.replay()
+
+    def _step_of_all(self) -> None:
+        self._choose(self._every)
+        self._advance(self._every, self._kv.number, self._kv.capacity, whole=True)
+
+    def _captured(self) -> Any:
+        """Return a graph of one step; False where it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._step_of_all()
+        except RuntimeError as error:
+            logger.warning("steps of decoding are not captured, which is slower: %s", in_a_line(error))
+            return False
+        return graph
+
+    def _choose(self, rows: Tensor) -> None:
+        """Choose the next token of some slots (n,), by the last one's state. Reads nothing from the device."""
+        state = self._state
+        logits = self._family.scores(state.last[rows]).to(self._device).float()  # (n, V)
+        distribution = logits.log_softmax(-1)
+        lowered = torch.where(logits < 0, logits * state.penalty, logits / state.penalty)
+        chosen = torch.where(state.seen[rows], lowered, logits).argmax(-1)
+        taken = distribution.gather(1, chosen[:, None])[:, 0]
+        alive, count = state.alive[rows], state.count[rows]
+        if self._fresh:
+            entropy = torch.special.entr(distribution.exp()).sum(-1)
+            state.entropy[rows] = torch.where(alive & (count == 0), entropy, state.entropy[rows])
+        place = count.clamp(max=state.tokens.shape[1] - 1)
+        state.tokens[rows, place] = torch.where(alive, chosen, state.tokens[rows, place])
+        state.log_probabilities[rows, place] = torch.where(alive, taken, state.log_probabilities[rows, place])
+        ends = torch.isin(chosen, self._ends)
+        state.ended[rows] = torch.where(alive, ends, state.ended[rows])
+        count = count + alive
+        state.count[rows] = count
+        state.alive[rows] = alive & ~ends & (count < state.limit)
+        state.seen[rows, chosen] = True
+        state.chosen[rows] = chosen
+        self._fresh = False
+
+    def _advance(self, rows: Tensor, slots: int, reach: int, *, whole: bool) -> None:
+        """Run the tokens that were chosen for some slots, all of which are among the first `slots`. Reads nothing."""
+        state = self._state
+        place = state.used[rows].clamp(max=self._kv.capacity - 1)
+        state.used[rows] = (state.used[rows] + 1).clamp(max=self._kv.capacity)
+        positions = state.position[rows]
+        state.position[rows] = positions + 1
+        plan = Plan(rows, place.long(), state.used, slots=slots, whole=whole, reach=reach)
+        if self._kv.flash:
+            plan.begins = self._kv.one_each
+        state.last[rows] = self._forward(plan, state.chosen[rows], positions)
+
+    def _answers(self, ended: Sequence[int]) -> dict[int, Answer]:
+        """Read answers, all in one copy, and free their slots."""
+        state, where = self._state, torch.tensor(ended, device=self._device)
+        parts = (state.count, state.ended, state.entropy, state.tokens, state.log_probabilities)
+        read = torch.cat([part[where].double().view(len(ended), -1) for part in parts], dim=1).tolist()
+        found, longest = {}, state.tokens.shape[1]
+        for slot, (count, by_token, entropy, *rest) in zip(ended, read, strict=True):
+            owner, self._owners[slot] = self._owners[slot], None
+            assert owner is not None
+            number = int(count)
+            ids = [int(token) for token in rest[:number]]
+            reason = "eos" if by_token else "length"
+            found[owner] = Answer(ids, rest[longest : longest + number], entropy, reason)
+        return found
+
+    def leave(self) -> None:
+        """Free all slots: no answers are wanted."""
+        self._owners = [None] * self._kv.number
+
+    # The forward
+
+    def _forward(self, plan: Plan, ids: Tensor, positions: Tensor) -> Tensor:
+        """Run tokens (N,) at text positions (N,) through the decoder. Return their final states, (N, D)."""
+        kinds = set(self._family.kinds)
+        with self._kv.serve(plan) as cache:
+            out = self._family.decoder(
+                input_ids=ids[None],
+                position_ids=positions[None] if self._axes is None else positions.expand(self._axes, 1, -1),
+                attention_mask=dict.fromkeys(kinds) if len(kinds) > 1 else None,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        states: Tensor = out.last_hidden_state[0].to(self._device)
+        return states
