@@ -66,6 +66,7 @@ class WorkerSettings(BaseSettings):
         pattern=r"^(model|qwen|fake(:\d+(\.\d+)?)?)$",  # the second is what the first was called before
         description="`fake:S` computes hashes in place of a model and takes S seconds a batch: for development.",
     )
+    cudnn_attention: bool = Field(False, description="Let attention on a GPU run in cuDNN's kernel too.")
     engine_timeout: float = Field(
         300.0, gt=0, description="Seconds after which a batch counts as hung and the engine is restarted."
     )

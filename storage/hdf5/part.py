@@ -28,7 +28,7 @@ from storage.sample import Failure, Sample
 from storage.settings import ModelFacts, RunSettings
 
 # Facts of a sample that describe the worker, not the question: a part lists the distinct ones at its root.
-ENVIRONMENT = ("device", "gpu", "attention_implementation", "library_versions")
+ENVIRONMENT = ("device", "gpu", "attention_implementation", "attention_kernels", "batch_invariance", "library_versions")
 
 # Attributes of a question's group that the CSV's other columns must not replace.
 QUESTION_ATTRIBUTES = frozenset(

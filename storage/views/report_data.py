@@ -138,7 +138,7 @@ def _read_attributes(data: ReportData, file: Part) -> npt.NDArray[np.float64]:
             data.certificate_cost.append((certificate["seconds"], seconds))
     if (reason := file.text("drift_absent")) is not None:
         data.uncertified[reason] += 1
-    for name in ("device", "gpu", "attention_implementation", "library_versions"):
+    for name in ("device", "gpu", "attention_implementation", "attention_kernels", "batch_invariance", "library_versions"):
         if value := file.text(name):
             data.environments.setdefault(name, set()).add(value)
     return _hours(data.run, file)

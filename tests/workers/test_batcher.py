@@ -108,14 +108,14 @@ def test_batches_by_tokens(rig):
     r = rig(tokens=100)
     r.occupy()
     r.submit(*(ask(i, tokens=n) for i, n in enumerate([40, 60, 1, 99, 50, 51, 49])))
-    assert r.finish() == [[0, 1], [2, 3], [4], [5, 6]]
+    assert r.finish() == [[0, 2], [1], [3], [4, 6], [5]]  # questions times the longest one's
 
 
 def test_prompt_above_the_token_budget_runs_alone(rig):
     r = rig(tokens=100)
     r.occupy()
     futures = r.submit(ask(0, tokens=10), ask(1, tokens=5000), ask(2, tokens=10), ask(3, tokens=10))
-    assert r.finish() == [[0], [1], [2, 3]]
+    assert r.finish() == [[0, 2, 3], [1]]
     assert [future.result(0).answer for future in futures] == [f"answer {i}" for i in range(4)]
 
 
@@ -520,3 +520,22 @@ def test_a_death_that_cannot_be_noted_fails_its_question_for_now(rig):
     assert isinstance(full.exception(WAIT), OSError)
     assert other.result(WAIT).answer == "answer 1"
     r.finish()
+
+
+def test_batches_that_had_no_room_are_smaller_from_then_on():
+    """Ten tokens each: eight questions at once do not fit, four do."""
+    sizes: list[int] = []
+
+    def run(requests):
+        sizes.append(len(requests))
+        if len(requests) > 4:
+            raise BatchFailedError("CUDA out of memory", "", out_of_memory=True)
+        return [Sample({}, "", {}) for _ in requests]
+
+    batcher = DynamicBatcher(run, max_batch_size=8, max_batch_tokens=1000, max_queue_delay=0.05, on_fatal=lambda error: None)
+    for _ in range(2):
+        futures = [batcher.submit("run", ask(i, tokens=10)) for i in range(8)]
+        for future in futures:
+            future.result(WAIT)
+    batcher.close()
+    assert sizes == [8, 4, 4, 4, 4]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import workers.cli
 from storage import load as load_vectors
-from tests.support.mistakes import one_dimensional
+from tests.support.mistakes import lengths_ignored, one_dimensional
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
 from tests.support.tiny import FAMILIES, UNKNOWN, aya_vision, build_tiny, gemma3
@@ -243,6 +243,7 @@ def test_a_window_counts_tokens(
     monkeypatch.setitem(FAMILIES, made.__name__, lambda: made(window=20))
     model = build_tiny(made.__name__, tmp_path / "model")
     if not right:
+        lengths_ignored(monkeypatch)
         padding_in_the_window(monkeypatch)
     engine = load(model)
     if not right:

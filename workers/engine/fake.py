@@ -64,7 +64,14 @@ class FakeEngine:
             most_image_tokens=None,
             held_tokens=0,
             max_batch_tokens=1 << 20,
-            environment={"device": "cpu", "gpu": "", "attention_implementation": "fake", "library_versions": "fake"},
+            environment={
+                "device": "cpu",
+                "gpu": "",
+                "attention_implementation": "fake",
+                "attention_kernels": "fake",
+                "batch_invariance": "bitwise",
+                "library_versions": "fake",
+            },
         )
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -72,9 +72,16 @@ def ending_after(module: torch.nn.Module | None) -> Iterator[None]:
         handle.remove()
 
 
-def to_numpy(vector: Tensor) -> np.ndarray:
-    """Return a vector on the host, in its dtype."""
-    vector = vector.contiguous().cpu()
-    if vector.dtype == torch.bfloat16:
-        return vector.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return vector.numpy()
+def to_host(found: Sequence[Mapping[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+    """Return vectors by name on the host, in their dtype: all of a batch in one copy."""
+    vectors = [vector.reshape(-1) for one in found for vector in one.values()]
+    if not vectors:
+        return [{} for _ in found]
+    device = vectors[0].device  # of a model on several GPUs, layers are on others
+    joined = torch.cat([vector.to(device) for vector in vectors])
+    if device.type == "cuda":
+        pinned = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+        joined = pinned.copy_(joined)
+    array = joined.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if joined.dtype == torch.bfloat16 else joined.numpy()
+    parts = iter(np.split(array, np.cumsum([len(vector) for vector in vectors])[:-1]))
+    return [{name: next(parts) for name in one} for one in found]

@@ -48,7 +48,7 @@ class ModelInfo:
     most_image_tokens: int | None  # that an image was seen to take, where the processor sizes it
     held_tokens: int  # what a prompt holds in memory whatever its length, in tokens: recurrent states, an image beside the text
     max_batch_tokens: int  # prompt tokens that fit into a batch, by the memory that the loaded model leaves free
-    environment: dict[str, str]  # device, gpu, attention_implementation, library_versions
+    environment: dict[str, str]  # what computes, and how far results depend on the batch: storage.hdf5.part.ENVIRONMENT
     shares_images: bool = True  # else it computes whole prompts
     published_vision_size: int | None = None  # of `vision_only` as the HALP study has it; None: it is the vision tower's
 

@@ -22,6 +22,7 @@ from workers.engine.interface import EngineSpec, ModelInfo
 from workers.engine.models import family_of
 from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged
 from workers.errors import EngineStartError, in_a_line
+from workers.settings import settings
 
 _CPU_PREFIX_BYTES = 512 << 20
 # Of the memory that is free once the model is loaded; the rest is for activations.
@@ -76,6 +77,9 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     config = _config(spec, source)
     refuse_blind(config.to_dict())
     placement: dict[str, Any] = {}
+    # Where torch prefers it (Hopper), cuDNN's attention plans anew for each shape, of which a batch has many: 0.44 s for one
+    # on a B200 (modelscope/FunASR#3704). It has also failed and been wrong: pytorch/pytorch#190321, #193893.
+    torch.backends.cuda.enable_cudnn_sdp(settings().cudnn_attention)
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
         placement["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}
@@ -193,8 +197,23 @@ def environment(device: torch.device, attention: str) -> dict[str, str]:
         "device": device.type,
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "",
         "attention_implementation": attention,
+        "attention_kernels": _kernels(device),
         "library_versions": json.dumps(versions),
     }
+
+
+def _kernels(device: torch.device) -> str:
+    """Return which of torch's attention kernels may run."""
+    if device.type != "cuda":
+        return device.type
+    cuda: Any = torch.backends.cuda
+    enabled = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return ", ".join(name for name, is_on in enabled.items() if is_on)
 
 
 def free_memory(device: torch.device) -> int:

@@ -29,7 +29,7 @@ from workers.engine.any_prompt import placeholders, split_any_prompt
 from workers.engine.cache import Batch
 from workers.engine.decode import Answer, decode
 from workers.engine.generation import Generation
-from workers.engine.hooks import to_numpy
+from workers.engine.hooks import to_host
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import load_checkpoint, memory_bounds, model_info
@@ -37,7 +37,15 @@ from workers.engine.models import family_of
 from workers.engine.passes import Passes
 from workers.engine.prefixes import ImagePrefix, Prefixes
 from workers.engine.prompt import PromptParts, PromptStyle
-from workers.engine.proving.proof import Plain, most_image_tokens, plain_prompts, proof_images, refuse_difference
+from workers.engine.proving.proof import (
+    Plain,
+    asked_again,
+    is_invariant,
+    most_image_tokens,
+    plain_prompts,
+    proof_images,
+    refuse_difference,
+)
 from workers.engine.proving.soundness import refuse_no_end
 from workers.engine.slots import Slots
 from workers.errors import EngineStartError
@@ -79,7 +87,14 @@ class ModelEngine:
         alone = first.extra is not None or row.growing_bytes < row.nbytes  # more than text is attended to
         self._slots = None if alone else Slots(family, self._generation.ends, self._passes.axes)
         self._prove(plain)
-        self.info = replace(self.info, shares_images=family.share == "prefix", published_vision_size=self._published_size())
+        invariance = "bitwise" if self._is_invariant(plain) else "none"
+        environment = self.info.environment | {"batch_invariance": invariance}
+        self.info = replace(
+            self.info,
+            environment=environment,
+            shares_images=family.share == "prefix",
+            published_vision_size=self._published_size(),
+        )
         self.free_cache()
 
     def _prove(self, plain: Sequence[Plain]) -> None:
@@ -101,6 +116,15 @@ class ModelEngine:
             family.share = "nothing"
             refuse_difference(plain, family, self.info, self.extract)
             logger.warning("images are not shared between questions, which is slower: %s", error)
+
+    def _is_invariant(self, plain: Sequence[Plain]) -> bool:
+        """Measure whether a question's results depend on the others in its batch."""
+
+        def extract(requests: Sequence[Request]) -> list[Sample]:
+            self._prefixes.kept.clear()
+            return self.extract(requests)
+
+        return is_invariant(asked_again(plain, self._family, self.info, (0, self.info.num_hidden_layers - 1), 4), extract)
 
     def _published_size(self) -> int | None:
         """Return how wide the study's vector of an image is; None: as the tower's, or of a model that it does not have."""
@@ -151,13 +175,13 @@ class ModelEngine:
         number = max(1, min(len(requests), _MOST_SLOTS, self.info.max_batch_tokens // longest))
         penalty = self._generation.penalty if recipe.repetition_penalty is None else recipe.repetition_penalty
         waiting = list(range(len(requests)))
-        samples: dict[int, Sample] = {}
         made: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        answers: dict[int, Answer] = {}
         computed: set[str] = set()
         reserved = False
-        while waiting or made:
+        while len(answers) < len(requests):
             free = len(slots.free) if reserved else number
-            if waiting and (not made or free >= max(1, _REFILL_SHARE * number)):
+            if waiting and (not slots.busy or free >= max(1, _REFILL_SHARE * number)):
                 chosen, waiting = waiting[:free], waiting[free:]
                 asked = [requests[i] for i in chosen]
                 prefixes, new = self._prefixes.of(asked, recipe)
@@ -181,13 +205,10 @@ class ModelEngine:
                     vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[0, place] for n, v in captured.items()})
                     made[i] = vectors, self._shared_facts(prefix, prompts[place], request, len(requests), computed)
             if recipe.max_new_tokens:
-                answers = slots.decode()
+                answers |= slots.decode()
             else:
-                answers = {i: Answer() for i in made}
-                slots.leave()
-            for i, answer in answers.items():
-                samples[i] = self._sample(*made.pop(i), answer)
-        return [samples[i] for i in range(len(requests))]
+                answers |= {i: Answer() for i in slots.leave()}
+        return self._samples([(*made[i], answers[i]) for i in range(len(requests))])
 
     def _shared_facts(
         self, prefix: ImagePrefix, prompt: Sequence[int], request: Request, number: int, computed: set[str]
@@ -222,13 +243,13 @@ class ModelEngine:
         batch.next_position = batch.next_position + lengths
         prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in requests]
         answers = self._answer(batch, states, prompts, recipe)
-        samples = []
+        made = []
         for i, request in enumerate(requests):
             prefix = prefixes[request.image_key]
             vectors = prefix.vectors | by_layer(QUERY_TOKEN, {n: v[i, 0] for n, v in captured.items()})
             facts = self._shared_facts(prefix, prompts[i], request, len(requests), computed)
-            samples.append(self._sample(vectors, facts, answers[i]))
-        return samples
+            made.append((vectors, facts, answers[i]))
+        return self._samples(made)
 
     def _whole(self, request: Request) -> Sample:
         """Run a whole prompt, which shares nothing."""
@@ -255,7 +276,7 @@ class ModelEngine:
             "batch_size": 1,
             "image_prefix": "computed" if recipe.exact or recipe.halp_compat else "whole",
         }
-        return self._sample(vectors, facts, answer)
+        return self._samples([(vectors, facts, answer)])[0]
 
     def _answer(self, batch: Batch, last: Tensor | None, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[Answer]:
         if last is None or recipe.max_new_tokens == 0:
@@ -277,9 +298,13 @@ class ModelEngine:
         limit = self._family.scaled_from
         return limit is not None and any(r.num_tokens + r.recipe.max_new_tokens > limit for r in requests)
 
-    def _sample(self, vectors: dict[str, Tensor], facts: dict[str, Any], answer: Answer) -> Sample:
-        text = self._family.processor.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-        return Sample({name: to_numpy(vector) for name, vector in vectors.items()}, text, facts | answer.facts)
+    def _samples(self, made: Sequence[tuple[dict[str, Tensor], dict[str, Any], Answer]]) -> list[Sample]:
+        """Return samples of vectors on the device, facts and answers."""
+        tokenizer = self._family.processor.tokenizer
+        return [
+            Sample(vectors, tokenizer.decode(answer.ids, skip_special_tokens=True).strip(), facts | answer.facts)
+            for vectors, (_, facts, answer) in zip(to_host([vectors for vectors, _, _ in made]), made)
+        ]
 
 
 def _stacked(extras: Sequence[Tensor | None]) -> Tensor | None:

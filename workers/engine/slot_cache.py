@@ -166,6 +166,7 @@ class SlotCache:
             keys, values = (x[None, slot, :used].transpose(1, 2) for x in (key, value))
             found = scaled_dot_product_attention(asked, keys, values, mask, scale=scale)
             out[0, begin:end] = found.view(query.shape[1], size, width).transpose(0, 1)
+        out[0, end:] = out[0, end - 1]  # what fills the row up is the last token again
         return out
 
     def _attend_flash(

@@ -28,8 +28,9 @@ from workers.errors import in_a_line
 logger = logging.getLogger(__name__)
 _BLOCK = 64  # of a capacity; on the CPU attention looks at a multiple of it
 _STEPS = 4  # of decoding between two looks at the device, on CUDA
-# Rows of a matrix product on the CPU for each thread: with fewer, its kernel is another one, and the last bits too.
-_LEAST_ROWS = 4
+# Rows of a matrix product on the CPU, for each thread: fewer than twice as many, or not a multiple of it, and its kernel is
+# another one for some rows, with other last bits.
+_ROWS = 4
 
 
 @dataclass(slots=True)
@@ -74,8 +75,6 @@ class Slots:
         self._graph: Any = None  # False: it cannot be captured
         self._fresh = False  # some slot has no token of its answer yet
         self._owners: list[int | None] = []
-        on_cuda = self._device.type == "cuda"
-        self._least_rows = 0 if on_cuda else _LEAST_ROWS * torch.get_num_threads()
 
     @property
     def _state(self) -> _State:
@@ -164,7 +163,7 @@ class Slots:
                 for j, token in enumerate(ids)
             ]
         )
-        if (short := self._least_rows - len(tokens)) > 0:
+        if short := self._short(len(tokens)):
             tokens = np.concatenate([tokens, tokens[-1:].repeat(short, axis=0)])
         ids, slot, place, positions = self._on_device(tokens.T)
         state = self._state
@@ -218,8 +217,14 @@ class Slots:
         return alive
 
     def _rows(self, slots: Sequence[int]) -> Tensor:
-        short = max(0, self._least_rows - len(slots))
-        return torch.tensor([*slots, *[slots[-1]] * short], device=self._device)
+        return torch.tensor([*slots, *[slots[-1]] * self._short(len(slots))], device=self._device)
+
+    def _short(self, rows: int) -> int:
+        """Return how many rows a matrix product lacks, which the last one's copies fill up."""
+        if self._device.type == "cuda":
+            return 0  # decoding has a row for each slot
+        unit = _ROWS * torch.get_num_threads()
+        return -rows % unit if rows < 2 * unit else 0
 
     def _steps(self) -> None:
         """Run steps for all slots: those with first tokens as they are, others by one captured graph."""
@@ -237,8 +242,8 @@ class Slots:
 
     def _captured(self) -> Any:
         """Return a graph of one step; False where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step_of_all()
         except RuntimeError as error:
@@ -297,9 +302,11 @@ class Slots:
             found[owner] = Answer(ids, rest[longest : longest + number], entropy, reason)
         return found
 
-    def leave(self) -> None:
-        """Free all slots: no answers are wanted."""
+    def leave(self) -> list[int]:
+        """Free all slots, where no answers are wanted. Return who held them."""
+        held = [owner for owner in self._owners if owner is not None]
         self._owners = [None] * self._kv.number
+        return held
 
     # The forward
 

@@ -1,9 +1,9 @@
 """Dynamic batching: task threads hand in single requests, one thread runs batches of them.
 
-Batches are bounded by count and by tokens, never mix groups (a group is a run), and keep the questions of one image
-together. An exception in a batch halves it until the one bad request fails alone. When the engine dies, every request that
-was in flight runs alone; only a crash while it runs alone counts against it. Where crashes are counted is the caller's
-business: `Crashes` of a request.
+Batches are bounded by count and by tokens (questions times the longest one's), never mix groups (a group is a run), and keep
+the questions of one image together. An exception in a batch halves it until the one bad request fails alone; where memory ran
+out, later batches are smaller. When the engine dies, every request that was in flight runs alone; only a crash while it runs
+alone counts against it. Where crashes are counted is the caller's business: `Crashes` of a request.
 """
 
 from __future__ import annotations
@@ -147,13 +147,17 @@ class DynamicBatcher:
             if entry.group == group and not entry.crashes.suspect:
                 images.setdefault(entry.request.image_key, []).append(entry)
         batch: list[_Entry] = []
-        tokens = 0
+        longest, left_out = 0, False
         for entry in (e for entries in images.values() for e in entries):
-            if batch and (len(batch) == self._max_size or tokens + entry.request.weight > self._max_tokens):
-                return batch, True
+            longer = max(longest, entry.request.weight)
+            if batch and (len(batch) + 1) * longer > self._max_tokens:
+                left_out = True  # a long one waits until it is the oldest
+                continue
             batch.append(entry)
-            tokens += entry.request.weight
-        return batch, len(batch) == self._max_size
+            longest = longer
+            if len(batch) == self._max_size:
+                return batch, True
+        return batch, left_out
 
     def _run(self, batch: list[_Entry]) -> None:
         try:
@@ -168,12 +172,21 @@ class DynamicBatcher:
                 batch[0].future.set_exception(_no_room(error) if error.out_of_memory else error)
                 return
             logger.warning("a batch of %d failed (%s); halving it", len(batch), error)
+            if error.out_of_memory:
+                self._learn(batch)
             middle = len(batch) // 2
             self._run(batch[:middle])
             self._run(batch[middle:])
         else:
             for entry, sample in zip(batch, samples):
                 entry.future.set_result(sample)
+
+    def _learn(self, batch: Sequence[_Entry]) -> None:
+        """Bound later batches to half of what had no room."""
+        limit = len(batch) * max(entry.request.weight for entry in batch) // 2
+        if limit < self._max_tokens:
+            self._max_tokens = limit
+            logger.warning("batches have at most %d tokens from now on: questions times the longest one's", limit)
 
     def _after_death(self, batch: list[_Entry], error: EngineDiedError) -> None:
         # All are noted before one runs again: the worker may not live to see its end.

@@ -100,16 +100,37 @@ def plain_prompts(family: Family) -> list[Plain]:
     return found
 
 
+def asked_again(
+    plain: Sequence[Plain], family: Family, info: ModelInfo, layers: tuple[int, ...], max_new_tokens: int
+) -> list[Request]:
+    """Return the prompts as the engine is asked them."""
+    images, tokenize = proof_images(family), QuestionTokenizer(info.tokenizer_json, info.placeholders)
+    recipe = Recipe(layers=layers, max_new_tokens=max_new_tokens)
+    suffixes = (info.prompt.suffix(tokenize, one.question) for one in plain)
+    return [Request(str(one.image), images[one.image], suffix, len(one.ids), recipe) for one, suffix in zip(plain, suffixes)]
+
+
+def is_invariant(requests: Sequence[Request], extract: Callable[[Sequence[Request]], list[Sample]]) -> bool:
+    """Tell whether questions give the same bits together, in another order and each alone. `extract` keeps nothing."""
+    together = extract(requests)
+    reordered = extract(requests[::-1])[::-1]
+    alone = [extract([request])[0] for request in requests]
+    return all(_same_bits(one, other) for others in (reordered, alone) for one, other in zip(together, others, strict=True))
+
+
+def _same_bits(one: Sample, other: Sample) -> bool:
+    kept = ("answer_token_ids", "answer_token_logprobs")
+    same = all(
+        np.array_equal(vector.view(np.uint8), other.vectors[name].view(np.uint8)) for name, vector in one.vectors.items()
+    )
+    return same and all(one.facts[name] == other.facts[name] for name in kept)
+
+
 def refuse_difference(
     plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]]
 ) -> None:
     """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others."""
-    images, tokenize = proof_images(family), QuestionTokenizer(info.tokenizer_json, info.placeholders)
-    recipe = Recipe(layers=resolve_layers(None, info.num_hidden_layers), max_new_tokens=1)
-    requests = []
-    for one in plain:
-        suffix = info.prompt.suffix(tokenize, one.question)
-        requests.append(Request(str(one.image), images[one.image], suffix, len(one.ids), recipe))
+    requests = asked_again(plain, family, info, resolve_layers(None, info.num_hidden_layers), 1)
     for sample, one in zip(extract(requests), plain, strict=True):
         if sample.facts["seq_len"] != len(one.ids):
             raise EngineStartError(
