@@ -41,8 +41,6 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VL
 from workers.checkpoint.identity import resolve_layers
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import TEST
-from workers.engine.decode import decode
-from workers.engine.generation import Generation
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
 from workers.engine.prompt import PromptParts, split_prompt
@@ -148,45 +146,20 @@ def _mixed_length(random: np.random.Generator) -> int:
 # --- forced answers --------------------------------------------------------------------------------------------------
 
 
-class ForcedRows:
-    """Stands in `decode` for the batch and for the head, and lets each row's end-of-turn token win after its length."""
-
-    def __init__(self, batch: Any, head: Any, lengths: torch.Tensor, eos: Sequence[int]) -> None:
-        self._batch = batch
-        self._head = head
-        self._left = lengths
-        self._eos = torch.tensor(list(eos), device=lengths.device)
-        self.out_features = head.out_features
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, V) of final states (B, D)."""
-        logits = self._head(states)
-        self._left = self._left - 1
-        logits[:, self._eos] = torch.where(self._left > 0, -1e4, 1e4).to(logits.dtype)[:, None]
-        return logits
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep the given rows."""
-        self._batch.select(rows)
-        self._left = self._left[rows]
-
-
 @contextmanager
-def forced_answers(cases: Sequence[Case]) -> Iterator[None]:
-    """Give the answers to these cases their lengths."""
+def forced_answers(engine: ModelEngine, cases: Sequence[Case]) -> Iterator[None]:
+    """Give the answers to these cases their lengths: no token ends one, and each slot has a limit of its own."""
     lengths = {case.prompt: case.length for case in cases}
-    make_rules = Generation.rules
+    slots = engine._slots
+    if slots is None:
+        raise RuntimeError("the engine pads questions here: see its log")
+    take = slots.take
 
-    def rules_of(generation: Generation, prompts: Sequence[Sequence[int]], *options: Any) -> Any:
-        rules = make_rules(generation, prompts, *options)
-        rules.lengths = [lengths[tuple(prompt)] for prompt in prompts]
-        return rules
+    def limited(owners: Any, rows: Any, of: Any, prompts: Any, suffixes: Any, limits: Any) -> Any:
+        return take(owners, rows, of, prompts, suffixes, [lengths[tuple(prompt)] for prompt in prompts])
 
-    def forced(batch: Any, last: Any, *, rules: Any, head: Any, forward: Any, eos: Any, **options: Any) -> Any:
-        rows = ForcedRows(batch, head, torch.tensor(rules.lengths, device=last.device), eos)
-        return decode(rows, last, rules=rules, head=rows, forward=lambda _, t: forward(batch, t), eos=eos, **options)
-
-    with mock.patch.object(Generation, "rules", rules_of), mock.patch("workers.engine.model.decode", forced):
+    none = torch.empty(0, dtype=torch.long, device=engine._device)
+    with mock.patch.object(slots, "take", limited), mock.patch.object(slots, "_ends", none):
         yield
 
 
@@ -227,15 +200,17 @@ class Timers:
 @contextmanager
 def stages_timed(engine: Any, timers: Timers) -> Iterator[None]:
     """Time the engine's stages while the context lasts."""
-    parts = {
-        "_vision": "vision",
-        "_prefill_images": "images",
-        "_prefill_suffixes": "suffix",
-        "_answer": "decode",
-    }
+    slots = engine._slots
+    parts = (
+        (engine._family.core.visual, "forward", "vision"),
+        (engine._prefixes, "run", "images"),
+        (slots, "take", "suffix"),
+        (slots, "run", "suffix"),
+        (slots, "decode", "decode"),
+    )
     with ExitStack() as stack:
-        for name, stage in parts.items():
-            stack.enter_context(mock.patch.object(engine, name, timers.around(stage, getattr(engine, name))))
+        for owner, name, stage in parts:
+            stack.enter_context(mock.patch.object(owner, name, timers.around(stage, getattr(owner, name))))
         yield
 
 
@@ -282,15 +257,14 @@ def model_inputs(model: Any, processor: Any, case: Case) -> dict[str, torch.Tens
 
 
 def batches_of(cases: Sequence[Case], size: int, tokens: int) -> list[list[Case]]:
-    """Cut as the worker's batcher does: by count and by tokens, in order."""
-    batches: list[list[Case]] = []
-    room = 0
+    """Cut as the worker's batcher does, but in order: by count, and by questions times the longest one's tokens."""
+    batches: list[list[Case]] = [[]]
     for case in cases:
-        if not batches or len(batches[-1]) == size or case.request.num_tokens > room:
+        batch = batches[-1]
+        longest = max(c.request.num_tokens for c in (*batch, case))
+        if len(batch) == size or (batch and (len(batch) + 1) * longest > tokens):
             batches.append([])
-            room = tokens
         batches[-1].append(case)
-        room -= case.request.num_tokens
     return batches
 
 
@@ -346,11 +320,11 @@ class Bench:
         timers = Timers(self.device.type == "cuda")
         halved = 0
         warm = with_answers(batches[0][:2], "2")
-        with forced_answers(warm):
+        with forced_answers(engine, warm):
             extract(engine, warm)
         engine.free_cache()
         self._reset_peak()
-        with forced_answers(cases), stages_timed(engine, timers):
+        with forced_answers(engine, cases), stages_timed(engine, timers):
             begun = synchronised(self.device)
             for batch in batches:
                 halved += extract(engine, batch)

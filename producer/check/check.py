@@ -235,7 +235,7 @@ def _trial(
     chosen = [question for group in spread(groups, number) for question in group][:sample]
     asked_of, own = options.computation, settings()
     cache = cache_of(options.model, options.revision, cache_dir)
-    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache)
+    spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache, own.cudnn_attention)
     cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
     return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
 

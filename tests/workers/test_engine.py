@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from storage.sample import Sample
 from tests.support.mistakes import MISTAKES
@@ -20,6 +23,7 @@ from workers.checks.reference import Reference
 from workers.engine import process as engine_process
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
+from workers.engine.models.qwen2_5_vl import widen
 from workers.errors import PermanentError
 from workers.extract.batcher import DynamicBatcher
 from workers.extract.preprocess import Preprocessor
@@ -253,8 +257,8 @@ def test_out_of_memory_splits_and_recovers(engine: ModelEngine, cases: Any, monk
     monkeypatch.setattr(slots, "run", run)
     monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
     ours, theirs = multiprocessing.Pipe()
-    threading.Thread(target=engine_process._serve, args=(theirs,), daemon=True).start()
     process = engine_process.EngineProcess(EngineSpec("model", "", "main", "float32", ""), 60)
+    threading.Thread(target=engine_process._serve, args=(theirs, process._pixels), daemon=True).start()
     ours.send(process._spec)
     assert ours.recv() == engine.info
     process._connection = ours
@@ -287,3 +291,24 @@ def test_patches_are_bit_equal_to_the_official_recipe(engine: ModelEngine, small
             official = reference.inputs(path, "?")
             assert torch.equal(patches["pixel_values"], official["pixel_values"])
             assert torch.equal(patches["image_grid_thw"], official["image_grid_thw"])
+
+
+def test_a_device_makes_the_same_patches(small_model: Path, photographs: Path) -> None:
+    """As a GPU normalises and cuts them: here the device is the CPU, said explicitly."""
+    engine = ModelEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
+    family, image = engine._family, np.array(Image.open(photographs / "coffee.png").resize((280, 196)))
+    before = family.inputs("<|image_pad|>", image)
+    family.process_on(torch.device("cpu"))
+    assert family._where
+    after = family.inputs("<|image_pad|>", image)
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+
+
+def test_a_wider_perceptron_is_the_same() -> None:
+    torch.manual_seed(0)
+    perceptron = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=40, intermediate_size=107, hidden_act="silu"), bias=True)
+    states = torch.randn(5, 40)
+    expected = perceptron(states)
+    widen(perceptron)
+    assert perceptron.down_proj.in_features == perceptron.gate_proj.weight.shape[0] == 128
+    torch.testing.assert_close(perceptron(states), expected, rtol=1e-6, atol=1e-6)

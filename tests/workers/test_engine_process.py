@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from storage.sample import Sample
 from workers.engine import process as engine_process
 from workers.engine.fake import FakeEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
+from workers.engine.pixel_memory import PixelMemory
 from workers.engine.process import EngineProcess
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError
 
@@ -230,10 +232,10 @@ def test_child_dies_with_a_killed_parent(state):
 
 def test_exception_comes_back_with_its_traceback(start):
     wrong = requests(1)[0]
-    broken = Request(wrong.image_key, None, wrong.suffix_ids, 4, Recipe(layers=(0,), max_new_tokens=5))  # no pixels
+    broken = replace(wrong, suffix_ids=None)
     engine = start()
     pid = engine.pid
-    with pytest.raises(BatchFailedError, match=r"^AttributeError: .*tobytes") as caught:
+    with pytest.raises(BatchFailedError, match=r"^TypeError: .*NoneType") as caught:
         engine.extract([broken])
     assert "in extract" in caught.value.child_traceback
     assert_same(engine.extract(requests()), FakeEngine(spec()).extract(requests()))
@@ -275,11 +277,12 @@ def serve_one(monkeypatch, error):
     monkeypatch.setattr(engine_process, "make_engine", Broken)
     ours, theirs = socket.socketpair()
     with Connection(ours.detach()) as parent, Connection(theirs.detach()) as child:
+        pixels = PixelMemory()
         parent.send(spec())
-        parent.send(requests(1))
+        parent.send(pixels.put(requests(1)))
         with socket.fromfd(parent.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
             end.shutdown(socket.SHUT_WR)  # `_serve` returns where nothing more comes
-        engine_process._serve(child)
+        engine_process._serve(child, pixels)
         parent.recv()
         return parent.recv()
 

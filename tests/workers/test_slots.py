@@ -215,7 +215,7 @@ def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Any]:
     slots.reserve(row, number, 1024, 200)
     suffixes = [tuple(range(TEXT - i % 5)) for i in range(number)]
     with Launches() as counted:
-        slots.run(slots.take(range(number), [row], [0] * number, suffixes, suffixes))
+        slots.run(slots.take(range(number), [row], [0] * number, suffixes, suffixes, [200] * number))
     return slots, counted
 
 

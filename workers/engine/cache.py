@@ -164,17 +164,25 @@ class Batch:
 
     def rows(self) -> list[Row]:
         """Take the batch apart: each sequence's own cache, without padding."""
-        lengths, positions = self.mask.sum(1).tolist(), self.next_position.tolist()
-        return [
-            Row([self._of_row(layer, i, length) for layer in self.cache.layers], length, position)
-            for i, (length, position) in enumerate(zip(lengths, positions))
-        ]
+        lengths, positions = torch.stack([self.mask.sum(1), self.next_position]).tolist()
+        return [Row(self._of_row(i, length), length, position) for i, (length, position) in enumerate(zip(lengths, positions))]
 
-    def _of_row(self, layer: Any, row: int, length: int) -> Tensor | Recurrent:
-        if Recurrent.is_one(layer):
-            return Recurrent.of_row(layer, row)
-        kept = length if layer.keys.shape[2] == self.mask.shape[1] else layer.keys.shape[2]
-        return torch.stack([states[row, :, -kept:] for states in (layer.keys, layer.values)])
+    def _of_row(self, row: int, length: int) -> list[Tensor | Recurrent]:
+        layers, width = [layer for layer in self.cache.layers if layer.is_initialized], self.mask.shape[1]
+        kept: list[Any] = [
+            Recurrent.of_row(layer, row) if Recurrent.is_one(layer) else self._states(layer, row, length, width)
+            for layer in layers
+        ]
+        pairs = [pair for pair in kept if not isinstance(pair, Recurrent)]
+        if len(pairs) == len(kept) and len({(keys.shape, keys.device) for keys, _ in pairs}) == 1:
+            whole = torch.stack([state for pair in pairs for state in pair])  # all layers in one copy, apart as its views
+            return list(whole.view(len(pairs), 2, *whole.shape[1:]).unbind(0))
+        return [pair if isinstance(pair, Recurrent) else torch.stack(pair) for pair in kept]
+
+    @staticmethod
+    def _states(layer: Any, row: int, length: int, width: int) -> tuple[Tensor, Tensor]:
+        kept = length if layer.keys.shape[2] == width else layer.keys.shape[2]
+        return layer.keys[row, :, -kept:], layer.values[row, :, -kept:]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given sequences."""

@@ -23,6 +23,7 @@ class EngineSpec:
     revision: str
     dtype: str
     cache_dir: str
+    cudnn_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True)

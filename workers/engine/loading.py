@@ -22,7 +22,6 @@ from workers.engine.interface import EngineSpec, ModelInfo
 from workers.engine.models import family_of
 from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_unfinite, refuse_unmerged
 from workers.errors import EngineStartError, in_a_line
-from workers.settings import settings
 
 _CPU_PREFIX_BYTES = 512 << 20
 # Of the memory that is free once the model is loaded; the rest is for activations.
@@ -79,7 +78,7 @@ def _load_model(spec: EngineSpec, source: dict[str, Any]) -> Any:
     placement: dict[str, Any] = {}
     # Where torch prefers it (Hopper), cuDNN's attention plans anew for each shape, of which a batch has many: 0.44 s for one
     # on a B200 (modelscope/FunASR#3704). It has also failed and been wrong: pytorch/pytorch#190321, #193893.
-    torch.backends.cuda.enable_cudnn_sdp(settings().cudnn_attention)
+    torch.backends.cuda.enable_cudnn_sdp(spec.cudnn_attention)
     if torch.cuda.is_available():
         # One GPU that is seen is the usual case (CUDA_VISIBLE_DEVICES); several are for a model that one cannot hold.
         placement["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}

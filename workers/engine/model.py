@@ -190,11 +190,12 @@ class ModelEngine:
                 rows = [prefixes[key].row for key in order]
                 if not reserved:
                     slots.reserve(rows[0], number, longest, recipe.max_new_tokens)
-                    slots.begin(penalty, recipe.max_new_tokens)
+                    slots.begin(penalty)
                     reserved = True
                 prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in asked]
                 of = [order.index(request.image_key) for request in asked]
-                prefill = slots.take(chosen, rows, of, prompts, [request.suffix_ids for request in asked])
+                suffixes, limits = [request.suffix_ids for request in asked], [recipe.max_new_tokens] * len(asked)
+                prefill = slots.take(chosen, rows, of, prompts, suffixes, limits)
                 with (
                     self._passes.capture(recipe, prefill.last) as captured,
                     self._passes.ending(recipe),

@@ -1,7 +1,8 @@
 """The engine in a process of its own.
 
 The decode loop never shares an interpreter with the task threads, and a native crash, a hang or a sticky CUDA error costs
-this process only. The two ends talk over a socket pair in pickles: both are ours, and nothing from outside travels there.
+this process only. The two ends talk over a socket pair in pickles: both are ours, and nothing from outside travels there but
+pixels, which go through memory that both map.
 
 The child imports this module and calls `main`. `python -m` would pickle its answers as classes of `__main__`, which the
 parent would look for in its own.
@@ -31,6 +32,7 @@ from storage.screen.terminal import guard_logs
 from workers.checkpoint.identity import local_directory
 from workers.engine.interface import Engine, EngineSpec, ModelInfo, Request
 from workers.engine.memory_errors import is_out_of_memory
+from workers.engine.pixel_memory import PixelMemory, Sent
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, RunRefusedError, in_a_line
 from workers.process.parent import die_with_parent
@@ -62,6 +64,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._turn = threading.Lock()
+        self._pixels = PixelMemory()
 
     def start(self) -> ModelInfo:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
@@ -82,8 +85,8 @@ class EngineProcess:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-c", _CHILD, str(theirs.fileno()), str(self._pixels.descriptor), str(os.getpid())],
+                pass_fds=[theirs.fileno(), self._pixels.descriptor],
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
@@ -107,7 +110,15 @@ class EngineProcess:
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
         """Run one batch. Raises BatchFailedError; EngineDiedError, after which `start` makes a new process."""
-        answer = self._ask(list(requests))
+        with self._turn:
+            try:
+                question = self._pixels.put(requests)
+            except OSError as error:
+                raise BatchFailedError(f"no memory for the images ({error.strerror})", "", out_of_memory=True) from error
+            try:
+                answer = self._answer(question)
+            finally:
+                self._pixels.clear()
         self.answered = time.time()
         if isinstance(answer, _BatchError):
             raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
@@ -115,15 +126,12 @@ class EngineProcess:
 
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Have a run's prompt rendered and cut. Raises RunRefusedError where its template cannot be used; EngineDiedError."""
-        answer = self._ask(style)
+        with self._turn:
+            answer = self._answer(style)
         if isinstance(answer, _BatchError):
             raise RunRefusedError(f"the run's chat template or system prompt cannot be used: {answer.summary}")
         assert isinstance(answer, PromptParts)
         return answer
-
-    def _ask(self, question: Any) -> Any:
-        with self._turn:
-            return self._answer(question)
 
     def _answer(self, question: Any) -> Any:
         if self._connection is None:
@@ -181,7 +189,7 @@ def make_engine(spec: EngineSpec) -> Engine:
     return ModelEngine(spec)
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, pixels: PixelMemory) -> None:
     try:
         engine = make_engine(connection.recv())
     except Exception as error:  # noqa: BLE001  (whatever a checkpoint or driver raises is why the worker exits)
@@ -194,7 +202,7 @@ def _serve(connection: Connection) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: Any = engine.prompt(question) if isinstance(question, PromptStyle) else engine.extract(question)
+            answer: Any = engine.extract(pixels.take(question)) if isinstance(question, Sent) else engine.prompt(question)
         except Exception as error:  # the batch boundary: the parent finds the one to blame
             if _is_sticky(error):
                 raise
@@ -225,11 +233,11 @@ def _describe(code: int | None) -> str:
 
 def main() -> None:
     """Serve the parent until it closes its end or dies."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, pixels, parent = map(int, sys.argv[1:4])
     die_with_parent(parent)
     guard_logs()  # a checkpoint's own words are in transformers' warnings
     # Batches differ in size, and the allocator's fixed segments would leave holes: a 24 GB card needs them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _serve(Connection(descriptor))
+    _serve(Connection(descriptor), PixelMemory(pixels))

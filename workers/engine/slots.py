@@ -60,7 +60,7 @@ class _State:
     log_probabilities: Tensor  # (S, T)
     entropy: Tensor  # (S,) of the first token
     penalty: Tensor
-    limit: Tensor
+    limit: Tensor  # (S,) tokens of the answer at most
 
 
 class Slots:
@@ -120,7 +120,7 @@ class Slots:
             log_probabilities=zeros(number, answer, dtype=torch.float32),
             entropy=zeros(number, dtype=torch.float32),
             penalty=torch.ones((), device=device),
-            limit=zeros(),
+            limit=zeros(number),
         )
         self._every = torch.arange(number, device=device)
 
@@ -136,16 +136,18 @@ class Slots:
         """Whether some slot's answer goes on."""
         return any(owner is not None for owner in self._owners)
 
-    def begin(self, penalty: float, longest: int) -> None:
-        """Set the repetition penalty, and how many tokens an answer has at most."""
+    def begin(self, penalty: float) -> None:
+        """Set the repetition penalty."""
         self._state.penalty.fill_(penalty)
-        self._state.limit.fill_(longest)
 
     def take(
         self, owners: Sequence[int], rows: Sequence[Row], of: Sequence[int], prompts: Sequence[Sequence[int]],
-        suffixes: Sequence[Sequence[int]],
+        suffixes: Sequence[Sequence[int]], limits: Sequence[int],
     ) -> Prefill:  # fmt: skip
-        """Put questions into free slots: the i-th goes on from a copy of rows[of[i]]. `run` is to follow."""
+        """Put questions into free slots: the i-th goes on from a copy of rows[of[i]].
+
+        Its answer has limits[i] tokens at most. `run` is to follow.
+        """
         chosen = self.free[: len(owners)]
         for slot, owner in zip(chosen, owners, strict=True):
             self._owners[slot] = owner
@@ -167,8 +169,8 @@ class Slots:
             tokens = np.concatenate([tokens, tokens[-1:].repeat(short, axis=0)])
         ids, slot, place, positions = self._on_device(tokens.T)
         state = self._state
-        facts = np.array([chosen, used, [p + n for p, n in zip(next_positions, sizes)], [e - 1 for e in begins[1:]]])
-        where, counts, following, last = self._on_device(facts)
+        facts = np.array([chosen, used, [p + n for p, n in zip(next_positions, sizes)], [e - 1 for e in begins[1:]], limits])
+        where, counts, following, last, limit = self._on_device(facts)
         state.used[where] = counts.int()
         state.position[where] = following
         state.seen[where] = False
@@ -176,7 +178,8 @@ class Slots:
         state.seen[tuple(self._on_device(np.array(known).T))] = True
         state.count[where] = 0
         state.ended[where] = False
-        state.alive[where] = state.limit > 0
+        state.limit[where] = limit
+        state.alive[where] = limit > 0
         self._fresh = True
         plan = Plan(slot, place, state.used, spans)
         if self._kv.flash:
@@ -270,7 +273,7 @@ class Slots:
         state.ended[rows] = torch.where(alive, ends, state.ended[rows])
         count = count + alive
         state.count[rows] = count
-        state.alive[rows] = alive & ~ends & (count < state.limit)
+        state.alive[rows] = alive & ~ends & (count < state.limit[rows])
         state.seen[rows, chosen] = True
         state.chosen[rows] = chosen
         self._fresh = False

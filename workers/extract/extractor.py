@@ -76,7 +76,7 @@ class Extractor:
     def __init__(self, config: WorkerSettings, worker: str, on_fatal: Callable[[BaseException], None]) -> None:
         self._worker = worker
         cache = cache_of(config.model, config.revision, config.cache_dir)
-        spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, cache)
+        spec = EngineSpec(config.engine, config.model, config.revision, config.dtype, cache, config.cudnn_attention)
         self.engine = EngineProcess(spec, config.engine_timeout, config.load_timeout)
         self.info: ModelInfo = self.engine.start()
         self.preprocess = Preprocessor(self.info)

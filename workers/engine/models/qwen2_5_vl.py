@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
@@ -29,8 +29,12 @@ class Family(qwen_vl.Family):
         return int((inputs["input_ids"][0] == self.image_id).nonzero()[-1]) + 1
 
     def speed_up(self) -> None:
-        """Batch the windows."""
+        """Batch the windows too, and round the width of the perceptrons up to what a GPU likes."""
+        super().speed_up()
         batch_windows(self.core.visual)
+        if self.core.visual.device.type == "cuda":
+            for block in self.core.visual.blocks:
+                widen(block.mlp)
 
 
 def batch_windows(visual: Any) -> None:
@@ -38,6 +42,19 @@ def batch_windows(visual: Any) -> None:
     windows = _Windows()
     for block in visual.blocks:
         block.attn.forward = _BatchedWindowAttention(block.attn, windows)
+
+
+def widen(perceptron: Any, multiple: int = 64) -> None:
+    """Pad a gated perceptron's inner width with zeros, which add nothing: of the 7B's tower, 3420 to 3456."""
+    up, down = (perceptron.gate_proj, perceptron.up_proj), perceptron.down_proj
+    short = -up[0].out_features % multiple
+    for linear in up:
+        linear.weight = torch.nn.Parameter(pad(linear.weight, (0, 0, 0, short)), requires_grad=False)
+        linear.out_features += short
+        if linear.bias is not None:
+            linear.bias = torch.nn.Parameter(pad(linear.bias, (0, short)), requires_grad=False)
+    down.weight = torch.nn.Parameter(pad(down.weight, (0, short)), requires_grad=False)
+    down.in_features += short
 
 
 class _Windows:
