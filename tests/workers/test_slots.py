@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from storage.sample import Sample
+from tests.support.launches import DEPTH, NUMBER, Launches, fake_seven, filled, images
 from workers.checks.reference import Reference
 from workers.engine import model as engine_model
-from workers.engine.cache import Row
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
-from workers.engine.models import family_of
 from workers.engine.slots import Slots
 from workers.extract.preprocess import Preprocessor
 
@@ -140,102 +136,29 @@ def test_as_many_slots_as_memory_has_room_for(
 
 # On CUDA, without one: fake tensors have shapes and devices, and no values.
 
-SEVEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "max_window_layers": 28,
-         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
-IMAGE, TEXT, NUMBER = 400, 40, 128  # tokens of an image and of a question; slots
 
-
-class Launches(TorchDispatchMode):
-    """Counts what a device runs, and what crosses between it and the host."""
-
-    VIEWS = frozenset(
-        [
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "expand",
-            "transpose",
-            "slice",
-            "select",
-            "unsqueeze",
-            "squeeze",
-            "permute",
-            "t",
-            "detach",
-            "alias",
-            "split",
-            "unbind",
-            "split_with_sizes",
-            "as_strided",
-            "unsafe_split",
-            "chunk",
-            "empty",
-            "empty_like",
-            "new_empty",
-            "lift_fresh",
-            "arange_view",
-        ]
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.run: Counter[str] = Counter()
-        self.crossed: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        out = func(*args, **(kwargs or {}))
-        devices = {t.device.type for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
-        scalars = {"cpu"} if any(isinstance(a, torch.Tensor) and a.device.type == "cpu" and a.ndim for a in args) else set()
-        if "cuda" in devices and (scalars or name in {"aten::_local_scalar_dense", "aten::nonzero"}):
-            self.crossed[name] += 1
-        kernel = name.removeprefix("aten::")
-        if "cuda" in devices and name.startswith("aten::") and kernel not in self.VIEWS:
-            self.run[kernel] += 1
-        return out
-
-
-@pytest.fixture(scope="module")
-def seven(small_model: Path) -> Iterator[tuple[FakeTensorMode, Any]]:
-    """A 7B decoder of fake bfloat16 tensors on a GPU that is not there; the tower stays tiny."""
-    config = AutoConfig.from_pretrained(small_model)
-    for name, value in SEVEN.items():
-        setattr(config.get_text_config(), name, value)
-    config.get_text_config().layer_types = ["full_attention"] * SEVEN["num_hidden_layers"]
-    config.get_text_config().rope_parameters["mrope_section"] = [16, 24, 24]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        with torch.device("cuda"):
-            model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        yield fake, family_of("qwen2_5_vl")(model.eval(), AutoProcessor.from_pretrained(small_model))
-
-
-def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Any]:
-    slots = Slots(family, (151645, 151643), axes=3)
-    row = Row([torch.empty(2, 4, IMAGE, 128, dtype=torch.bfloat16, device="cuda") for _ in family.layers], IMAGE, 30)
-    slots.reserve(row, number, 1024, 200)
-    suffixes = [tuple(range(TEXT - i % 5)) for i in range(number)]
-    with Launches() as counted:
-        slots.run(slots.take(range(number), [row], [0] * number, suffixes, suffixes, [200] * number))
-    return slots, counted
+@pytest.fixture
+def seven(small_model: Path) -> Iterator[Any]:
+    """A 7B decoder of fake tensors on a GPU that is not there."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield fake_seven(small_model)
 
 
 def test_a_step_on_a_gpu_reads_and_crosses_nothing(seven: Any) -> None:
     """Of the 7B, 128 questions: what one captured graph holds. A read of a value raises here."""
-    _, family = seven
-    slots, prefill = filled(family)
+    slots, prefill = filled(seven)
     slots._step_of_all()
     with Launches() as step:
         slots._step_of_all()
-    assert not step.crossed
-    assert sum(step.run.values()) <= 1300
-    assert step.run["_flash_attention_forward"] == SEVEN["num_hidden_layers"]
-    assert sum(prefill.run.values()) <= 1600
-    assert sum(prefill.crossed.values()) <= 8  # ids, positions and places, to the device
+    assert not step.crossed.total()
+    assert step.run.total() <= 1300
+    assert step.run["_flash_attention_forward"] == DEPTH
+    assert prefill.run.total() <= 1600
+    assert prefill.crossed.total() <= 8  # ids, positions and places, to the device
 
 
 def test_a_read_in_a_step_would_show(seven: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, family = seven
-    slots, _ = filled(family, 8)
+    slots, _ = filled(seven, 8)
     original = Slots._choose
     monkeypatch.setattr(Slots, "_choose", lambda self, rows: (original(self, rows), self._state.alive.any().item()))
     with pytest.raises(DataDependentOutputException):
@@ -243,8 +166,14 @@ def test_a_read_in_a_step_would_show(seven: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_captured_is_run_as_it_is(seven: Any, caplog: pytest.LogCaptureFixture) -> None:
-    _, family = seven
-    slots, _ = filled(family, 8)
+    slots, _ = filled(seven, 8)
     slots._steps()  # no GPU is there: capturing fails
     assert slots._graph is False
     assert "steps of decoding are not captured, which is slower" in caplog.text
+
+
+def test_images_take_few_launches(small_model: Path) -> None:
+    """Of 128, at the 7B's depth, several at once."""
+    counted = images(small_model)
+    assert counted.run.total() <= 22_000
+    assert counted.reads.total() <= 6 * NUMBER

@@ -168,10 +168,11 @@ class Batch:
         return [Row(self._of_row(i, length), length, position) for i, (length, position) in enumerate(zip(lengths, positions))]
 
     def _of_row(self, row: int, length: int) -> list[Tensor | Recurrent]:
-        layers, width = [layer for layer in self.cache.layers if layer.is_initialized], self.mask.shape[1]
+        run = (layer for layer in self.cache.layers if Recurrent.is_one(layer) or layer.is_initialized)
+        width = self.mask.shape[1]
         kept: list[Any] = [
             Recurrent.of_row(layer, row) if Recurrent.is_one(layer) else self._states(layer, row, length, width)
-            for layer in layers
+            for layer in run
         ]
         pairs = [pair for pair in kept if not isinstance(pair, Recurrent)]
         if len(pairs) == len(kept) and len({(keys.shape, keys.device) for keys, _ in pairs}) == 1:

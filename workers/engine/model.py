@@ -257,18 +257,17 @@ class ModelEngine:
         family, recipe = self._family, request.recipe
         made = family.inputs(self._prefixes.text(recipe), request.pixels)
         inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
-        ids = inputs["input_ids"][0]
-        end, facts = len(ids) - 1, self._prefixes.facts(ids, inputs, 0)
+        prompt = tuple(inputs["input_ids"][0].tolist())
+        end, facts = len(prompt) - 1, self._prefixes.facts(prompt, inputs, 0)
         if recipe.halp_compat:
-            first, grid = int((ids == family.image_id).nonzero()[0]), facts.get("image_grid_thw")
+            grid = facts.get("image_grid_thw")
             patches = facts["num_vision_tokens"] if grid is None else math.prod(grid)
-            where = PublishedPrompt(len(ids), first, facts["vision_token_position"], patches)
+            where = PublishedPrompt(len(prompt), prompt.index(family.image_id), facts["vision_token_position"], patches)
             facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(where)
         [vectors], batch, final = self._passes.run(
             inputs, [facts["vision_token_position"], end], (VISION_TOKEN, QUERY_TOKEN), recipe
         )
         batch.extra = family.kept_of(inputs)
-        prompt = tuple(ids.tolist())
         [answer] = self._answer(batch, final, [prompt], recipe)
         facts = {
             **facts,

@@ -83,14 +83,14 @@ class Prefixes:
         family = self._family
         whole = family.inputs(self.text(recipe), *pixels)
         inputs = family.up_to(whole, family.cut(whole))
-        ids, real = inputs["input_ids"], inputs["attention_mask"]
-        last = int((ids[0] == family.image_id).nonzero()[-1]) - ids.shape[1]  # from the end: closing tokens are as many in all
+        ids, lengths = inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist()
+        prompts = [tuple(row[-length:]) for row, length in zip(ids, lengths)]
+        last = -1 - prompts[0][::-1].index(family.image_id)  # closing tokens are as many in all
         vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
         made = []
         for i, (row, found) in enumerate(zip(batch.rows(), vectors, strict=True)):
-            own = ids[i][real[i].bool()]
-            facts = self.facts(own, inputs, i)
-            made.append(ImagePrefix(row, tuple(own.tolist()), facts, found, family.kept_of(inputs)))
+            facts = self.facts(prompts[i], inputs, i)
+            made.append(ImagePrefix(row, prompts[i], facts, found, family.kept_of(inputs)))
         return made
 
     def _tokens(self, pixels: np.ndarray) -> int:
@@ -98,9 +98,9 @@ class Prefixes:
         assert factor is not None
         return int(np.prod(pixels.shape[:2])) // factor**2
 
-    def facts(self, ids: Tensor, inputs: Inputs, row: int) -> dict[str, Any]:
-        """Return what is known of the image in a prompt's ids."""
-        images = (ids == self._family.image_id).nonzero()
-        facts = {"vision_token_position": int(images[-1]), "num_vision_tokens": len(images)}
+    def facts(self, ids: Sequence[int], inputs: Inputs, row: int) -> dict[str, Any]:
+        """Return what is known of the image in a prompt."""
+        last = len(ids) - 1 - ids[::-1].index(self._family.image_id)
+        facts = {"vision_token_position": last, "num_vision_tokens": ids.count(self._family.image_id)}
         grid = inputs.get("image_grid_thw")
         return facts if grid is None else facts | {"image_grid_thw": grid[row].tolist()}

@@ -23,6 +23,7 @@ from workers.engine.cache import Row
 from workers.engine.decode import Answer
 from workers.engine.models.base import Family
 from workers.engine.slot_cache import Plan, SlotCache
+from workers.engine.slot_state import SlotState
 from workers.errors import in_a_line
 
 logger = logging.getLogger(__name__)
@@ -44,25 +45,6 @@ class Prefill:
     last: Tensor
 
 
-@dataclass(slots=True)
-class _State:
-    """What decoding knows of each slot, on the device."""
-
-    used: Tensor  # (S,) int32, tokens
-    position: Tensor  # (S,) text position of the next token
-    last: Tensor  # (S, D) final state of the last token
-    seen: Tensor  # (S, V) which tokens the penalty is on
-    chosen: Tensor  # (S,) the answer's last token
-    alive: Tensor  # (S,)
-    count: Tensor  # (S,) tokens of the answer
-    ended: Tensor  # (S,) by an end token
-    tokens: Tensor  # (S, T)
-    log_probabilities: Tensor  # (S, T)
-    entropy: Tensor  # (S,) of the first token
-    penalty: Tensor
-    limit: Tensor  # (S,) tokens of the answer at most
-
-
 class Slots:
     """The slots of one loaded model."""
 
@@ -71,13 +53,13 @@ class Slots:
         self._device: torch.device = family.model.get_input_embeddings().weight.device
         self._ends = torch.tensor(list(ends), device=self._device)
         self._kv = SlotCache(family, self._device)
-        self._given: _State | None = None
+        self._given: SlotState | None = None
         self._graph: Any = None  # False: it cannot be captured
         self._fresh = False  # some slot has no token of its answer yet
         self._owners: list[int | None] = []
 
     @property
-    def _state(self) -> _State:
+    def _state(self) -> SlotState:
         assert self._given is not None
         return self._given
 
@@ -90,7 +72,9 @@ class Slots:
         fits = number <= kv.number and capacity <= kv.capacity and len(row.kv) <= kv.depth
         if self._given is None or not fits or answer > self._given.tokens.shape[1]:
             self.release()
-            self._allocate(row, number, capacity, max(1, answer))
+            kv.allocate(row, number, capacity)
+            self._given = SlotState.empty(self._family, self._device, number, max(1, answer))
+            self._every = torch.arange(number, device=self._device)
         self._state.alive.zero_()
         self._owners = [None] * self._kv.number
 
@@ -98,31 +82,6 @@ class Slots:
         """Free the memory."""
         self._given = self._graph = None
         self._kv.release()
-
-    def _allocate(self, row: Row, number: int, capacity: int, answer: int) -> None:
-        self._kv.allocate(row, number, capacity)
-        device, family = self._device, self._family
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        words = family.model.get_output_embeddings().out_features
-        self._given = _State(
-            used=zeros(number, dtype=torch.int32),
-            position=zeros(number),
-            last=zeros(number, family.text.hidden_size, dtype=family.model.dtype),
-            seen=zeros(number, words, dtype=torch.bool),
-            chosen=zeros(number),
-            alive=zeros(number, dtype=torch.bool),
-            count=zeros(number),
-            ended=zeros(number, dtype=torch.bool),
-            tokens=zeros(number, answer),
-            log_probabilities=zeros(number, answer, dtype=torch.float32),
-            entropy=zeros(number, dtype=torch.float32),
-            penalty=torch.ones((), device=device),
-            limit=zeros(number),
-        )
-        self._every = torch.arange(number, device=device)
 
     # Questions in
 

@@ -211,7 +211,9 @@ class Family:
 
     def merged_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
         """Return the mean (D,) of the embeddings of each row's image."""
-        return [row[ids == self.image_id].mean(0) for row, ids in zip(out, inputs["input_ids"])]
+        of_image = (inputs["input_ids"] == self.image_id).float().to(out.device)  # no index by it, which the host would read
+        sums = torch.bmm(of_image[:, None], out.float())[:, 0]
+        return list((sums / of_image.sum(1, keepdim=True)).to(out.dtype))
 
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (E,) of the tower's output: over patches, tiles and, where it has one, the class token."""

@@ -1,0 +1,133 @@
+"""What a GPU would be asked to run, counted without one: launches, host reads and crossings of the engine's stages.
+
+    python -m tests.support.launches    # the table in benchmarks/RESULTS.md
+
+Suffixes and decoding are run on fake tensors of the 7B's shapes on a device that is not there: a read of a value raises. Images
+are run on the CPU, through a model as deep as the 7B and narrow, since transformers' own forward reads values.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from workers.demo.small_model import build_small_model
+from workers.demo.small_spec import TEST
+from workers.engine.cache import Row
+from workers.engine.interface import Recipe
+from workers.engine.models import family_of
+from workers.engine.passes import Passes
+from workers.engine.prefixes import Prefixes
+from workers.engine.slots import Slots
+
+DEPTH, IMAGE, TEXT, NUMBER = 28, 400, 40, 128  # layers; tokens of an image and of a question; slots
+WIDE = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "vocab_size": 152064}  # fmt: skip
+READS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "_unique2"}
+VIEWS = {
+    "view", "_unsafe_view", "reshape", "expand", "transpose", "slice", "select", "unsqueeze", "squeeze", "permute", "t",
+    "alias", "detach", "split", "unbind", "lift_fresh", "split_with_sizes", "as_strided", "unsafe_split", "chunk", "empty", "empty_like",
+    "new_empty", "empty_strided", "unfold",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts kernels on a device, values that the host reads, and copies between the two."""
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.device = device
+        self.run: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.crossed: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        here = any(tensor.device.type == self.device for tensor in tensors)
+        if not here or space != "aten":
+            return out
+        self.reads[name] += name in READS
+        self.crossed[name] += self.device != "cpu" and any(t.device.type == "cpu" and t.ndim for t in tensors)
+        self.run[name] += name not in VIEWS
+        return out
+
+
+def deep(model: Path, **sizes: int) -> Any:
+    """Return a small model's config as deep as the 7B's."""
+    config = AutoConfig.from_pretrained(model)
+    text = config.get_text_config()
+    for name, value in {"num_hidden_layers": DEPTH, "max_window_layers": DEPTH, **sizes}.items():
+        setattr(text, name, value)
+    text.layer_types = ["full_attention"] * DEPTH
+    if sizes:
+        text.rope_parameters["mrope_section"] = [16, 24, 24]
+    return config
+
+
+def fake_seven(model: Path) -> Any:
+    """Return a 7B family of fake bfloat16 tensors on a GPU that is not there; its tower stays tiny. In FakeTensorMode."""
+    with torch.device("cuda"):
+        made = Qwen2_5_VLForConditionalGeneration._from_config(
+            deep(model, **WIDE), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    return family_of("qwen2_5_vl")(made.eval(), AutoProcessor.from_pretrained(model))
+
+
+def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Launches]:
+    """Return slots with questions that were prefilled, and what that took."""
+    slots = Slots(family, (151645, 151643), axes=3)
+    row = Row([torch.empty(2, 4, IMAGE, 128, dtype=torch.bfloat16, device="cuda") for _ in family.layers], IMAGE, 30)
+    slots.reserve(row, number, 1024, 200)
+    suffixes = [tuple(range(TEXT - i % 5)) for i in range(number)]
+    with Launches() as counted:
+        slots.run(slots.take(range(number), [row], [0] * number, suffixes, suffixes, [200] * number))
+    return slots, counted
+
+
+def images(model: Path, number: int = NUMBER) -> Launches:
+    """Count what the tower and the prefixes of so many images take, several at once as on a GPU."""
+    config = deep(model)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 32, [7, 15, 23, 31]
+    made = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    family = family_of("qwen2_5_vl")(made, AutoProcessor.from_pretrained(model))
+    family.speed_up()
+    prefixes = Prefixes(family, Passes(family))
+    prefixes.together = 16384
+    random = np.random.default_rng(0)
+    shapes = [(int(height), IMAGE // int(height)) for height in random.integers(14, 29, number)]
+    pictures = {str(n): random.integers(0, 256, (28 * h, 28 * w, 3), np.uint8) for n, (h, w) in enumerate(shapes)}
+    recipe = Recipe(layers=(0, 7, 14, 21, 27), max_new_tokens=1)
+    with torch.no_grad(), Launches("cpu") as counted:
+        for chunk in prefixes._chunks(sorted(pictures, key=lambda key: pictures[key].size), pictures):
+            prefixes.run([pictures[key] for key in chunk], recipe)
+    return counted
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = build_small_model(Path(scratch) / "Qwen2.5-VL-Test", TEST)
+        counted = {f"tower and prefixes of {NUMBER} images": images(model)}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            slots, counted[f"{NUMBER} suffixes, with the copies of their prefixes"] = filled(fake_seven(model))
+            slots._step_of_all()
+            with Launches() as counted["a step of decoding"]:
+                slots._step_of_all()
+    print("| stage | launches | host reads | copies to the device |\n| --- | --- | --- | --- |")
+    for stage, found in counted.items():
+        print(f"| {stage} | {found.run.total():,} | {found.reads.total():,} | {found.crossed.total():,} |")
+
+
+if __name__ == "__main__":
+    main()
