@@ -35,8 +35,8 @@ WIDE = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 
 READS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "_unique2"}
 VIEWS = {
     "view", "_unsafe_view", "reshape", "expand", "transpose", "slice", "select", "unsqueeze", "squeeze", "permute", "t",
-    "alias", "detach", "split", "unbind", "lift_fresh", "split_with_sizes", "as_strided", "unsafe_split", "chunk", "empty", "empty_like",
-    "new_empty", "empty_strided", "unfold",
+    "alias", "detach", "split", "unbind", "lift_fresh", "split_with_sizes", "as_strided", "unsafe_split", "chunk", "empty",
+    "empty_like", "new_empty", "empty_strided", "unfold",
 }  # fmt: skip
 
 

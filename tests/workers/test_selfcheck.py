@@ -67,8 +67,8 @@ def test_it_fails_where_the_engine_is_broken(small_model: Path, monkeypatch: pyt
     assert result.exit_code == 1, result.output
     assert f"{dtype}, all 7 layers, 4 questions: FAIL\n" in result.output
     verdicts = {row[1].strip(): row[-2].strip() for row in (line.split("│") for line in result.output.splitlines()) if row[1:]}
-    assert verdicts["vision_encoder"] == "pass"  # the mistake is in the decoder
-    assert verdicts["vision_token"] == "FAIL"
+    assert verdicts["vision_token"] == "pass"  # the mistake is in what follows the image
+    assert verdicts["query_token"] == "FAIL"
 
 
 def test_a_model_too_large_is_checked_as_far_as_it_fits(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
