@@ -73,7 +73,7 @@ class WorkerSettings(BaseSettings):
     load_timeout: float = Field(3600.0, gt=0, description="Seconds that loading a model may take.")
     max_batch_size: int = Field(0, ge=0, description="Questions in one batch; 0 is 128 on a GPU and 32 on a CPU.")
     max_batch_tokens: int = Field(
-        0, ge=0, description="Prompt tokens in one batch; 0 follows the memory that the loaded model leaves free."
+        0, ge=0, description="Tokens in one batch, its questions times the longest prompt's; 0 follows the memory that is free."
     )
     max_queue_delay: float = Field(0.05, ge=0, description="Seconds that a question waits for others to fill its batch.")
     max_retries: int = Field(5, ge=0, description="Retries of a question after transient errors.")

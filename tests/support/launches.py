@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -84,10 +85,21 @@ def fake_seven(model: Path) -> Any:
     return family_of("qwen2_5_vl")(made.eval(), AutoProcessor.from_pretrained(model))
 
 
+def spread(family: Any) -> None:
+    """Put the upper half of a fake decoder, its norm and the head on a second GPU, with the hooks of `device_map="auto"`."""
+    upper = [*family.layers[DEPTH // 2 :], family.decoder.norm, family.model.lm_head]
+    for module, device in (*((m, "cuda:0") for m in family.layers[: DEPTH // 2]), *((m, "cuda:1") for m in upper)):
+        for inner in module.modules():
+            for name, weight in [*inner.named_parameters(recurse=False)]:
+                setattr(inner, name, torch.nn.Parameter(weight.to(device), requires_grad=False))
+        add_hook_to_module(module, AlignDevicesHook(execution_device=device, skip_keys="past_key_values"))
+
+
 def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Launches]:
     """Return slots with questions that were prefilled, and what that took."""
     slots = Slots(family, (151645, 151643), axes=3)
-    row = Row([torch.empty(2, 4, IMAGE, 128, dtype=torch.bfloat16, device="cuda") for _ in family.layers], IMAGE, 30)
+    devices = [next(layer.parameters()).device for layer in family.layers]
+    row = Row([torch.empty(2, 4, IMAGE, 128, dtype=torch.bfloat16, device=device) for device in devices], IMAGE, 30)
     slots.reserve(row, number, 1024, 200)
     suffixes = [tuple(range(TEXT - i % 5)) for i in range(number)]
     with Launches() as counted:

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from storage.sample import Sample
-from tests.support.launches import DEPTH, NUMBER, Launches, fake_seven, filled, images
+from tests.support.launches import DEPTH, NUMBER, Launches, fake_seven, filled, images, spread
 from workers.checks.reference import Reference
 from workers.engine import model as engine_model
 from workers.engine.interface import EngineSpec, Recipe, Request
@@ -164,6 +164,17 @@ def test_a_read_in_a_step_would_show(seven: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Slots, "_choose", lambda self, rows: (original(self, rows), self._state.alive.any().item()))
     with pytest.raises(DataDependentOutputException):
         slots._step_of_all()
+
+
+def test_a_model_on_two_gpus(seven: Any) -> None:
+    """Keys and values lie where their layer lies; everything of ours on the first."""
+    spread(seven)
+    slots, _ = filled(seven, 8)
+    slots._steps()
+    assert slots._graph is False  # two devices are not captured
+    state = slots._state
+    assert {state.last.device.index, state.used.device.index, state.alive.device.index} == {0}
+    assert [layer.keys.device.index for layer in slots._kv.cache.layers] == [0] * (DEPTH // 2) + [1] * (DEPTH // 2)
 
 
 def test_what_cannot_be_captured_is_run_as_it_is(seven: Any, caplog: pytest.LogCaptureFixture) -> None:

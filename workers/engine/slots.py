@@ -203,7 +203,9 @@ class Slots:
         self._advance(self._every, self._kv.number, self._kv.capacity, whole=True)
 
     def _captured(self) -> Any:
-        """Return a graph of one step; False where it cannot be captured."""
+        """Return a graph of one step; False where it cannot be captured, as of a model on several GPUs."""
+        if len({parameter.device for parameter in self._family.model.parameters()}) > 1:
+            return False
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
