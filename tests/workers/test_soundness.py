@@ -19,6 +19,7 @@ from workers.demo.small_tokenizer import CHAT_TEMPLATE
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.model import ModelEngine
 from workers.engine.proving import proof
+from workers.engine.slot_cache import SlotCache
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor
 
@@ -205,6 +206,20 @@ def test_where_slots_go_wrong_questions_are_padded(
     assert "questions are padded, which is slower" in caplog.text
     padding_mask_ignored(monkeypatch)
     assert not load(small_model).info.shares_images
+
+
+def test_where_slots_cannot_be_used_questions_are_padded(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a version of torch whose attention takes other arguments."""
+
+    def attend(*_: Any) -> Any:
+        raise TypeError("_flash_attention_forward() got an unexpected keyword argument 'seqused_k'")
+
+    monkeypatch.setattr(SlotCache, "attend", attend)
+    engine = load(small_model)
+    assert (engine._slots, engine.info.shares_images) == (None, True)
+    assert "questions are padded, which is slower: TypeError: _flash_attention_forward()" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -48,7 +48,7 @@ from workers.engine.proving.proof import (
 )
 from workers.engine.proving.soundness import refuse_no_end
 from workers.engine.slots import Slots
-from workers.errors import EngineStartError
+from workers.errors import EngineStartError, in_a_line
 
 logger = logging.getLogger(__name__)
 _MOST_SLOTS = 128
@@ -103,8 +103,11 @@ class ModelEngine:
         if self._slots is not None:
             try:
                 refuse_difference(plain, family, self.info, self.extract)
-            except EngineStartError as error:
-                logger.warning("questions are padded, which is slower: %s", error)
+            except torch.OutOfMemoryError:
+                raise
+            except (EngineStartError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                # Also of an architecture whose attention is its own, or a version of torch with another flash attention.
+                logger.warning("questions are padded, which is slower: %s", in_a_line(error))
                 self._slots = None
             else:
                 return
