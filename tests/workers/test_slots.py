@@ -84,14 +84,16 @@ def test_bits_do_not_depend_on_the_batch(
     assert [bits(engine.extract([request])[0]) for request in requests] == first
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 32])
-@pytest.mark.parametrize(("penalty", "length"), [(None, LENGTH), (1.7, LENGTH), (1.0, 200), (None, 1)])
+@pytest.mark.parametrize(
+    ("slots", "penalty", "length"),
+    [(1, None, LENGTH), (2, 1.7, LENGTH), (5, 1.7, LENGTH), (5, 1.0, 200), (32, None, LENGTH), (2, None, 1)],
+)
 def test_answers_are_generates(
     slots: int, penalty: float | None, length: int, engine: ModelEngine, small_model: Path, pairs: list[tuple[Path, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(engine_model, "_MOST_SLOTS", slots)
-    chosen = pairs[:6]
+    chosen = pairs[:4] if length == 200 else pairs[:6]
     samples = engine.extract(asked(engine, chosen, repetition_penalty=penalty, max_new_tokens=length))
     assert [sample.facts["answer_token_ids"] for sample in samples] == expected(small_model, chosen, penalty, length)
     for sample in samples:
