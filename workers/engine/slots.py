@@ -1,8 +1,8 @@
 """Slots: places for questions, in which suffixes are prefilled without padding and answers are decoded.
 
-A slot whose answer has ended takes the next question at once. No shape depends on who else is in the batch: in float32 on a CPU
-a question's results have the same bits in any company (where the machine's matrix products have; the load's proof measures
-it). A step of decoding reads nothing from the device, so that CUDA captures it in one graph.
+A slot whose answer has ended takes another question of the batch. No shape depends on who else is in it: in float32 on a CPU a
+question's results have the same bits in any company (where the machine's matrix products have; the load's proof measures it).
+A step of decoding reads nothing from the device, so that CUDA captures it in one graph.
 
 Served so are decoders whose layers attend to text before them, all of it or a window.
 """
