@@ -3,15 +3,18 @@
     python -m tests.support.launches    # the table in benchmarks/RESULTS.md
 
 Suffixes and decoding are run on fake tensors of the 7B's shapes on a device that is not there: a read of a value raises. Images
-are run on the CPU, through a model as deep as the 7B and narrow, since transformers' own forward reads values.
+are run on the CPU, through a model as deep as the 7B and narrow, since transformers' own forward reads values; "the device" is
+there what is computed from weights and inputs.
 """
 
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,12 +26,13 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import TEST
+from workers.engine import attention
 from workers.engine.cache import Row
+from workers.engine.decoding.slots import Slots
 from workers.engine.interface import Recipe
 from workers.engine.models import family_of
 from workers.engine.passes import Passes
 from workers.engine.prefixes import Prefixes
-from workers.engine.slots import Slots
 
 DEPTH, IMAGE, TEXT, NUMBER = 28, 400, 40, 128  # layers; tokens of an image and of a question; slots
 WIDE = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -42,7 +46,10 @@ VIEWS = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts kernels on a device, values that the host reads, and copies between the two."""
+    """Counts kernels on a device, values that the host reads, copies between the two, and the most bytes in use.
+
+    On the CPU there is one kind of memory: there "the device" is whatever is computed from the tensors in `on_device`.
+    """
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__()
@@ -50,16 +57,39 @@ class Launches(TorchDispatchMode):
         self.run: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
         self.crossed: Counter[str] = Counter()
+        self.live: dict[int, int] = {}
+        self.most = 0
+
+    def on_device(self, tensors: Any) -> None:
+        """Say that some tensors lie on the device."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor)
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, key, None)
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device != "cpu" or tensor.untyped_storage()._cdata in self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        there = [tensor for tensor in taken if not self._is_here(tensor)]
+        here = len(there) < len(taken)
         out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        here = here or any(tensor.device.type == self.device != "cpu" for tensor in made)
         space, _, name = func._schema.name.partition("::")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-        here = any(tensor.device.type == self.device for tensor in tensors)
         if not here or space != "aten":
             return out
-        self.reads[name] += name in READS
-        self.crossed[name] += self.device != "cpu" and any(t.device.type == "cpu" and t.ndim for t in tensors)
+        self.on_device(made)
+        self.most = max(self.most, sum(self.live.values()))
+        self.reads[name] += name in READS or (name == "index" and any(t.dtype == torch.bool for t in taken[1:]))
+        self.crossed[name] += any(t.ndim for t in there)
         self.run[name] += name not in VIEWS
         return out
 
@@ -107,23 +137,47 @@ def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Launches]:
     return slots, counted
 
 
-def images(model: Path, number: int = NUMBER) -> Launches:
-    """Count what the tower and the prefixes of so many images take, several at once as on a GPU."""
+def prefixes_of(model: Path) -> Prefixes:
+    """Return the prefixes of a narrow model as deep as the 7B's, with as deep a tower, that packs images as on a GPU."""
     config = deep(model)
     config.vision_config.depth, config.vision_config.fullatt_block_indexes = 32, [7, 15, 23, 31]
     made = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     family = family_of("qwen2_5_vl")(made, AutoProcessor.from_pretrained(model))
     family.speed_up()
     prefixes = Prefixes(family, Passes(family))
-    prefixes.together = 16384
-    random = np.random.default_rng(0)
+    prefixes.packed, prefixes.at_once = True, NUMBER * IMAGE
+    return prefixes
+
+
+def images(model: Path, number: int = NUMBER) -> Launches:
+    """Count what the tower and the prefixes of so many images take, together as on a GPU with memory for them."""
+    prefixes = prefixes_of(model)
+    family, random = prefixes._family, np.random.default_rng(0)
     shapes = [(int(height), IMAGE // int(height)) for height in random.integers(14, 29, number)]
-    pictures = {str(n): random.integers(0, 256, (28 * h, 28 * w, 3), np.uint8) for n, (h, w) in enumerate(shapes)}
+    pictures = [random.integers(0, 256, (28 * h, 28 * w, 3), np.uint8) for h, w in shapes]
     recipe = Recipe(layers=(0, 7, 14, 21, 27), max_new_tokens=1)
-    with torch.no_grad(), Launches("cpu") as counted:
-        for chunk in prefixes._chunks(sorted(pictures, key=lambda key: pictures[key].size), pictures):
-            prefixes.run([pictures[key] for key in chunk], recipe)
+    counted, to_device = Launches("cpu"), family.on_device
+
+    def on_device(inputs: Any) -> Any:
+        made = {name: values.clone() for name, values in to_device(inputs).items()}
+        counted.on_device(made)
+        return made
+
+    family.on_device = on_device
+    counted.on_device([*family.model.parameters(), *family.model.buffers()])
+    with (
+        torch.no_grad(),
+        patch.object(attention, "flash_takes", return_value=True),
+        patch("torch.ops.aten._flash_attention_forward", _one_call),
+        counted,
+    ):
+        prefixes.run(pictures, recipe)
     return counted
+
+
+def _one_call(query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+    """Stand in for flash attention: one kernel, whatever it gives."""
+    return (query.clone(),)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from workers.engine import slot_cache
-from workers.engine.models import qwen2_5_vl
+from workers.engine.decoding import slot_cache
+from workers.engine.models import qwen_vl
 from workers.engine.passes import Passes
 from workers.engine.prefixes import Prefixes
 
@@ -19,7 +19,7 @@ def one_dimensional(patch: pytest.MonkeyPatch) -> None:
 
     def run(self: Any, inputs: Any, *rest: Any) -> Any:
         vectors, batch, final = original(self, inputs, *rest)
-        batch.next_position = inputs["attention_mask"].sum(1)
+        batch.next_position = torch.tensor([inputs["input_ids"].shape[1]])
         return vectors, batch, final
 
     patch.setattr(Passes, "run", run)
@@ -56,8 +56,8 @@ def padding_mask_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def windows_ignored(patch: pytest.MonkeyPatch) -> None:
     """Have all patches of an image see each other in every layer of the tower."""
-    original = qwen2_5_vl._Windows.of
-    patch.setattr(qwen2_5_vl._Windows, "of", lambda self, boundaries: original(self, boundaries[[0, -1]]))
+    original = qwen_vl._SpansOf.of
+    patch.setattr(qwen_vl._SpansOf, "of", lambda self, boundaries: original(self, boundaries[[0, -1]]))
 
 
 SHARING = (one_dimensional, suffix_off_by_one)

@@ -16,10 +16,10 @@ from storage.sample import Sample
 from tests.support.launches import DEPTH, NUMBER, Launches, fake_seven, filled, images, spread
 from workers.checks.reference import Reference
 from workers.engine import model as engine_model
+from workers.engine.decoding.slots import Slots
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
 from workers.engine.proving.proof import is_invariant
-from workers.engine.slots import Slots
 from workers.extract.preprocess import Preprocessor
 
 QUESTIONS = ("What is in the image?", "Why?", "Is there an animal in this picture? Answer in one word.", "How many?")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tests.support.mistakes import SHARING, lengths_ignored, padding_mask_ignored, windows_ignored
 from workers.checks.reference import Reference
 from workers.demo.small_tokenizer import CHAT_TEMPLATE
+from workers.engine.decoding.slot_cache import SlotCache
 from workers.engine.interface import EngineSpec, Recipe
 from workers.engine.model import ModelEngine
 from workers.engine.proving import proof
-from workers.engine.slot_cache import SlotCache
 from workers.errors import EngineStartError
 from workers.extract.preprocess import Preprocessor
 

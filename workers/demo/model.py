@@ -35,7 +35,7 @@ from workers.demo.pictures import Lesson, Picture, Pixels, draw_batch
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import SmallModelSpec
 from workers.engine.loading import pixel_limits
-from workers.engine.models.qwen2_5_vl import batch_windows
+from workers.engine.models.qwen_vl import attend_in_spans
 from workers.engine.prompt import QuestionTokenizer, split_prompt
 from workers.extract.loading import smart_resize
 
@@ -82,7 +82,7 @@ class Pupil:
         self._limits = pixel_limits(processor.image_processor)
         self._factor = processor.image_processor.patch_size * processor.image_processor.merge_size
         self._images = processor.image_processor
-        batch_windows(self.model.model.visual)
+        attend_in_spans(self.model.model.visual)
         self._embed = self.model.get_input_embeddings()
         self._device = device
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -162,28 +163,26 @@ class Batch:
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         return cls(cache, mask, torch.tensor([row.next_position for row in rows], device=device)[chosen])
 
-    def rows(self) -> list[Row]:
-        """Take the batch apart: each sequence's own cache, without padding."""
-        lengths, positions = torch.stack([self.mask.sum(1), self.next_position]).tolist()
-        return [Row(self._of_row(i, length), length, position) for i, (length, position) in enumerate(zip(lengths, positions))]
+    def rows(self, lengths: Sequence[int], next_positions: Sequence[int]) -> list[Row]:
+        """Take apart what lies behind one another in a batch of one row: each sequence's own cache."""
+        ends = list(itertools.accumulate(lengths))
+        spans = [(end - length, end) for end, length in zip(ends, lengths)]
+        return [Row(self._of(*span, ends[-1]), *facts) for span, *facts in zip(spans, lengths, next_positions, strict=True)]
 
-    def _of_row(self, row: int, length: int) -> list[Tensor | Recurrent]:
-        run = (layer for layer in self.cache.layers if Recurrent.is_one(layer) or layer.is_initialized)
-        width = self.mask.shape[1]
-        kept: list[Any] = [
-            Recurrent.of_row(layer, row) if Recurrent.is_one(layer) else self._states(layer, row, length, width)
-            for layer in run
-        ]
+    def _of(self, begin: int, end: int, width: int) -> list[Tensor | Recurrent]:
+        """Return what each layer keeps of some of the row's tokens; one that attends to an image: all of it."""
+        kept: list[Any] = []
+        for layer in self.cache.layers:
+            if Recurrent.is_one(layer):
+                kept.append(Recurrent.of_row(layer, 0))
+            elif layer.is_initialized:
+                tokens = slice(begin, end) if layer.keys.shape[2] == width else slice(None)
+                kept.append((layer.keys[0, :, tokens], layer.values[0, :, tokens]))
         pairs = [pair for pair in kept if not isinstance(pair, Recurrent)]
         if len(pairs) == len(kept) and len({(keys.shape, keys.device) for keys, _ in pairs}) == 1:
             whole = torch.stack([state for pair in pairs for state in pair])  # all layers in one copy, apart as its views
             return list(whole.view(len(pairs), 2, *whole.shape[1:]).unbind(0))
         return [pair if isinstance(pair, Recurrent) else torch.stack(pair) for pair in kept]
-
-    @staticmethod
-    def _states(layer: Any, row: int, length: int, width: int) -> tuple[Tensor, Tensor]:
-        kept = length if layer.keys.shape[2] == width else layer.keys.shape[2]
-        return layer.keys[row, :, -kept:], layer.values[row, :, -kept:]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given sequences."""

@@ -6,7 +6,7 @@ torch's MATH kernel keeps the whole matrix of scores: 67 GB for a photograph of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,27 @@ from torch.overrides import TorchFunctionMode
 _SCORES = 1 << 24  # of a chunk, in all rows and heads: 64 MB in float32, and about three copies of it
 
 
+_active: list[TorchFunctionMode] = []
+
+
+def is_plain() -> bool:
+    """Tell whether the plain kernel is asked for, so that no other is to be called by its name."""
+    return bool(_active)
+
+
 class PlainAttention(TorchFunctionMode):
     """While this context lasts, every scaled_dot_product_attention runs in the MATH kernel, some queries at a time."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        _active.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _active.pop()
 
     def __torch_function__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Take attention over; let everything else pass."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from workers.engine.proving.soundness import refuse_foreign_tokenizer, refuse_un
 from workers.errors import EngineStartError, in_a_line
 
 _CPU_PREFIX_BYTES = 512 << 20
-# Of the memory that is free once the model is loaded; the rest is for activations.
+# Of the memory that is free once a model is loaded: prefixes that are kept, keys and values of a batch, states of a prefill.
 _PREFIX_SHARE = 0.2
 _BATCH_SHARE = 0.3
+_PREFILL_SHARE = 0.25
 _VISION_ADAPTER = "vision-lora"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -222,8 +224,19 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_bounds(device: torch.device, bytes_per_token: int) -> tuple[int, int]:
-    """Return the bytes for image prefixes, and the prompt tokens of a batch, by the memory that a loaded model leaves."""
-    free = free_memory(device)
-    tokens = max(1, int(free * _BATCH_SHARE) // bytes_per_token)
-    return (int(free * _PREFIX_SHARE) if device.type == "cuda" else _CPU_PREFIX_BYTES), tokens
+@dataclass(frozen=True, slots=True)
+class MemoryBounds:
+    """What is done at once in the memory that a loaded model leaves."""
+
+    prefix_bytes: int  # of prefixes that are kept
+    batch_tokens: int  # of a batch's prompts
+    prefill_tokens: int  # that go through the model in one forward
+
+    @classmethod
+    def within(cls, free: int, device: str, cached: int, active: int) -> MemoryBounds:
+        """Return the bounds for so many free bytes; a token's keys and values take `cached`, a forward over it `active`."""
+        return cls(
+            prefix_bytes=int(free * _PREFIX_SHARE) if device == "cuda" else _CPU_PREFIX_BYTES,
+            batch_tokens=max(1, int(free * _BATCH_SHARE) // cached),
+            prefill_tokens=max(1, int(free * _PREFILL_SHARE) // active),
+        )

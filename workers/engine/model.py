@@ -11,6 +11,7 @@ Knows nothing of runs, files or queues.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -27,12 +28,13 @@ from workers.checkpoint.published import PUBLISHED
 from workers.checkpoint.published import Prompt as PublishedPrompt
 from workers.engine.any_prompt import placeholders, split_any_prompt
 from workers.engine.cache import Batch
-from workers.engine.decode import Answer, decode
-from workers.engine.generation import Generation
+from workers.engine.decoding.decode import Answer, decode
+from workers.engine.decoding.generation import Generation
+from workers.engine.decoding.slots import Slots
 from workers.engine.hooks import to_host
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
-from workers.engine.loading import load_checkpoint, memory_bounds, model_info
+from workers.engine.loading import MemoryBounds, free_memory, load_checkpoint, model_info
 from workers.engine.models import family_of
 from workers.engine.passes import Passes
 from workers.engine.prefixes import ImagePrefix, Prefixes
@@ -47,7 +49,6 @@ from workers.engine.proving.proof import (
     refuse_difference,
 )
 from workers.engine.proving.soundness import refuse_no_end
-from workers.engine.slots import Slots
 from workers.errors import EngineStartError, in_a_line
 
 logger = logging.getLogger(__name__)
@@ -74,15 +75,15 @@ class ModelEngine:
         [first] = self._prefixes.run([proof_images(family)[0]], recipe)
         row = first.row
         per_token = max(1, row.growing_bytes // row.length)
-        prefix_bytes, batch_tokens = memory_bounds(self._device, per_token)
-        self._prefixes.kept.max_bytes = prefix_bytes
+        bounds = MemoryBounds.within(free_memory(self._device), self._device.type, per_token, family.active_bytes)
+        self._prefixes.kept.max_bytes, self._prefixes.at_once = bounds.prefix_bytes, bounds.prefill_tokens
         self.info = model_info(
             model, processor, config_file, spec.revision, vision_hidden_size=len(first.vectors[VISION_ENCODER.name]),
             vision_encoder_definition=family.encoder_definition,
             sized=family.factor is not None, repetition_penalty=self._generation.penalty,
             placeholders=placeholders(family), prompt=prompt, factor=family.factor,
             most_image_tokens=None if family.factor else most_image_tokens(family, self._prefixes.text(recipe), prompt),
-            held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=batch_tokens,
+            held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=bounds.batch_tokens,
         )  # fmt: skip
         alone = first.extra is not None or row.growing_bytes < row.nbytes  # more than text is attended to
         self._slots = None if alone else Slots(family, self._generation.ends, self._passes.axes)
@@ -136,7 +137,7 @@ class ModelEngine:
         recipe = Recipe(layers=(0,), max_new_tokens=0, halp_compat=True)
         inputs = self._family.inputs(self._prefixes.text(recipe), proof_images(self._family)[0])
         with torch.inference_mode():
-            [vectors], _, _ = self._passes.run(inputs, [0], (), recipe)
+            vectors, _, _ = self._passes.run(inputs, [0], (), recipe)
         size = len(vectors[VISION_ONLY.name])
         return None if size == self.info.vision_hidden_size else size
 
@@ -185,7 +186,9 @@ class ModelEngine:
         while len(answers) < len(requests):
             free = len(slots.free) if reserved else number
             if waiting and (not slots.busy or free >= max(1, _REFILL_SHARE * number)):
-                chosen, waiting = waiting[:free], waiting[free:]
+                sizes = itertools.accumulate(len(requests[i].suffix_ids) for i in waiting[:free])
+                number_now = max(1, sum(size <= self._prefixes.at_once for size in sizes))
+                chosen, waiting = waiting[:number_now], waiting[number_now:]
                 asked = [requests[i] for i in chosen]
                 prefixes, new = self._prefixes.of(asked, recipe)
                 computed |= new
@@ -267,9 +270,8 @@ class ModelEngine:
             patches = facts["num_vision_tokens"] if grid is None else math.prod(grid)
             where = PublishedPrompt(len(prompt), prompt.index(family.image_id), facts["vision_token_position"], patches)
             facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(where)
-        [vectors], batch, final = self._passes.run(
-            inputs, [facts["vision_token_position"], end], (VISION_TOKEN, QUERY_TOKEN), recipe
-        )
+        at = [facts["vision_token_position"], end]
+        vectors, batch, final = self._passes.run(inputs, at, (VISION_TOKEN, QUERY_TOKEN), recipe)
         batch.extra = family.kept_of(inputs)
         [answer] = self._answer(batch, final, [prompt], recipe)
         facts = {

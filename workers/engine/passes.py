@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from storage.fields import VISION_ENCODER, VISION_ONLY, Field, by_layer
 from workers.checkpoint.published import PUBLISHED
-from workers.engine.cache import Batch
+from workers.engine.attention import Spans, attending, configs_of
+from workers.engine.cache import Batch, Row
 from workers.engine.hooks import ending_after, inputs_of, outputs
 from workers.engine.interface import Recipe
-from workers.engine.models.base import Family, Inputs
+from workers.engine.models.base import Family, Inputs, Packed
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ def watched(family: Family) -> Iterator[Seen]:
 
 
 def vision_means(family: Family, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Return the vision fields of each row's image, of what `vision_modules` put out."""
+    """Return the vision fields of each image, of what `vision_modules` put out."""
     merged = vision.get(1, seen.embedded)
     assert merged is not None
     means = zip(family.merged_means(merged, inputs), family.encoder_means(vision[0], inputs), strict=True)
@@ -64,6 +65,7 @@ class Passes:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.device = family.model.get_input_embeddings().weight.device
+        self._configs = configs_of(family.decoder)
         self._published = PUBLISHED.get(family.model.config.model_type)
         self.axes: int | None = None  # of the decoder's positions: None where it counts in one dimension
         # Of a model with recurrent layers, an empty cache's layers.
@@ -71,39 +73,64 @@ class Passes:
 
     def run(
         self, inputs: Inputs, at: Sequence[int], fields: Sequence[Field], recipe: Recipe
-    ) -> tuple[list[dict[str, Tensor]], Batch, Tensor | None]:
-        """Run the model itself over rows, padded on the left. Return for each the vectors of its image and of a field at each
-        of some columns; the batch after it; and the last tokens' final states, (B, D): None where it ended after the last
-        layer that is kept.
+    ) -> tuple[dict[str, Tensor], Batch, Tensor | None]:
+        """Run the model itself over a prompt. Return the vectors of its image and of a field at each of some columns; the batch
+        after it; and the last token's final states, (1, D): None where it ended after the last layer that is kept.
+        """
+        batch = Batch.empty([0], self.device, self._layer_kinds)
+        [vectors], captured, positions, out = self._run(inputs, batch.cache, at, recipe)
+        length = inputs["input_ids"].shape[1]
+        batch.mask = torch.ones(1, length, dtype=torch.long, device=self.device)
+        last = length - 1 if positions is None else positions.max()
+        batch.next_position = batch.next_position + last + 1
+        for place, field in enumerate(fields):
+            vectors.update(by_layer(field, {n: v[0, place].clone() for n, v in captured.items()}))
+        return vectors, batch, None if out is None else out.last_hidden_state[:, -1].to(self.device)
+
+    def run_packed(
+        self, packed: Packed, at: Sequence[int], field: Field, recipe: Recipe
+    ) -> tuple[list[dict[str, Tensor]], list[Row]]:
+        """Run prompts that lie in one row. Return of each the vectors of its image and of a field at its column; its cache."""
+        spans, kinds = Spans(packed.lengths), set(self.family.kinds)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+            """Of (1, heads, N, d)."""
+            states = (x[0].transpose(0, 1) for x in (query, key, value))
+            return spans.attend(*states, scale=scale, causal=True, window=window)[None]
+
+        batch = Batch.empty([0], self.device)
+        masks = dict.fromkeys(kinds) if len(kinds) > 1 else None
+        with attending(self._configs, attend):
+            vectors, captured, _, _ = self._run(packed.inputs, batch.cache, at, recipe, attention_mask=masks)
+        layers = list(captured)
+        for found, states in zip(vectors, torch.stack([captured[layer][0] for layer in layers], dim=1)):  # (layers, D)
+            found.update(by_layer(field, dict(zip(layers, states.clone()))))
+        return vectors, batch.rows(packed.lengths, packed.next_positions)
+
+    def _run(
+        self, inputs: Inputs, cache: Cache, at: Sequence[int], recipe: Recipe, **more: Any
+    ) -> tuple[list[dict[str, Tensor]], dict[int, Tensor], Tensor | None, Any]:
+        """Run the model itself over one row. Return the vectors of its images; the kept layers' states at some columns,
+        (1, len(at), D); the positions that it gave, if it did; and what came out of its decoder.
         """
         family = self.family
-        rows, length = inputs["input_ids"].shape
-        batch = Batch.empty([0] * rows, self.device, self._layer_kinds)
         # A recurrent layer that was not run has no state that could be kept.
         ends = recipe.max_new_tokens == 0 and not family.recurrent
-        final = None
+        out = None
         with (
+            family.entering(inputs) as given,
             self.capture(recipe, at) as captured,
             outputs(family.vision_modules(), family.of_tower) as vision,
             watched(family) as seen,
             ending_after(family.layers[max(recipe.layers)] if ends else None),
         ):
-            out = family.core(**inputs, past_key_values=batch.cache, use_cache=True)
-            final = out.last_hidden_state[:, -1].to(self.device)
-        batch.mask = inputs["attention_mask"].long()
+            out = family.core(**given, **more, past_key_values=cache, use_cache=True)
         if seen.positions is not None and seen.positions.ndim == 3:
             self.axes = 3  # of four, the first is the text's own
-        positions = torch.arange(length, device=self.device) if seen.positions is None else seen.positions.to(self.device)
-        last = positions.amax(-1)  # of each row, in each axis
-        batch.next_position = (last.amax(0) if last.ndim == 2 else last.expand(rows)) + 1
-        found = self._of_images(vision, seen, inputs, recipe)
-        for place, field in enumerate(fields):
-            for row, vectors in enumerate(found):
-                vectors.update(by_layer(field, {n: v[row, place].clone() for n, v in captured.items()}))
-        return found, batch, final
+        return self._of_images(vision, seen, inputs, recipe), captured, seen.positions, out
 
     def _of_images(self, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs, recipe: Recipe) -> list[dict[str, Tensor]]:
-        if recipe.halp_compat:  # one row
+        if recipe.halp_compat:  # one image
             assert seen.embedded is not None
             return [{VISION_ONLY.name: self.family.published_vision(vision[0], seen.embedded, inputs)}]
         found = vision_means(self.family, vision, seen, inputs)
@@ -137,7 +164,7 @@ class Passes:
     def capture(self, recipe: Recipe, at: Sequence[int] | Tensor) -> Any:
         """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
         layers = {i: self.family.layers[i] for i in recipe.layers}
-        columns = at if isinstance(at, Tensor) else list(at)
+        columns = at if isinstance(at, Tensor) else torch.tensor(at, device=self.device)
         definition = self._published.layers if recipe.halp_compat and self._published else "output"
         if definition == "input":
             return inputs_of(layers, lambda states: states[:, columns])

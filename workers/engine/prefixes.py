@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,6 @@ from workers.engine.interface import Recipe, Request
 from workers.engine.models.base import Family, Inputs
 from workers.engine.passes import Passes
 from workers.engine.prompt import PromptStyle
-
-# One image at a time: a larger batch leaves the processor's cache (2.5 samples/s against 3.4, benchmarks/engine.py).
-_CPU_TOKENS = 1
-_GPU_TOKENS = 16384
 
 
 @dataclass(slots=True)
@@ -45,7 +42,9 @@ class Prefixes:
     def __init__(self, family: Family, passes: Passes) -> None:
         self._family, self._passes = family, passes
         self.kept: PrefixCache[ImagePrefix] = PrefixCache(0)
-        self.together = _GPU_TOKENS if passes.device.type == "cuda" else _CPU_TOKENS
+        # On a CPU one image at a time: more leave its cache (2.5 samples/s against 3.4, benchmarks/engine.py).
+        self.packed = family.together and passes.device.type == "cuda"
+        self.at_once = 1  # tokens
         self._texts: dict[PromptStyle, str] = {}
 
     def text(self, recipe: Recipe) -> str:
@@ -68,13 +67,16 @@ class Prefixes:
         return {key: found[key] for key in pixels}, set(missing)
 
     def _chunks(self, keys: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
-        """Cut images, sorted by size, into chunks that are run at once: within a number of tokens, padding counted."""
+        """Cut images into chunks that are run at once, within a number of tokens."""
         chunk: list[str] = []
+        tokens = 0
         for key in keys:
-            if chunk and not (self._family.together and (len(chunk) + 1) * self._tokens(pixels[key]) <= self.together):
+            size = self._tokens(pixels[key]) if self.packed else self.at_once
+            if chunk and tokens + size > self.at_once:
                 yield chunk
-                chunk = []
+                chunk, tokens = [], 0
             chunk.append(key)
+            tokens += size
         if chunk:
             yield chunk
 
@@ -83,15 +85,24 @@ class Prefixes:
         family = self._family
         whole = family.inputs(self.text(recipe), *pixels)
         inputs = family.up_to(whole, family.cut(whole))
-        ids, lengths = inputs["input_ids"].tolist(), inputs["attention_mask"].sum(1).tolist()
-        prompts = [tuple(row[-length:]) for row, length in zip(ids, lengths)]
-        last = -1 - prompts[0][::-1].index(family.image_id)  # closing tokens are as many in all
-        vectors, batch, _ = self._passes.run(inputs, [last], (VISION_TOKEN,), recipe)
-        made = []
-        for i, (row, found) in enumerate(zip(batch.rows(), vectors, strict=True)):
-            facts = self.facts(prompts[i], inputs, i)
-            made.append(ImagePrefix(row, prompts[i], facts, found, family.kept_of(inputs)))
-        return made
+        return self._together(inputs, recipe) if self.packed else [self._one(inputs, recipe)]
+
+    def _one(self, inputs: Inputs, recipe: Recipe) -> ImagePrefix:
+        ids = tuple(inputs["input_ids"][0].tolist())
+        facts = self.facts(ids, inputs, 0)
+        vectors, batch, _ = self._passes.run(inputs, [facts["vision_token_position"]], (VISION_TOKEN,), recipe)
+        [row] = batch.rows([len(ids)], batch.next_position.tolist())
+        return ImagePrefix(row, ids, facts, vectors, self._family.kept_of(inputs))
+
+    def _together(self, inputs: Inputs, recipe: Recipe) -> list[ImagePrefix]:
+        packed = self._family.packed(inputs)
+        row = packed.inputs["input_ids"][0].tolist()
+        begins = [0, *itertools.accumulate(packed.lengths)]
+        prompts = [tuple(row[begin:end]) for begin, end in itertools.pairwise(begins)]
+        facts = [self.facts(ids, inputs, i) for i, ids in enumerate(prompts)]
+        columns = [begin + of["vision_token_position"] for begin, of in zip(begins, facts)]
+        vectors, rows = self._passes.run_packed(packed, columns, VISION_TOKEN, recipe)
+        return [ImagePrefix(*parts, None) for parts in zip(rows, prompts, facts, vectors, strict=True)]
 
     def _tokens(self, pixels: np.ndarray) -> int:
         factor = self._family.factor

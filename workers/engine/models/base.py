@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")  # 1 where a token is an image'
 _TOWERS = ("visual", "vision_tower", "vision_model")
 _BY_LENGTH = {"dynamic", "longrope"}
 Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Prompts of several images behind one another in one row."""
+
+    inputs: Inputs  # with position_ids, (1, N) or (axes, 1, N), and without an attention mask
+    lengths: list[int]
+    next_positions: list[int]  # of the text that follows each
 
 
 class Family:
@@ -69,18 +79,29 @@ class Family:
         return decoder_of(self.model)
 
     def inputs(self, text: str, *images: np.ndarray) -> Inputs:
-        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]; a row for each image."""
-        return self.on_device(self.processor(text=[text] * len(images), images=list(images), **self._processing(len(images))))
+        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]; a row for each image.
+
+        On the host, pixels perhaps not: what is asked of it here is not asked of a GPU.
+        """
+        made = self.processor(text=[text] * len(images), images=list(images), **self._processing(len(images)))
+        return {name: values for name, values in made.items() if name != "labels"}
 
     def _processing(self, rows: int) -> dict[str, Any]:
         return {"return_tensors": "pt"} | ({"padding": True, "padding_side": "left"} if rows > 1 else {})
 
-    def on_device(self, made: Any) -> Inputs:
-        """Return a processor's output where the embeddings are, in the model's dtype."""
+    def on_device(self, inputs: Inputs) -> Inputs:
+        """Return inputs where the embeddings are, in the model's dtype."""
         device = self.model.get_input_embeddings().weight.device
-        return {
-            k: v.to(device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in made.items() if k != "labels"
-        }
+        return {k: v.to(device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    @contextmanager
+    def entering(self, inputs: Inputs) -> Iterator[Inputs]:
+        """Yield what the model's forward takes of inputs on the host; it runs while the context lasts."""
+        yield self.on_device(inputs)
+
+    def packed(self, inputs: Inputs) -> Packed:
+        """Put the rows of several images' inputs behind one another in one; where `together` says that it can be done."""
+        raise NotImplementedError
 
     def cut(self, inputs: Inputs) -> int:
         """Return where an image's part of a prompt ends, closing tokens included."""
@@ -97,13 +118,13 @@ class Family:
     def up_to(self, inputs: Inputs, end: int) -> Inputs:
         """Return the inputs of a prompt's first `end` tokens."""
         shape = inputs["input_ids"].shape
-        return {k: v[:, :end] if _by_token(v, shape) else v for k, v in inputs.items()}
+        return {k: v[:, :end] if by_token(v, shape) else v for k, v in inputs.items()}
 
     def extended(self, inputs: Inputs, suffix: Sequence[int]) -> Inputs:
         """Return the inputs of a prompt that goes on with text, whose tokens see what the last one sees."""
         shape, found = inputs["input_ids"].shape, {}
         for name, values in inputs.items():
-            if not _by_token(values, shape):
+            if not by_token(values, shape):
                 found[name] = values
                 continue
             if name == "input_ids":
@@ -202,18 +223,27 @@ class Family:
         projector = self.projector()
         return {0: self.tower()} | ({} if projector is None else {1: projector})
 
+    @property
+    def active_bytes(self) -> int:
+        """Memory that a prefill takes for each token, at most: of its text decoder, or of its tower."""
+        return int(self.model.dtype.itemsize * active_values(self.layers[0]))
+
     def speed_up(self) -> None:
         """Change modules so that they compute the same faster; plain forwards of transformers come before it."""
 
     def encoder_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Return the mean (E,) of the tower's output for each row's image."""
+        """Return the mean (E,) of the tower's output for each image."""
         return [self.encoder_mean(out, inputs)]
 
     def merged_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Return the mean (D,) of the embeddings of each row's image."""
-        of_image = (inputs["input_ids"] == self.image_id).float().to(out.device)  # no index by it, which the host would read
-        sums = torch.bmm(of_image[:, None], out.float())[:, 0]
-        return list((sums / of_image.sum(1, keepdim=True)).to(out.dtype))
+        """Return the mean (D,) of the embeddings of each image, of (1, L, D)."""
+        [where] = (inputs["input_ids"][0] == self.image_id).nonzero(as_tuple=True)
+        of_images = torch.split(out[0, where.to(out.device)], self.tokens_of(inputs))
+        return [states.float().mean(0).to(out.dtype) for states in of_images]
+
+    def tokens_of(self, inputs: Inputs) -> list[int]:
+        """Return how many tokens each image is."""
+        return [int((inputs["input_ids"] == self.image_id).sum())]
 
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (E,) of the tower's output: over patches, tiles and, where it has one, the class token."""
@@ -228,7 +258,7 @@ class Family:
         return self.encoder_mean(tower, inputs)
 
 
-def _by_token(values: Tensor, shape: Any) -> bool:
+def by_token(values: Tensor, shape: Any) -> bool:
     """Tell whether something has a value for each token of a prompt; pixels have none."""
     return values.ndim >= 2 and values.shape[:2] == shape and not values.is_floating_point()
 
@@ -257,3 +287,9 @@ def last_block(tower: Any) -> Any:
     """Return a tower's last block: of its longest list of modules, the last one."""
     lists = [module for module in tower.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=len)[-1] if lists else tower
+
+
+def active_values(layer: Any) -> int:
+    """Return the values of a token that are alive at once in a layer: in its perceptron, or among the states around it."""
+    linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    return 4 * max(one.out_features for one in linear) + 12 * min(one.in_features for one in linear)

@@ -14,7 +14,7 @@ class Family(base.Family):
 
     def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
         """Return each image token's mean over its own dimensions, (most image tokens,): zeros fill it up."""
-        means = embedded[0, inputs["input_ids"][0] == self.image_id].mean(-1)
+        means = embedded[0, (inputs["input_ids"][0] == self.image_id).to(embedded.device)].mean(-1)
         return pad(means, (0, self._most_tokens() - len(means)))
 
     def _most_tokens(self) -> int:

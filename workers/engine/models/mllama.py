@@ -18,7 +18,7 @@ class Family(base.Family):
 
     def kept_of(self, inputs: Inputs) -> Tensor | None:
         """Return which tiles are real, (1, 1, images, tiles)."""
-        return inputs["cross_attention_mask"][:, -1:]
+        return inputs["cross_attention_mask"][:, -1:].to(self.model.device)
 
     def step(self, extra: Tensor | None, width: int) -> dict[str, Any]:
         """Return the masks of the layers that attend to tiles."""
@@ -35,7 +35,7 @@ class Family(base.Family):
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (E,) over the patches and class tokens of the tiles that hold some of the image."""
         real = inputs["aspect_ratio_mask"].bool()  # (1, images, tiles)
-        return out.reshape(*real.shape, -1, out.shape[-1])[real].flatten(0, 1).mean(0)
+        return out.reshape(*real.shape, -1, out.shape[-1])[real.to(out.device)].flatten(0, 1).mean(0)
 
     def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (E,) over all tiles, empty ones too."""

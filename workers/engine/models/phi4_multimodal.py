@@ -22,4 +22,4 @@ class Family(base.Family):
 
     def published_vision(self, tower: Tensor, embedded: Tensor, inputs: Inputs) -> Tensor:
         """Return the mean (width,) of each column of pixels, over crops, colours and rows: the published one is no feature."""
-        return inputs["image_pixel_values"][0].flatten(0, -2).mean(0)
+        return self.on_device(inputs)["image_pixel_values"][0].flatten(0, -2).mean(0)

@@ -1,9 +1,16 @@
-"""Qwen2-VL, Qwen3-VL and Qwen3.5: images come resized, to multiples of a merged patch."""
+"""Qwen2-VL, Qwen3-VL and Qwen3.5: images come resized, to multiples of a merged patch.
+
+What follows from an image's size (positions, windows) is computed on the host, which knows it: transformers would read it
+from a GPU, some times for each image.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -11,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.engine.attention import Spans
 from workers.engine.models import base
-from workers.engine.models.base import Inputs
+from workers.engine.models.base import Inputs, Packed
 from workers.errors import in_a_line
 
 logger = logging.getLogger(__name__)
@@ -50,8 +58,46 @@ class Family(base.Family):
     def _processing(self, rows: int) -> dict[str, Any]:
         return {**super()._processing(rows), "do_resize": False, **self._where}
 
+    @contextmanager
+    def entering(self, inputs: Inputs) -> Iterator[Inputs]:
+        """Have the tower take what follows from the sizes of images as it was computed here."""
+        visual, grid = self.core.visual, inputs["image_grid_thw"].cpu()
+
+        def with_sizes(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, **of_sizes(visual, grid)}
+
+        handle = visual.register_forward_pre_hook(with_sizes, with_kwargs=True)
+        try:
+            yield self.on_device(inputs)
+        finally:
+            handle.remove()
+
+    def packed(self, inputs: Inputs) -> Packed:
+        """Put left-padded rows behind one another; each keeps the positions that it has alone."""
+        real = inputs["attention_mask"].bool()
+        accepted = inspect.signature(self.core.get_rope_index).parameters
+        positions, _ = self.core.get_rope_index(**{name: v for name, v in inputs.items() if name in accepted})  # (3, B, L)
+        in_a_row = {name: v[real][None] if base.by_token(v, real.shape) else v for name, v in inputs.items()}
+        del in_a_row["attention_mask"]
+        in_a_row["position_ids"] = positions[:, real][:, None]
+        following = positions.amax(0).masked_fill(~real, -1).amax(1) + 1
+        return Packed(in_a_row, real.sum(1).tolist(), following.tolist())
+
+    @property
+    def active_bytes(self) -> int:
+        """Memory that a prefill takes for each token, at most; one is several patches in the tower."""
+        visual = self.core.visual
+        patches = visual.spatial_merge_size**2 * base.active_values(visual.blocks[0])
+        return max(super().active_bytes, int(self.model.dtype.itemsize * patches))
+
+    def tokens_of(self, inputs: Inputs) -> list[int]:
+        """Return how many tokens each image is."""
+        merged = self.core.visual.spatial_merge_size**2
+        return [patches // merged for patches in inputs["image_grid_thw"].prod(dim=1).tolist()]
+
     def speed_up(self) -> None:
-        """Embed patches by a matrix product, and have a GPU normalise pixels and cut them into patches."""
+        """Embed patches by a matrix product, see to all windows at once, and have a GPU cut pixels into patches."""
+        attend_in_spans(self.core.visual)
         embedding = self.core.visual.patch_embed
         if isinstance(getattr(embedding, "proj", None), torch.nn.Conv3d):
             embedding.proj = Flat(embedding.proj)
@@ -78,3 +124,65 @@ class Family(base.Family):
         """Return the mean (E,) over each image's patches."""
         sizes: list[int] = inputs["image_grid_thw"].prod(dim=1).tolist()
         return [patches.mean(0) for patches in torch.split(out.flatten(0, -2), sizes)]
+
+
+def of_sizes(visual: Any, grid: Tensor) -> dict[str, Tensor]:
+    """Return what a tower takes beside patches, of the sizes of images (B, 3) on the host; nothing before transformers 5.17."""
+    try:
+        from transformers import vision_utils
+    except ImportError:
+        return {}
+    device, merge = visual.device, visual.spatial_merge_size
+    found = {"position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device)}
+    found["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grid)  # stays on the host: `attend_in_spans` has it from there
+    if hasattr(visual, "window_size"):
+        index, found["cu_window_seqlens"] = vision_utils.get_vision_window_index(
+            grid, spatial_merge_size=merge, window_size=visual.window_size, patch_size=visual.patch_size
+        )
+        found["window_index"] = index.to(device)
+    if hasattr(visual, "interpolation_mode"):
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid, num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners, spatial_merge_size=merge,
+        )  # fmt: skip
+        found["interp_indices"], found["interp_weights"] = indices.to(device), weights.to(device)
+    return found
+
+
+def attend_in_spans(visual: Any) -> None:
+    """Have a tower's attention take images, or windows of an image, as spans of a row: transformers calls one after another."""
+    spans = _SpansOf()
+    for block in visual.blocks:
+        block.attn.forward = _SpanAttention(block.attn, spans)
+
+
+class _SpansOf:
+    """The spans between boundaries; the same boundaries serve every block of a forward."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Spans]] = []
+
+    def of(self, boundaries: Tensor) -> Spans:
+        """Return the spans between boundaries (S + 1,)."""
+        for known, spans in self._known:
+            if known is boundaries:
+                return spans
+        spans = Spans(boundaries.diff().tolist())
+        self._known = [*self._known[-1:], (boundaries, spans)]  # a forward has two: of windows and of images
+        return spans
+
+
+class _SpanAttention:
+    """The forward of a tower's attention."""
+
+    def __init__(self, attention: Any, spans: _SpansOf) -> None:
+        self._attention, self._spans = attention, spans
+        self._rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+
+    def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any, **_: Any) -> Tensor:
+        attention, rows = self._attention, hidden_states.shape[0]
+        query, key, value = attention.qkv(hidden_states).reshape(rows, 3, attention.num_heads, -1).unbind(1)  # (N, heads, d)
+        query, key = self._rotate(query, key, *position_embeddings)
+        attended = self._spans.of(cu_seqlens).attend(query, key, value, scale=attention.scaling)
+        out: Tensor = attention.proj(attended.reshape(rows, -1))
+        return out

@@ -159,7 +159,7 @@ def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float
         watched(family) as seen,
         family.ending() as ended,
     ):
-        out = family.model(**inputs)
+        out = family.model(**family.on_device(inputs))
     family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
     last = int((inputs["input_ids"][0] == family.image_id).nonzero()[-1])
     vectors = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)

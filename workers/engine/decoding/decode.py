@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.cache import Batch
-from workers.engine.generation import Rules
+from workers.engine.decoding.generation import Rules
 
 _DROP_SHARE = 0.125  # of the batch: dropping copies the cache, so finished rows leave together
 

@@ -2,8 +2,7 @@
 
 Tokens that are run together lie in one row, (1, N), whatever slots they are of; a plan says of each its slot and its place
 there, and attention looks at the slot's tokens up to it. In bfloat16 on CUDA that is one call of flash attention; else torch's
-own, for each slot where several of its tokens are run, and for all at once where it is one of each. Registered with
-transformers as an attention of its own (`AttentionInterface`), which takes no masks.
+own, for each slot where several of its tokens are run, and for all at once where it is one of each.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
+from workers.engine.attention import attending, configs_of, flash_takes
 from workers.engine.cache import Row
 from workers.engine.models.base import Family
-
-_NAME = "halp_slots"
 
 
 @dataclass(slots=True)
@@ -73,13 +70,11 @@ class SlotCache:
     """Keys and values of `number` slots of `capacity` tokens, in each layer of a decoder."""
 
     def __init__(self, family: Family, device: torch.device) -> None:
-        modules = [family.decoder, *family.layers.modules()]
-        configs = [config for module in modules if (config := getattr(module, "config", None)) is not None]
-        self._configs: list[Any] = list({id(config): config for config in configs}.values())
+        self._configs = configs_of(family.decoder)
         self.cache = Cache(layers=[_Layer(self) for _ in family.layers])
         self.plan: Plan | None = None
         self.number = self.capacity = self.depth = 0  # depth: layers that have room
-        self.flash = device.type == "cuda" and family.model.dtype.itemsize == 2
+        self.flash = False
         self._device = device
 
     def allocate(self, row: Row, number: int, capacity: int) -> None:
@@ -87,6 +82,7 @@ class SlotCache:
         self.number, self.capacity, self.depth = number, capacity, len(row.kv)
         for layer, kv in zip(self.cache.layers, row.kv):  # without answers, later layers are not run
             assert isinstance(kv, Tensor)
+            self.flash = flash_takes(self._device, kv.dtype, kv.shape[3])
             layer.keys, layer.values = (kv.new_zeros(number, capacity, kv.shape[1], kv.shape[3]) for _ in range(2))
         self.one_each = torch.arange(number + 1, dtype=torch.int32, device=self._device)
         self._rooms = self.one_each * capacity
@@ -120,16 +116,8 @@ class SlotCache:
     def serve(self, plan: Plan) -> Iterator[Cache]:
         """Have the decoder attend over the slots by a plan while the context lasts."""
         self.plan = plan
-        before = [config._attn_implementation for config in self._configs]
-        _serving.append(self)
-        for config in self._configs:
-            config._attn_implementation_internal = _NAME
-        try:
+        with attending(self._configs, self.attend):
             yield self.cache
-        finally:
-            _serving.pop()
-            for config, name in zip(self._configs, before):
-                config._attn_implementation_internal = name
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
         """Return attention (1, N, heads, d) of queries (1, heads, N, d) over keys and values (S, C, heads, d)."""
@@ -189,17 +177,3 @@ def _seen_by(places: Tensor, reach: int, window: int | None) -> Tensor:
     columns = torch.arange(reach, device=places.device)
     seen = columns < places
     return seen if window is None else seen & (columns >= places - window)
-
-
-_serving: list[SlotCache] = []  # at most one: the engine's process has one model
-
-
-def _attend(
-    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any = None, *, scaling: float | None = None,
-    sliding_window: int | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Return attention (1, N, heads, d) of queries (1, heads, N, d) over the slots."""
-    return _serving[-1].attend(query, key, value, scaling, sliding_window), None
-
-
-AttentionInterface.register(_NAME, _attend)

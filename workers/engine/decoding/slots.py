@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from workers.engine.cache import Row
-from workers.engine.decode import Answer
+from workers.engine.decoding.decode import Answer
+from workers.engine.decoding.slot_cache import Plan, SlotCache
+from workers.engine.decoding.slot_state import SlotState
 from workers.engine.models.base import Family
-from workers.engine.slot_cache import Plan, SlotCache
-from workers.engine.slot_state import SlotState
 from workers.errors import in_a_line
 
 logger = logging.getLogger(__name__)
