@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,14 +28,20 @@ from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGene
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import TEST
 from workers.engine import attention
-from workers.engine.cache import Row
+from workers.engine.attention import Spans, attending, configs_of
+from workers.engine.cache import Batch, Row, new_cache
 from workers.engine.decoding.slots import Slots
 from workers.engine.interface import Recipe
 from workers.engine.models import family_of
+from workers.engine.models.qwen2_5_vl import widen
+from workers.engine.models.qwen_vl import _SpansOf, attend_in_spans
 from workers.engine.passes import Passes
 from workers.engine.prefixes import Prefixes
 
 DEPTH, IMAGE, TEXT, NUMBER = 28, 400, 40, 128  # layers; tokens of an image and of a question; slots
+HEAD = 16  # tokens before an image
+TOWER = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_size": 1280, "intermediate_size": 3420,
+         "num_heads": 16, "out_hidden_size": 3584, "window_size": 112, "patch_size": 14}  # fmt: skip
 WIDE = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
         "vocab_size": 152064}  # fmt: skip
 READS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "_unique2"}
@@ -73,12 +80,13 @@ class Launches(TorchDispatchMode):
             self.live[key] = storage.nbytes()
             weakref.finalize(storage, self.live.pop, key, None)
 
-    def _is_here(self, tensor: torch.Tensor) -> bool:
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor lies on the device."""
         return tensor.device.type == self.device != "cpu" or tensor.untyped_storage()._cdata in self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        there = [tensor for tensor in taken if not self._is_here(tensor)]
+        there = [tensor for tensor in taken if not self.is_here(tensor)]
         here = len(there) < len(taken)
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
@@ -86,7 +94,8 @@ class Launches(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if not here or space != "aten":
             return out
-        self.on_device(made)
+        known = {tensor.untyped_storage()._cdata for tensor in taken} if self.device != "cpu" else set()
+        self.on_device([tensor for tensor in made if tensor.untyped_storage()._cdata not in known])  # no weights' views
         self.most = max(self.most, sum(self.live.values()))
         self.reads[name] += name in READS or (name == "index" and any(t.dtype == torch.bool for t in taken[1:]))
         self.crossed[name] += any(t.ndim for t in there)
@@ -107,12 +116,17 @@ def deep(model: Path, **sizes: int) -> Any:
 
 
 def fake_seven(model: Path) -> Any:
-    """Return a 7B family of fake bfloat16 tensors on a GPU that is not there; its tower stays tiny. In FakeTensorMode."""
+    """Return a 7B family of fake bfloat16 tensors on a GPU that is not there. In FakeTensorMode."""
+    config = deep(model, **WIDE)
+    for name, value in TOWER.items():
+        setattr(config.vision_config, name, value)
     with torch.device("cuda"):
-        made = Qwen2_5_VLForConditionalGeneration._from_config(
-            deep(model, **WIDE), dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    return family_of("qwen2_5_vl")(made.eval(), AutoProcessor.from_pretrained(model))
+        made = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    family = family_of("qwen2_5_vl")(made.eval(), AutoProcessor.from_pretrained(model))
+    attend_in_spans(family.core.visual)
+    for block in family.core.visual.blocks:
+        widen(block.mlp)
+    return family
 
 
 def spread(family: Any) -> None:
@@ -125,14 +139,15 @@ def spread(family: Any) -> None:
         add_hook_to_module(module, AlignDevicesHook(execution_device=device, skip_keys="past_key_values"))
 
 
-def filled(family: Any, number: int = NUMBER) -> tuple[Slots, Launches]:
-    """Return slots with questions that were prefilled, and what that took."""
+def filled(family: Any, number: int = NUMBER, image: int = IMAGE, room: int = 1024) -> tuple[Slots, Launches]:
+    """Return slots with questions about an image that were prefilled, and what that took."""
     slots = Slots(family, (151645, 151643), axes=3)
     devices = [next(layer.parameters()).device for layer in family.layers]
-    row = Row([torch.empty(2, 4, IMAGE, 128, dtype=torch.bfloat16, device=device) for device in devices], IMAGE, 30)
-    slots.reserve(row, number, 1024, 200)
     suffixes = [tuple(range(TEXT - i % 5)) for i in range(number)]
-    with Launches() as counted:
+    with torch.no_grad(), Launches() as counted:
+        row = Row([torch.empty(2, 4, image, 128, dtype=torch.bfloat16, device=device) for device in devices], image, 30)
+        slots.reserve(row, number, room, 200)
+        counted.run.clear()
         slots.run(slots.take(range(number), [row], [0] * number, suffixes, suffixes, [200] * number))
     return slots, counted
 
@@ -147,6 +162,31 @@ def prefixes_of(model: Path) -> Prefixes:
     prefixes = Prefixes(family, Passes(family))
     prefixes.packed, prefixes.at_once = True, NUMBER * IMAGE
     return prefixes
+
+
+def prefilled(family: Any, shapes: Sequence[tuple[int, int]]) -> Launches:
+    """Prefill fake images of so many tokens high and wide in one row, and take their caches apart."""
+    visual, tokens = family.core.visual, sum(height * width for height, width in shapes)
+    lengths = [height * width + HEAD for height, width in shapes]
+    full, windows = Spans([4 * n for n in lengths]), Spans([64] * (4 * tokens // 64))
+    embedded = torch.empty(1, sum(lengths), WIDE["hidden_size"], dtype=torch.bfloat16, device="cuda")
+    sizes = {  # by `of_sizes`, whose values would be read
+        "position_ids": torch.empty(4 * tokens, 2, dtype=torch.long, device="cuda"),
+        "window_index": torch.empty(tokens, dtype=torch.long, device="cuda"),
+        "cu_seqlens": torch.empty(len(shapes) + 1, device="cuda"),
+        "cu_window_seqlens": torch.empty(4 * tokens // 64 + 1, device="cuda"),
+    }
+    with torch.no_grad(), Launches() as counted:
+        patches = torch.empty(4 * tokens, 3 * 2 * 14 * 14, dtype=torch.bfloat16, device="cuda")
+        with patch.object(_SpansOf, "of", lambda _, boundaries: full if len(boundaries) <= len(shapes) + 1 else windows):
+            visual(patches, grid_thw=patches, **sizes)
+        del patches
+        cache = new_cache(())
+        with attending(configs_of(family.decoder), Spans(lengths).attend_causally):
+            positions = embedded.new_empty(3, 1, sum(lengths))
+            family.decoder(inputs_embeds=embedded, position_ids=positions, past_key_values=cache, use_cache=True)
+        Batch(cache, embedded, embedded).rows(lengths, lengths)
+    return counted
 
 
 def images(model: Path, number: int = NUMBER) -> Launches:
@@ -165,9 +205,16 @@ def images(model: Path, number: int = NUMBER) -> Launches:
 
     family.on_device = on_device
     counted.on_device([*family.model.parameters(), *family.model.buffers()])
+    to_list = torch.Tensor.tolist
+
+    def read(tensor: torch.Tensor) -> Any:  # which no dispatch shows
+        counted.reads["tolist"] += counted.is_here(tensor)
+        return to_list(tensor)
+
     with (
         torch.no_grad(),
         patch.object(attention, "flash_takes", return_value=True),
+        patch.object(torch.Tensor, "tolist", read),
         patch("torch.ops.aten._flash_attention_forward", _one_call),
         counted,
     ):

@@ -183,7 +183,8 @@ def test_the_prefix_cache_is_bounded(engine: ModelEngine, cases: Any, monkeypatc
 
 def test_images_are_prefilled_together_on_a_gpu(engine: ModelEngine, cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.free_cache()
-    monkeypatch.setattr(engine._prefixes, "together", 250)  # as on a GPU: several images of different sizes, padded
+    monkeypatch.setattr(engine._prefixes, "packed", True)
+    monkeypatch.setattr(engine._prefixes, "at_once", 250)  # as on a GPU: several images of different sizes in one row
     for sample, (_, expected) in zip(engine.extract([request for request, _ in cases]), cases, strict=True):
         assert_equal(sample, expected)
     engine.free_cache()

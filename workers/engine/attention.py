@@ -99,6 +99,11 @@ class Spans:
             result[places] = out.transpose(1, 2)
         return result
 
+    def attend_causally(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Return a decoder layer's attention (1, N, heads, d) of queries, keys and values (1, heads, N, d)."""
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        return self.attend(query, key, value, scale=scale, causal=True, window=window)[None]
+
     def begins(self, device: torch.device) -> Tensor:
         """Return where each begins, and where the last one ends, (S + 1,) int32."""
         if device not in self._begins:

@@ -91,16 +91,10 @@ class Passes:
         self, packed: Packed, at: Sequence[int], field: Field, recipe: Recipe
     ) -> tuple[list[dict[str, Tensor]], list[Row]]:
         """Run prompts that lie in one row. Return of each the vectors of its image and of a field at its column; its cache."""
-        spans, kinds = Spans(packed.lengths), set(self.family.kinds)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-            """Of (1, heads, N, d)."""
-            states = (x[0].transpose(0, 1) for x in (query, key, value))
-            return spans.attend(*states, scale=scale, causal=True, window=window)[None]
-
+        kinds = set(self.family.kinds)
         batch = Batch.empty([0], self.device)
         masks = dict.fromkeys(kinds) if len(kinds) > 1 else None
-        with attending(self._configs, attend):
+        with attending(self._configs, Spans(packed.lengths).attend_causally):
             vectors, captured, _, _ = self._run(packed.inputs, batch.cache, at, recipe, attention_mask=masks)
         layers = list(captured)
         for found, states in zip(vectors, torch.stack([captured[layer][0] for layer in layers], dim=1)):  # (layers, D)

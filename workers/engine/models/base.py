@@ -292,4 +292,4 @@ def last_block(tower: Any) -> Any:
 def active_values(layer: Any) -> int:
     """Return the values of a token that are alive at once in a layer: in its perceptron, or among the states around it."""
     linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    return 4 * max(one.out_features for one in linear) + 12 * min(one.in_features for one in linear)
+    return 3 * max(one.out_features for one in linear) + 12 * min(one.in_features for one in linear)
