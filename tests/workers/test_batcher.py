@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.sample import Sample
+from tests.support.processes import wait_for
 from workers.engine.interface import Recipe, Request
 from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, PermanentError
 from workers.extract.batcher import MAX_CRASHES_ALONE, DynamicBatcher
@@ -59,12 +60,14 @@ class Rig:
         size: int = 8,
         tokens: int = 10_000,
         delay: float = 0.0,
+        ahead: int = 0,
     ) -> None:
         self.engine = Recorder(behave)
         self.fatal: list[BaseException] = []
         self.batcher = DynamicBatcher(
-            self.engine, max_batch_size=size, max_batch_tokens=tokens, max_queue_delay=delay, on_fatal=self.fatal.append
-        )
+            self.engine, max_batch_size=size, max_batch_tokens=tokens, max_queue_delay=delay,
+            on_fatal=self.fatal.append, ahead=ahead,
+        )  # fmt: skip
 
     def occupy(self) -> None:
         """Have the engine busy with a first batch, question -1 alone, so that what comes next waits and is seen whole."""
@@ -146,6 +149,30 @@ def test_partial_batch_leaves_after_max_queue_delay(rig):
     assert r.engine.batches == [[0, 1]]
 
 
+def test_a_full_batch_is_handed_on_while_one_runs(rig):
+    """The next is then at hand; what is not full waits, and grows."""
+    rig = rig(size=3, ahead=1)
+    rig.occupy()
+    rig.submit(*(ask(n) for n in range(3)))
+    wait_for(lambda: len(rig.engine.batches) == 2, WAIT, "the second batch")
+    rig.submit(*(ask(n) for n in range(3, 5)))
+    time.sleep(0.1)
+    assert rig.engine.batches == [[-1], [0, 1, 2]]
+    rig.submit(ask(5))
+    assert rig.finish() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_what_is_not_full_waits_for_the_one_that_runs(rig):
+    rig = rig(size=3, ahead=1)
+    rig.occupy()
+    rig.submit(ask(0), ask(1))
+    time.sleep(0.1)  # well beyond the delay of 0
+    assert rig.engine.batches == [[-1]]
+    rig.engine.go.set()
+    wait_for(lambda: len(rig.engine.batches) == 2, WAIT, "the second batch")
+    assert rig.finish() == [[0, 1]]
+
+
 def test_delay_counts_from_the_oldest(rig):
     """Later questions do not put the first one off: a trickle would starve it."""
     r = rig(delay=0.15)
@@ -206,7 +233,8 @@ def test_batches_obey_every_bound(requests, size, tokens):
     assert [future.result(0).answer for future in futures] == [f"answer {i}" for i in range(len(requests))]
 
 
-def test_results_reach_their_futures_under_many_threads():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_results_reach_their_futures_under_many_threads(ahead):
     """Three hundred threads, as with a pool whose tasks each wait for one question; one in twenty of them bad."""
     bad = set(range(0, 1500, 20))
 
@@ -215,7 +243,7 @@ def test_results_reach_their_futures_under_many_threads():
             raise BatchFailedError("ValueError: bad", "")
         return [answer(request) for request in requests]
 
-    r = Rig(behave, size=32, delay=0.002)
+    r = Rig(behave, size=32, delay=0.002, ahead=ahead)
     r.engine.go.set()
     shuffled = random.Random(0).sample(range(1500), 1500)
 
@@ -364,8 +392,9 @@ def test_death_after_an_exception_halved_the_batch(rig):
     assert [futures[i].result(0).answer for i in (0, 2, 3, 4, 5, 7)] == [f"answer {i}" for i in (0, 2, 3, 4, 5, 7)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_innocent_questions_are_never_blamed_for_random_crashes(seed):
+def test_innocent_questions_are_never_blamed_for_random_crashes(seed, ahead):
     """Batches die at random, and single questions up to twice: only the killers fail, each after exactly three crashes."""
     dice, killers = random.Random(seed), {7, 40, 41, 90}
     crashes: Counter[int] = Counter()
@@ -380,7 +409,7 @@ def test_innocent_questions_are_never_blamed_for_random_crashes(seed):
             raise EngineDiedError("it died")
         return [answer(request) for request in requests]
 
-    r = Rig(behave, size=8)
+    r = Rig(behave, size=8, ahead=ahead)
     r.engine.go.set()
     with ThreadPoolExecutor(50) as pool:
         errors = list(pool.map(lambda i: r.batcher.submit("run", ask(i)).exception(WAIT), range(100)))
@@ -395,13 +424,14 @@ def test_innocent_questions_are_never_blamed_for_random_crashes(seed):
 
 
 @pytest.mark.parametrize("error", [EngineStartError("cannot load the model"), RuntimeError("a bug"), SystemExit(1)])
-def test_fatal_error_fails_everyone_and_is_reported_once(rig, error):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_fatal_error_fails_everyone_and_is_reported_once(rig, error, ahead):
     def behave(requests: Sequence[Request]) -> list[Sample]:
         if number_of(requests[0]) == -1:
             return [answer(request) for request in requests]
         raise error
 
-    r = rig(behave, size=2)
+    r = rig(behave, size=2, ahead=ahead)
     r.occupy()
     futures = r.submit(*(ask(i) for i in range(5))) + r.submit(ask(5), group="another run")
     r.engine.go.set()

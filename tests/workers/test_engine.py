@@ -259,7 +259,7 @@ def test_out_of_memory_splits_and_recovers(engine: ModelEngine, cases: Any, monk
     monkeypatch.setattr(engine_process, "make_engine", lambda spec: engine)
     ours, theirs = multiprocessing.Pipe()
     process = engine_process.EngineProcess(EngineSpec("model", "", "main", "float32", ""), 60)
-    threading.Thread(target=engine_process._serve, args=(theirs, process._pixels), daemon=True).start()
+    threading.Thread(target=engine_process._serve, args=(theirs, process._memories), daemon=True).start()
     ours.send(process._spec)
     assert ours.recv() == engine.info
     process._connection = ours

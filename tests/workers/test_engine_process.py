@@ -11,9 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import psutil
@@ -21,8 +24,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from storage.sample import Sample
+from tests.support.processes import wait_for
 from workers.engine import process as engine_process
-from workers.engine.fake import FakeEngine
+from workers.engine.fake import _ALPHABET, FakeEngine
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.pixel_memory import PixelMemory
 from workers.engine.process import EngineProcess
@@ -227,6 +231,105 @@ def test_child_dies_with_a_killed_parent(state):
     assert is_gone(child)
 
 
+# Two batches at once
+
+
+def marked(text: str) -> Request:
+    """Return a question that has the fake engine go wrong."""
+    ids = tuple(3 + _ALPHABET.index(letter) for letter in text)
+    return replace(requests(1)[0], suffix_ids=ids)
+
+
+def asked_behind(engine: EngineProcess, first: list[Request], second: list[Request]) -> list[Future]:
+    """Ask for two batches; the second lies in the process while the first one is computed."""
+    pool = ThreadPoolExecutor(2)
+    futures = [pool.submit(engine.extract, first)]
+    wait_for(lambda: len(engine._line) == 1, 20, "the first batch")
+    futures.append(pool.submit(engine.extract, second))
+    wait_for(lambda: len(engine._line) == 2 or futures[0].done(), 20, "the second batch")
+    pool.shutdown(wait=False)
+    return futures
+
+
+def test_two_batches_are_answered_in_their_order(start):
+    engine = start("fake:0.05")
+    first, second = requests(2), requests(5)[2:]
+    pid = engine.pid
+    for _ in range(5):
+        futures = asked_behind(engine, first, second)
+        expected = FakeEngine(spec())
+        for future, batch in zip(futures, (first, second), strict=True):
+            assert [s.answer for s in future.result(20)] == [s.answer for s in expected.extract(batch)]
+    assert engine.pid == pid
+    assert engine.busy_since is None
+    assert not engine._line
+
+
+@pytest.mark.parametrize("mark", ["[kill]", "[hang]"])
+def test_only_the_batch_that_it_was_at_is_told_of_a_death(start, mark):
+    """Its follower had not begun: it is asked again, of a new process."""
+    engine = start("fake:0.05", step_timeout=2.0)
+    pid = engine.pid
+    futures = asked_behind(engine, [marked(mark)], requests())
+    with pytest.raises(EngineDiedError):
+        futures[0].result(20)
+    assert [s.answer for s in futures[1].result(20)] == [s.answer for s in FakeEngine(spec()).extract(requests())]
+    assert engine.pid != pid
+
+
+def test_a_batch_that_kills_behind_another_is_told(start):
+    engine = start("fake:0.2")
+    futures = asked_behind(engine, requests(), [marked("[kill]")])
+    assert len(futures[0].result(20)) == 3
+    with pytest.raises(EngineDiedError, match="SIGKILL"):
+        futures[1].result(20)
+    assert len(engine.extract(requests())) == 3
+
+
+def test_time_of_a_batch_begins_with_its_turn(start):
+    """Each takes a second of the 1.5 that are allowed; the second one waits for the first."""
+    engine = start("fake:0.5", step_timeout=1.5)
+    pid = engine.pid
+    futures = asked_behind(engine, requests(2), requests(2))
+    assert [len(future.result(20)) for future in futures] == [2, 2]
+    assert engine.pid == pid
+
+
+def test_two_batches_and_random_deaths(start):
+    """Each question is answered, rightly, or told of a death; and there are no more of those than processes that died."""
+    engine = start("fake:0.002")
+    random, expected = Random(3), [s.answer for s in FakeEngine(spec()).extract(requests())]
+    over = threading.Event()
+    killed = 0
+
+    def kill() -> None:
+        nonlocal killed
+        while not over.wait(random.uniform(0.2, 0.6)):
+            pid = engine.pid
+            if pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+
+    def ask(_: int) -> bool:
+        try:
+            return [s.answer for s in engine.extract(requests())] == expected
+        except EngineDiedError:
+            return False
+        except EngineStartError:  # killed while it loads
+            return False
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with ThreadPoolExecutor(2) as pool:
+        right = list(pool.map(ask, range(300)))
+    over.set()
+    killer.join()
+    assert 300 - sum(right) <= 2 * killed
+    assert sum(right) > 200
+    assert killed > 1
+
+
 # Exceptions in the child
 
 
@@ -282,7 +385,7 @@ def serve_one(monkeypatch, error):
         parent.send(pixels.put(requests(1)))
         with socket.fromfd(parent.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
             end.shutdown(socket.SHUT_WR)  # `_serve` returns where nothing more comes
-        engine_process._serve(child, pixels)
+        engine_process._serve(child, [pixels])
         parent.recv()
         return parent.recv()
 

@@ -53,4 +53,4 @@ def test_no_room_is_told_of_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_path
     again = engine.extract(requests(1, (28, 28)))
     engine.stop()
     assert [sample.answer for sample in again] == [sample.answer for sample in first]
-    assert os.fstat(engine._pixels.descriptor).st_size == 0
+    assert [os.fstat(memory.descriptor).st_size for memory in engine._memories] == [0, 0]

@@ -25,12 +25,14 @@ class Sent:
     requests: tuple[Request, ...]
     places: tuple[tuple[int, tuple[int, ...]], ...]
     size: int
+    memory: int  # in which of the memories
 
 
 class PixelMemory:
-    """The memory, by its file descriptor; one batch at a time."""
+    """One of the memories, by its number and its file descriptor; one batch at a time."""
 
-    def __init__(self, descriptor: int | None = None) -> None:
+    def __init__(self, number: int = 0, descriptor: int | None = None) -> None:
+        self.number = number
         self.descriptor = os.memfd_create("halp-pixels") if descriptor is None else descriptor
 
     def put(self, requests: Sequence[Request]) -> Sent:
@@ -50,7 +52,7 @@ class PixelMemory:
                     begin = offsets[id(image)]
                     memory[begin : begin + image.nbytes] = image.tobytes()
         places = tuple((offsets[id(request.pixels)], request.pixels.shape) for request in requests)
-        return Sent(tuple(replace(request, pixels=_NONE) for request in requests), places, size)
+        return Sent(tuple(replace(request, pixels=_NONE) for request in requests), places, size, self.number)
 
     def take(self, sent: Sent) -> list[Request]:
         """Return the requests with their pixels, which lie in the memory: they are good until the batch is answered."""

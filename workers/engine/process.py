@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
 import socket
 import struct
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from workers.errors import BatchFailedError, EngineDiedError, EngineStartError, 
 from workers.process.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
+BATCHES = 2  # that an engine's process has at once: one is computed, the next lies ready
 _CHILD = "from workers.engine.process import main; main()"
 _EXIT_TIMEOUT = 5.0  # for a process that ends by itself to become an exit code
 
@@ -52,7 +55,10 @@ class _BatchError:
 
 
 class EngineProcess:
-    """The parent's end. One question at a time: after `start` the batcher's thread asks, and seldom one that opens a run."""
+    """The parent's end. Threads may ask at once: what is asked lies ready in the child while it computes something else.
+
+    It answers in the order of asking. Its death is an error of the question that it was at; those behind are asked again.
+    """
 
     def __init__(self, spec: EngineSpec, step_timeout: float, load_timeout: float = 3600.0) -> None:
         self._spec = spec
@@ -63,16 +69,23 @@ class EngineProcess:
         self.answered: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._turn = threading.Lock()
-        self._pixels = PixelMemory()
+        self._sending = threading.RLock()  # what enters the connection, its beginning and its end
+        self._moved = threading.Condition()  # guards the next two
+        self._line: deque[object] = deque()  # questions that were asked and not answered
+        self._deaths = 0
+        self._memories = [PixelMemory(number) for number in range(BATCHES)]
+        self._free: queue.SimpleQueue[PixelMemory] = queue.SimpleQueue()
+        for memory in self._memories:
+            self._free.put(memory)
 
     def start(self) -> ModelInfo:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
-        self.loading_since = time.time()
-        try:
-            return self._start()
-        finally:
-            self.loading_since = None
+        with self._sending:
+            self.loading_since = time.time()
+            try:
+                return self._start()
+            finally:
+                self.loading_since = None
 
     def _start(self) -> ModelInfo:
         ours, theirs = socket.socketpair()
@@ -80,13 +93,14 @@ class EngineProcess:
         # started while a worker drains would take an empty socket for a closed one.
         ours.setblocking(True)
         theirs.setblocking(True)
-        # A batch is larger than the socket's buffer: a stopped child would block `send` for ever.
+        # A question can be larger than the socket's buffer: a stopped child would block `send` for ever.
         whole, fraction = divmod(self._timeout, 1)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
         with theirs:
+            descriptors = [theirs.fileno(), *(memory.descriptor for memory in self._memories)]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, str(theirs.fileno()), str(self._pixels.descriptor), str(os.getpid())],
-                pass_fds=[theirs.fileno(), self._pixels.descriptor],
+                [sys.executable, "-P", "-c", _CHILD, *map(str, descriptors), str(os.getpid())],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
         self._connection = Connection(ours.detach())
@@ -109,16 +123,17 @@ class EngineProcess:
         return answer
 
     def extract(self, requests: Sequence[Request]) -> list[Sample]:
-        """Run one batch. Raises BatchFailedError; EngineDiedError, after which `start` makes a new process."""
-        with self._turn:
+        """Run one batch; `BATCHES` may be asked for at once. Raises BatchFailedError, and EngineDiedError."""
+        memory = self._free.get()
+        try:
             try:
-                question = self._pixels.put(requests)
+                question = memory.put(requests)
             except OSError as error:
                 raise BatchFailedError(f"no memory for the images ({error.strerror})", "", out_of_memory=True) from error
-            try:
-                answer = self._answer(question)
-            finally:
-                self._pixels.clear()
+            answer = self._answer(question)
+        finally:
+            memory.clear()
+            self._free.put(memory)
         self.answered = time.time()
         if isinstance(answer, _BatchError):
             raise BatchFailedError(answer.summary, answer.traceback, out_of_memory=answer.out_of_memory)
@@ -126,43 +141,91 @@ class EngineProcess:
 
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Have a run's prompt rendered and cut. Raises RunRefusedError where its template cannot be used; EngineDiedError."""
-        with self._turn:
-            answer = self._answer(style)
+        answer = self._answer(style)
         if isinstance(answer, _BatchError):
             raise RunRefusedError(f"the run's chat template or system prompt cannot be used: {answer.summary}")
         assert isinstance(answer, PromptParts)
         return answer
 
     def _answer(self, question: Any) -> Any:
-        if self._connection is None:
-            self.start()
-        connection = self._connection
-        assert connection is not None
+        mine = object()
+        while True:
+            connection, deaths = self._send(mine, question)
+            if self._comes_to(mine, deaths):
+                break
+        answer = self._receive(connection, deaths)
+        with self._moved:
+            if self._deaths == deaths:
+                self._line.popleft()
+                self._moved.notify_all()
+        return answer
+
+    def _comes_to(self, mine: object, deaths: int) -> bool:
+        """Wait for the answers to what was asked before; tell whether the process lived so long."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._deaths != deaths or self._line[0] is mine)
+            return self._deaths == deaths
+
+    def _send(self, mine: object, question: Any) -> tuple[Connection, int]:
+        """Ask. Return the connection, and how many processes died before this one."""
+        with self._sending:
+            if self._connection is None:
+                self.start()
+            connection, process = self._connection, self._process
+            assert connection is not None
+            with self._moved:
+                self._line.append(mine)
+                deaths, is_first = self._deaths, self._line[0] is mine
+            if is_first:
+                self.busy_since = time.time()
+            try:
+                connection.send(question)
+            except OSError as error:
+                if is_first:
+                    raise self._died(error, deaths) from error
+                if process is not None:
+                    process.kill()  # or it is dead: whoever waits for its answer sees that
+            return connection, deaths
+
+    def _receive(self, connection: Connection, deaths: int) -> Any:
+        """Wait for the next answer, which is the caller's."""
         self.busy_since = time.time()
         try:
-            connection.send(question)
             if not connection.poll(self._timeout):
                 raise TimeoutError
             return connection.recv()
-        except (TimeoutError, BlockingIOError) as error:
-            self.stop()
-            raise EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped") from error
         except (EOFError, OSError) as error:
-            raise EngineDiedError(f"the engine's process ended with {self._ended()}") from error
+            raise self._died(error, deaths) from error
+        except BaseException:  # an answer that cannot be read: where the next one begins is not known
+            self.stop()
+            raise
         finally:
             self.busy_since = None
 
+    def _died(self, error: Exception, deaths: int) -> EngineDiedError:
+        """End a process that is dead or hangs; return what became of it."""
+        with self._sending:
+            if self._deaths != deaths:
+                return EngineDiedError("the engine's process was stopped")
+            if isinstance(error, (TimeoutError, BlockingIOError)):
+                self.stop()
+                return EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped")
+            return EngineDiedError(f"the engine's process ended with {self._ended()}")
+
     def stop(self) -> int | None:
         """End the process at once; return its exit code."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is None:
-            return None
-        self._process.kill()
-        code = self._process.wait()
-        self._process = None
-        return code
+        if (process := self._process) is not None:
+            process.kill()  # first: whoever is sending to it holds the lock
+        with self._sending:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            self.busy_since = self._process = None
+            with self._moved:
+                self._deaths += 1
+                self._line.clear()
+                self._moved.notify_all()
+            return None if process is None else process.wait()
 
     def _ended(self) -> str:
         """Describe how a process ended that closed its end. Killed too early, it would seem to have died of SIGKILL."""
@@ -189,20 +252,21 @@ def make_engine(spec: EngineSpec) -> Engine:
     return ModelEngine(spec)
 
 
-def _serve(connection: Connection, pixels: PixelMemory) -> None:
+def _serve(connection: Connection, memories: Sequence[PixelMemory]) -> None:
     try:
         engine = make_engine(connection.recv())
     except Exception as error:  # noqa: BLE001  (whatever a checkpoint or driver raises is why the worker exits)
         connection.send(_error(error))
         return
     connection.send(engine.info)
-    while True:
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
+    while (question := asked.get()) is not None:
         try:
-            question = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer: Any = engine.extract(pixels.take(question)) if isinstance(question, Sent) else engine.prompt(question)
+            if isinstance(question, Sent):
+                answer: Any = engine.extract(memories[question.memory].take(question))
+            else:
+                answer = engine.prompt(question)
         except Exception as error:  # the batch boundary: the parent finds the one to blame
             if _is_sticky(error):
                 raise
@@ -210,6 +274,14 @@ def _serve(connection: Connection, pixels: PixelMemory) -> None:
         if isinstance(answer, _BatchError) and answer.out_of_memory:
             engine.free_cache()  # here, not above: until the handler ends, the traceback holds on to the tensors
         connection.send(answer)
+
+
+def _listen(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
+    """Take in what is asked while something is computed; None at the parent's end."""
+    with suppress(EOFError, OSError):
+        while True:
+            asked.put(connection.recv())
+    asked.put(None)
 
 
 def _is_sticky(error: Exception) -> bool:
@@ -233,11 +305,11 @@ def _describe(code: int | None) -> str:
 
 def main() -> None:
     """Serve the parent until it closes its end or dies."""
-    descriptor, pixels, parent = map(int, sys.argv[1:4])
+    descriptor, *pixels, parent = map(int, sys.argv[1:])
     die_with_parent(parent)
     guard_logs()  # a checkpoint's own words are in transformers' warnings
     # Batches differ in size, and the allocator's fixed segments would leave holes: a 24 GB card needs them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _serve(Connection(descriptor), PixelMemory(pixels))
+    _serve(Connection(descriptor), [PixelMemory(number, at) for number, at in enumerate(pixels)])

@@ -61,7 +61,10 @@ class _Entry:
 
 
 class DynamicBatcher:
-    """Forms batches of submitted requests and runs them one after the other in a thread of its own."""
+    """Forms batches of submitted requests and runs them in threads of its own.
+
+    While one runs, `ahead` more are handed on once they are full; what is not full waits for its end, and grows.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class DynamicBatcher:
         max_batch_tokens: int,
         max_queue_delay: float,
         on_fatal: Callable[[BaseException], None],
+        ahead: int = 0,
     ) -> None:
         self._run_batch = run_batch
         self._max_size = max_batch_size
@@ -81,8 +85,10 @@ class DynamicBatcher:
         self._changed = threading.Condition()
         self._closed = False
         self._fatal: BaseException | None = None
-        self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
-        self._thread.start()
+        self._running = 0
+        self._threads = [threading.Thread(target=self._loop, name=f"batcher-{n}", daemon=True) for n in range(1 + ahead)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, group: Hashable, request: Request, crashes: Crashes | None = None) -> Future[Sample]:
         """Hand in a request; its future gets the sample or the error. Raises EngineStartError once there is no engine."""
@@ -95,41 +101,51 @@ class DynamicBatcher:
         return entry.future
 
     def close(self) -> None:
-        """Run what waits, then end the thread."""
+        """Run what waits, then end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _loop(self) -> None:
         batch: list[_Entry] = []
         try:
             while batch := self._next_batch():
                 self._run(batch)
-        except BaseException as error:  # without this thread every task would wait for ever
+                with self._changed:
+                    self._running -= 1
+                    self._changed.notify_all()
+        except BaseException as error:  # without these threads every task would wait for ever
             logger.exception("the batcher ends")
             with self._changed:
-                self._fatal = error
+                first, self._fatal = self._fatal is None, error
                 lost = batch + self._waiting
                 self._waiting = []
+                self._changed.notify_all()
             for entry in lost:
                 if not entry.future.done():
                     entry.future.set_exception(EngineStartError(str(error)))
-            self._on_fatal(error)
+            if first:
+                self._on_fatal(error)
 
     def _next_batch(self) -> list[_Entry]:
-        """Wait for a full batch, or for the oldest request to have waited long enough. Empty when closed and done."""
+        """Wait for a full batch, or, where none is running, for the oldest request to have waited long enough.
+
+        Empty when closed and done.
+        """
         with self._changed:
             while True:
                 if self._waiting:
                     batch, full = self._select()
                     remaining = self._waiting[0].arrived + self._max_delay - time.monotonic()
-                    if full or remaining <= 0 or self._closed:
+                    if full or self._closed or (remaining <= 0 and not self._running):
                         chosen = {id(entry) for entry in batch}
                         self._waiting = [entry for entry in self._waiting if id(entry) not in chosen]
+                        self._running += 1
                         return batch
-                    self._changed.wait(remaining)
-                elif self._closed:
+                    self._changed.wait(None if self._running else remaining)
+                elif self._closed or self._fatal is not None:
                     return []
                 else:
                     self._changed.wait()

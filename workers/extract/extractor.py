@@ -20,7 +20,7 @@ from workers.checkpoint.hub import cache_of
 from workers.checkpoint.identity import resolve_layers
 from workers.checkpoint.published import PUBLISHED, refuse_unpublished
 from workers.engine.interface import EngineSpec, ModelInfo, Recipe, Request
-from workers.engine.process import EngineProcess
+from workers.engine.process import BATCHES, EngineProcess
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.errors import (
     EngineDiedError,
@@ -86,6 +86,7 @@ class Extractor:
             max_batch_tokens=config.max_batch_tokens or self.info.max_batch_tokens,
             max_queue_delay=config.max_queue_delay,
             on_fatal=on_fatal,
+            ahead=BATCHES - 1,
         )
         self._certifier = Certifier(self._compute)
         self._roots = config.data_roots
