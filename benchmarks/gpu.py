@@ -1,13 +1,12 @@
-"""The engine on a GPU against the reference way, with random weights: no network, no checkpoint.
+"""The engine on a GPU, in one call of under nine minutes: with random weights, no network, no checkpoint.
 
-A Qwen2.5-VL of a published size is made on the device in bfloat16; images are noise in mixed sizes, questions random
-tokens, and every answer is forced to its length, so that the work is that of a real run and repeats exactly. The engine is
-the worker's own, in batches as the worker forms them. Utilisation is against the roofline: the time that the device needs at
-its peak for the floating-point operations and bytes that the questions take without padding (an image's tower and prefix once).
+A Qwen2.5-VL of a published size is made on the device in bfloat16 (random_model.py). The engine is the worker's own, in batches
+as the worker forms them. Utilisation is against the roofline: the time that the device needs at its peak for the operations and
+bytes that the questions take without padding (an image's tower and prefix once). torch and transformers are enough:
 
-    python benchmarks/gpu.py [--config 7b] [--per-image 1 2 6] [--answers 20 200 mix 0]
-    python benchmarks/gpu.py --sizes --memory-cap 24    # one image of up to 16k tokens, six questions, on a 24 GB card
-    python benchmarks/gpu.py --config tiny --quick      # does it run? seconds on a CPU
+    PYTHONPATH=. python3 benchmarks/gpu.py
+    PYTHONPATH=. python3 benchmarks/gpu.py --sections sizes --memory-cap 24
+    PYTHONPATH=. python3 benchmarks/gpu.py --config tiny --quick     # does it run? seconds on a CPU
 """
 
 from __future__ import annotations
@@ -18,210 +17,48 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import inspect
-import json
 import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bare  # noqa: F401  (before the engine)
 import numpy as np
 import torch
 import transformers
 from common import print_table
+from random_model import (
+    CONFIGS,
+    Questions,
+    batches_of,
+    extract,
+    forced_answers,
+    make_engine,
+    make_model,
+    model_inputs,
+    with_answers,
+)
 from roofline import STAGES, Case, Counter, Peak, Work, find_peak
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from stage_times import Timers, busy_share, stages_timed, synchronised
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+from storage.sample import Sample
 from workers.checkpoint.identity import resolve_layers
-from workers.demo.small_model import build_small_model
-from workers.demo.small_spec import TEST
-from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
-from workers.engine.prompt import PromptParts, split_prompt
+from workers.engine.prompt import split_prompt
 
-# The published config.json, where it differs from the small model's, whose tokenizer and token ids serve every size.
-_MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
-_VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
-}  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {
-    "7b": {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "max_window_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
-        "rope_scaling": _MROPE, "vision_config": {**_VISION, "out_hidden_size": 3584},
-    },
-    "3b": {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "max_window_layers": 70,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-        "rope_scaling": _MROPE, "vision_config": {**_VISION, "out_hidden_size": 2048},
-    },
-    "tiny": {},
-}  # fmt: skip
-
-ASPECTS = (4 / 3, 3 / 4, 1.0, 3 / 2, 16 / 9)
-SIZES = (1024, 2048, 4096, 8192, 16384)
+SIZES = (1024, 4096, 16384)
+NOT_MEASURED = "not measured: out of time"
+SECTIONS = ("engine", "invariance", "small", "busy", "padded", "kernels", "sizes")
 
 
-# --- the model and its questions -------------------------------------------------------------------------------------
-
-
-def make_model(name: str, device: torch.device, directory: Path) -> tuple[Any, Any]:
-    """Return a model with random weights on the device, and a processor; their files are in the directory."""
-    build_small_model(directory, TEST)
-    file = directory / "config.json"
-    small = json.loads(file.read_text())
-    own = CONFIGS[name]
-    vision = {**small["vision_config"], **own.get("vision_config", {})}
-    file.write_text(json.dumps({**small, **own, "vision_config": vision}))
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            AutoConfig.from_pretrained(directory), dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval(), AutoProcessor.from_pretrained(directory)
-
-
-def make_engine(model: Any, directory: Path) -> ModelEngine:
-    """Return the worker's engine around a model that is in memory."""
-    with mock.patch("workers.engine.loading._load_model", lambda *_: model):
-        return ModelEngine(EngineSpec("model", str(directory), "main", "bfloat16", str(directory)))
-
-
-class Questions:
-    """Makes cases: images of noise, questions of 6 to 24 random tokens."""
-
-    def __init__(self, parts: PromptParts, image_token: int, layers: tuple[int, ...], seed: int = 0) -> None:
-        self._parts = parts
-        self._image_token = image_token
-        self._layers = layers
-        self._random = np.random.default_rng(seed)
-
-    def mixed(self, number: int, per_image: int, image_tokens: int) -> list[Case]:
-        """Return questions whose images have `image_tokens` in the mean: half of them between 0.8 and 1.2 of it."""
-        cases: list[Case] = []
-        for _ in range(-(-number // per_image)):
-            tokens = image_tokens * np.clip(self._random.lognormal(-0.045, 0.3), 0.3, 2.5)
-            aspect = self._random.choice(ASPECTS)
-            width = max(2, round(math.sqrt(tokens * aspect)))
-            cases += self.of_image(max(2, round(tokens / width)), width, per_image)
-        return cases[:number]
-
-    def of_image(self, height: int, width: int, number: int) -> list[Case]:
-        """Return questions about an image of so many merged tokens."""
-        pixels = self._random.integers(0, 256, (height * 28, width * 28, 3), dtype=np.uint8)
-        key = self._random.bytes(8).hex()
-        cases = []
-        for _ in range(number):
-            question = self._random.integers(256, 8000, self._random.integers(6, 25)).tolist()
-            suffix = (*self._parts.after_image_ids, *question, *self._parts.tail_ids)
-            prompt = (*self._parts.head_ids, *[self._image_token] * (height * width), *suffix)
-            request = Request(key, pixels, suffix, len(prompt), Recipe(layers=self._layers, max_new_tokens=0))
-            cases.append(Case(request, prompt, (1, 2 * height, 2 * width), 0))
-        return cases
-
-
-def with_answers(cases: Sequence[Case], answers: str) -> list[Case]:
-    """Give every question its answer's length: a number of tokens, or `mix`."""
-    random = np.random.default_rng(1)
-    lengths = [int(answers)] * len(cases) if answers != "mix" else [_mixed_length(random) for _ in cases]
-    recipe = cases[0].request.recipe.model_copy(update={"max_new_tokens": max(lengths)})
-    return [replace(c, length=n, request=replace(c.request, recipe=recipe)) for c, n in zip(cases, lengths)]
-
-
-def _mixed_length(random: np.random.Generator) -> int:
-    """30% of 2 or 3 tokens (yes and no), else lognormal with mean 50, at most 200."""
-    if random.random() < 0.3:
-        return int(random.integers(2, 4))
-    return int(np.clip(round(random.lognormal(math.log(50) - 0.8**2 / 2, 0.8)), 1, 200))
-
-
-# --- forced answers --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def forced_answers(engine: ModelEngine, cases: Sequence[Case]) -> Iterator[None]:
-    """Give the answers to these cases their lengths: no token ends one, and each slot has a limit of its own."""
-    lengths = {case.prompt: case.length for case in cases}
-    slots = engine._slots
-    if slots is None:
-        raise RuntimeError("the engine pads questions here: see its log")
-    take = slots.take
-
-    def limited(owners: Any, rows: Any, of: Any, prompts: Any, suffixes: Any, limits: Any) -> Any:
-        return take(owners, rows, of, prompts, suffixes, [lengths[tuple(prompt)] for prompt in prompts])
-
-    none = torch.empty(0, dtype=torch.long, device=engine._device)
-    with mock.patch.object(slots, "take", limited), mock.patch.object(slots, "_ends", none):
-        yield
-
-
-# --- time ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Timers:
-    """Adds up the time of stages: between events on the GPU, which do not make it wait, or by the clock on a CPU."""
-
-    cuda: bool
-    spans: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
-
-    def around(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, timed."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            begun = self._now()
-            result = function(*arguments, **options)
-            self.spans.setdefault(stage, []).append((begun, self._now()))
-            return result
-
-        return timed
-
-    def seconds(self, stage: str) -> float:
-        """Return a stage's time so far."""
-        spans = self.spans.get(stage, [])
-        return sum(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in spans)
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-@contextmanager
-def stages_timed(engine: Any, timers: Timers) -> Iterator[None]:
-    """Time the engine's stages while the context lasts."""
-    slots = engine._slots
-    parts = (
-        (engine._family.core.visual, "forward", "vision"),
-        (engine._prefixes, "run", "images"),
-        (slots, "take", "suffix"),
-        (slots, "run", "suffix"),
-        (slots, "decode", "decode"),
-    )
-    with ExitStack() as stack:
-        for owner, name, stage in parts:
-            stack.enter_context(mock.patch.object(owner, name, timers.around(stage, getattr(owner, name))))
-        yield
-
-
-def synchronised(device: torch.device) -> float:
-    """Return the time once the device has nothing to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-# --- the ways --------------------------------------------------------------------------------------------------------
+# --- ways to compute the same ----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -241,67 +78,57 @@ def one_pass(model: Any, inputs: dict[str, torch.Tensor], length: int) -> None:
         model.model(**inputs)
 
 
-def model_inputs(model: Any, processor: Any, case: Case) -> dict[str, torch.Tensor]:
-    """Return what the processor would make of a case."""
-    patches = processor.image_processor(images=[case.request.pixels], do_resize=False, return_tensors="pt")
-    ids = torch.tensor([case.prompt], device=model.device)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": patches["pixel_values"].to(model.device, model.dtype),
-        "image_grid_thw": patches["image_grid_thw"].to(model.device),
-    }
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # since transformers 5
-        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-    return inputs
+@contextmanager
+def padded(engine: ModelEngine) -> Iterator[None]:
+    """Have the engine pad questions into one batch, as before there were slots; no token ends an answer."""
+    with mock.patch.object(engine, "_slots", None), mock.patch.object(engine._generation, "ends", []):
+        yield
 
 
-def batches_of(cases: Sequence[Case], size: int, tokens: int) -> list[list[Case]]:
-    """Cut as the worker's batcher does, but in order: by count, and by questions times the longest one's tokens."""
-    batches: list[list[Case]] = [[]]
-    for case in cases:
-        batch = batches[-1]
-        longest = max(c.request.num_tokens for c in (*batch, case))
-        if len(batch) == size or (batch and (len(batch) + 1) * longest > tokens):
-            batches.append([])
-        batches[-1].append(case)
-    return batches
+@contextmanager
+def without_graph(engine: ModelEngine) -> Iterator[None]:
+    """Have the slots launch each kernel of a step by itself."""
+    slots = engine._slots
+    assert slots is not None
+    with mock.patch.object(slots, "_captured", lambda: False):
+        slots.release()
+        yield
+    slots.release()
 
 
-def extract(engine: ModelEngine, cases: Sequence[Case]) -> int:
-    """Run a batch; where memory does not suffice, halve it as the worker's batcher does. Return how often it was halved."""
-    short = False
+@contextmanager
+def cudnn(on: bool) -> Iterator[None]:
+    """Let torch choose cuDNN's attention, or not."""
+    torch.backends.cuda.enable_cudnn_sdp(on)
     try:
-        samples = engine.extract([case.request for case in cases])
-    except torch.OutOfMemoryError:
-        if len(cases) == 1:
-            raise
-        short = True
-    if not short:
-        found = [sample.facts.get("num_answer_tokens", 0) for sample in samples]
-        if found != [case.length for case in cases]:
-            raise RuntimeError(f"answers of {found} tokens; forced were {[case.length for case in cases]}")
-        return 0
-    engine.free_cache()  # not in the handler: the traceback holds on to the tensors
-    middle = len(cases) // 2
-    return 1 + extract(engine, cases[:middle]) + extract(engine, cases[middle:])
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# --- the tables ------------------------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Bench:
-    """One model with what measures it."""
+    """One model with what measures it, until the time is over."""
 
     model: Any
     processor: Any
     counter: Counter
     peak: Peak
     device: torch.device
+    ends: float
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether there is no time for another row."""
+        return time.monotonic() > self.ends
 
     def one_at_a_time(self, name: str, way: Callable[..., None], cases: Sequence[Case], answers: str) -> list[str]:
         """Measure a way of batch 1; return the table's row."""
+        if self.is_over:
+            return row_of(name, "1", answers, NOT_MEASURED)
         prepared = [(model_inputs(self.model, self.processor, case), case.length) for case in cases]
         way(self.model, prepared[0][0], min(2, prepared[0][1]))  # warm
         self._reset_peak()
@@ -310,29 +137,34 @@ class Bench:
             way(self.model, inputs, length)
         taken = synchronised(self.device) - begun
         work = self.counter.stages([[case] for case in cases], whole=True)
-        return [name, "1", answers, *self._figures(len(cases), taken, work), self._peak_memory()]
+        return row_of(name, "1", answers, *self._figures(len(cases), taken, work), self._peak_memory())
 
     def engine(
-        self, engine: ModelEngine, batches: Sequence[Sequence[Case]], answers: str, name: str
+        self, engine: ModelEngine, cases: Sequence[Case], answers: str, name: str, size: int, *, slots: bool = True
     ) -> tuple[list[str], list[str]]:
         """Measure the engine; return the rows of both tables."""
-        cases = [case for batch in batches for case in batch]
-        timers = Timers(self.device.type == "cuda")
-        halved = 0
-        warm = with_answers(batches[0][:2], "2")
-        with forced_answers(engine, warm):
+        if self.is_over:
+            return row_of(name, str(size), answers, NOT_MEASURED), []
+        cases = with_answers(cases, answers)
+        batches = batches_of(cases, size, engine.info.max_batch_tokens)
+        timers, halved = Timers(self.device.type == "cuda"), 0
+        forced = forced_answers if slots else lambda *_: nullcontext()
+        warm = with_answers(cases[:2], "6")
+        with forced(engine, warm):
             extract(engine, warm)
         engine.free_cache()
         self._reset_peak()
-        with forced_answers(engine, cases), stages_timed(engine, timers):
+        with forced(engine, cases), stages_timed(engine, timers) if slots else nullcontext():
             begun = synchronised(self.device)
             for batch in batches:
                 halved += extract(engine, batch)
             taken = synchronised(self.device) - begun
         engine.free_cache()
         work = self.counter.stages(batches)
-        size = f"{len(batches[0])}" + (f", halved {halved} times" if halved else "")
-        first = [name, size, answers, *self._figures(len(cases), taken, work), self._peak_memory()]
+        count = f"{len(batches[0])}" + (f", halved {halved} times" if halved else "")
+        first = row_of(name, count, answers, *self._figures(len(cases), taken, work), self._peak_memory())
+        if not slots:
+            return first, []
         seconds = {stage: timers.seconds(stage) for stage in STAGES}
         seconds["prefix"] = timers.seconds("images") - seconds["vision"]
         other = taken - sum(seconds.values())
@@ -363,55 +195,169 @@ WAYS_HEADER = (
 STAGES_HEADER = ("engine", "answer tokens", *(f"{stage}, s" for stage in STAGES), "other, s")
 
 
-def measure_ways(bench: Bench, questions: Questions, directory: Path, options: argparse.Namespace) -> None:
-    """Print the tables of the reference way, of one pass and of the engine."""
-    rows, stage_rows = [], []
+def row_of(*cells: str) -> list[str]:
+    """Return a row of the table of ways, and say it on stderr at once: a run that is cut off has not been for nothing."""
+    print(" | ".join(cells), file=sys.stderr, flush=True)
+    return [*cells, *[""] * (len(WAYS_HEADER) - len(cells))]
+
+
+# --- the sections ----------------------------------------------------------------------------------------------------
+
+
+def measure_reference(bench: Bench, questions: Questions, options: argparse.Namespace) -> list[list[str]]:
+    """Measure the batch-1 ways, before the engine changes the tower's attention; with cuDNN's attention, and without."""
+    rows = []
     singles = questions.mixed(options.reference, 1, options.image_tokens)
-    for name, way in [("reference: three forwards", reference_way), ("one pass", one_pass)]:
-        for answers in options.answers if singles else ():
-            if answers == "0" and way is reference_way:
-                continue  # it knows no questions without answers
-            rows.append(bench.one_at_a_time(name, way, with_answers(singles, answers), answers))
-            note(rows[-1])
-    engine = make_engine(bench.model, directory)  # after the ways above: it replaces the tower's attention
-    for per_image in options.per_image:
-        cases = questions.mixed(options.questions, per_image, options.image_tokens)
-        mean = np.mean([case.request.num_tokens - len(case.request.suffix_ids) for case in cases])
-        name = f"engine, {per_image} an image"
-        note([name, f"prefixes of {mean:.0f} tokens in the mean"])
+    if "engine" in options.sections and singles:
         for answers in options.answers:
-            batches = batches_of(with_answers(cases, answers), options.batch, engine.info.max_batch_tokens)
-            row, stage_row = bench.engine(engine, batches, answers, name)
-            rows.append(row)
-            stage_rows.append(stage_row)
-            note(row)
-    print_table(WAYS_HEADER, rows)
-    print("\nTime by stage; in brackets the share of it that the roofline explains:\n")
-    print_table(STAGES_HEADER, stage_rows)
+            if answers not in ("0", "mix"):
+                rows.append(
+                    bench.one_at_a_time("reference: three forwards", reference_way, with_answers(singles, answers), answers)
+                )
+            rows.append(bench.one_at_a_time("one pass", one_pass, with_answers(singles, answers), answers))
+    if "kernels" in options.sections and singles:
+        for on in (False, True):
+            with cudnn(on):
+                name = f"one pass, cuDNN {'on' if on else 'off'}, a shape each"
+                fresh = questions.mixed(options.reference, 1, options.image_tokens)
+                rows.append(bench.one_at_a_time(name, one_pass, with_answers(fresh, "4"), "4"))
+    return rows
 
 
-def measure_sizes(bench: Bench, questions: Questions, directory: Path, options: argparse.Namespace) -> int:
+def measure_engine(
+    bench: Bench, engine: ModelEngine, questions: Questions, options: argparse.Namespace
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Measure slots, slots without a graph, and padded batches; the last with and without cuDNN's attention."""
+    rows, stage_rows = [], []
+    cells = {per: questions.mixed(options.questions, per, options.image_tokens) for per in options.per_image}
+    if "engine" in options.sections:
+        for answers in options.answers:
+            for per_image, cases in cells.items():
+                row, stages = bench.engine(engine, cases, answers, f"engine, {per_image} an image", options.batch)
+                rows.append(row)
+                stage_rows += [stages] if stages else []
+        with without_graph(engine):
+            name = f"engine, {options.per_image[0]} an image, no graph"
+            rows.append(bench.engine(engine, cells[options.per_image[0]], options.answers[0], name, options.batch)[0])
+    if "padded" in options.sections:
+        for answers in (options.answers[0], "0"):
+            for per_image, cases in cells.items():
+                with padded(engine):
+                    name = f"padded, {per_image} an image"
+                    rows.append(bench.engine(engine, cases, answers, name, options.batch, slots=False)[0])
+    if "kernels" in options.sections:
+        for on in (False, True):
+            with padded(engine), cudnn(on):
+                name = f"padded, 1 an image, cuDNN {'on' if on else 'off'}"
+                cases = questions.mixed(min(16, options.questions), 1, options.image_tokens)
+                rows.append(bench.engine(engine, cases, "4", name, options.batch, slots=False)[0])
+    return rows, stage_rows
+
+
+def measure_invariance(bench: Bench, engine: ModelEngine, questions: Questions, options: argparse.Namespace) -> None:
+    """Print how many vectors of a batch have the bits of batch 1, and how far the rest are."""
+    cases = with_answers(questions.mixed(options.alone, 1, options.image_tokens), options.answers[0])
+
+    def run(batches: Sequence[Sequence[Case]]) -> list[Sample]:
+        found: list[Sample] = []
+        with forced_answers(engine, cases):
+            for batch in batches:
+                engine.free_cache()
+                found += engine.extract([case.request for case in batch])
+        return found
+
+    together = {"one batch": run([cases]), "the other way round": run([cases[::-1]])[::-1]}
+    half = len(cases) // 2
+    together["two batches"] = run([cases[:half], cases[half:]])
+    alone: list[Sample] = []
+    for case in cases:
+        if bench.is_over:
+            break
+        alone += run([[case]])
+    rows = []
+    for name, samples in together.items():
+        pairs = [(s.vectors[n].astype(np.float32), one.vectors[n].astype(np.float32)) for s, one in zip(samples, alone)
+                 for n in one.vectors]  # fmt: skip
+        same = sum(np.array_equal(a, b) for a, b in pairs)
+        drift = max((float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs), default=math.nan)
+        answers = sum(s.facts["answer_token_ids"] == one.facts["answer_token_ids"] for s, one in zip(samples, alone))
+        rows.append([name, f"{same} of {len(pairs)}", f"{drift:.2g}", f"{answers} of {len(alone)}"])
+    print(f"\nAgainst each question alone; at load it was found to be: {engine.info.environment['batch_invariance']}.\n")
+    print_table(("questions in", "vectors with the same bits", "largest drift", "same answers"), rows)
+
+
+def measure_small(bench: Bench, options: argparse.Namespace) -> None:
+    """Print how far the engine and plain forwards in bfloat16 are from plain forwards in float32, of the small model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "Qwen2.5-VL-Small"
+        exact, processor = make_model("tiny", torch.device("cpu"), directory, dtype=torch.float32)
+        exact.save_pretrained(directory)
+        load = Qwen2_5_VLForConditionalGeneration.from_pretrained
+        exact, rounded, ours = (
+            load(directory, dtype=dtype).to(bench.device).eval() for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+        )
+        engine = make_engine(ours, directory)
+        processor = AutoProcessor.from_pretrained(directory)
+        layers = resolve_layers(None, engine.info.num_hidden_layers)[:-1]  # the last one's output is normed in hidden_states
+        questions = Questions(split_prompt(processor), exact.config.image_token_id, layers)
+        cases = [replace(case, length=0) for case in questions.mixed(24, 3, 60)]
+        samples = engine.extract([case.request for case in cases])
+        errors: dict[str, list[float]] = {"engine, one batch": [], "plain, batch 1": []}
+        for case, sample in zip(cases, samples):
+            inputs = model_inputs(exact, processor, case)
+            right = states_of(exact, inputs, layers)
+            plain = states_of(rounded, inputs, layers)
+            for layer in layers:
+                found = sample.vectors[f"query_token_representation/layer_{layer}"].astype(np.float32)
+                for name, vector in (("engine, one batch", found), ("plain, batch 1", plain[layer])):
+                    errors[name].append(float(np.abs(vector - right[layer]).max() / np.abs(right[layer]).max()))
+    rows = [[name, f"{np.mean(found):.2g}", f"{max(found):.2g}"] for name, found in errors.items()]
+    print(f"\nThe small model in bfloat16 against plain forwards in float32, {len(cases)} questions, {len(layers)} layers:\n")
+    print_table(("way", "mean error", "largest error"), rows)
+
+
+@torch.inference_mode()
+def states_of(model: Any, inputs: dict[str, torch.Tensor], layers: Sequence[int]) -> dict[int, np.ndarray]:
+    """Return the last token's output of some layers by a plain forward."""
+    given = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    states = model.model(**given, output_hidden_states=True).hidden_states
+    return {layer: states[layer + 1][0, -1].float().cpu().numpy() for layer in layers}
+
+
+def measure_busy(bench: Bench, engine: ModelEngine, questions: Questions, options: argparse.Namespace) -> None:
+    """Print the share of a batch's time in which the device runs something."""
+    rows = []
+    for per_image in options.per_image:
+        for answers in (options.answers[0], "0"):
+            if bench.is_over:
+                rows.append([f"{per_image} an image", answers, NOT_MEASURED, ""])
+                continue
+            cases = with_answers(questions.mixed(options.batch, per_image, options.image_tokens), answers)
+            with forced_answers(engine, cases):
+                found = busy_share(bench.device, lambda cases=cases: engine.extract([case.request for case in cases]))
+            engine.free_cache()
+            share, number = ("–", "–") if found is None else (f"{found[0]:.0%}", f"{found[1]:,}")
+            rows.append([f"{per_image} an image", answers, share, number])
+    print(f"\nOne batch of {options.batch} under torch's profiler, which slows the host:\n")
+    print_table(("engine", "answer tokens", "device busy", "kernels and copies"), rows)
+
+
+def measure_sizes(bench: Bench, engine: ModelEngine, questions: Questions, options: argparse.Namespace) -> int:
     """Print the table of one large image with six questions each. Return how many did not fit."""
-    engine = make_engine(bench.model, directory)
     rows, failed = [], 0
     for tokens in SIZES:
         side = round(math.sqrt(tokens * options.image_tokens / 400))
-        cases = with_answers(questions.of_image(side, side, 6), "20")
+        name = f"{side * side:,} tokens x 6"
         try:
-            row, _ = bench.engine(engine, [cases], "20", f"{side * side:,} tokens x 6")
+            row, _ = bench.engine(engine, questions.of_image(side, side, 6), "20", name, 6)
         except torch.OutOfMemoryError as error:
-            row = [f"{side * side:,} tokens x 6", "1", "20", str(error).split(". ")[0], "", "", "", ""]
+            row = row_of(name, "1", "20", str(error).split(". ")[0])
             failed += 1
         engine.free_cache()
         rows.append(row)
-        note(row)
+    print(f"\nOne image{'' if options.memory_cap is None else f', memory capped at {options.memory_cap:g} GB'}:\n")
     print_table(("image", *WAYS_HEADER[1:]), rows)
     return failed
-
-
-def note(row: Sequence[str]) -> None:
-    """Say on stderr what has been measured: a run that is cut off has not been for nothing."""
-    print(" | ".join(row), file=sys.stderr, flush=True)
 
 
 def cap_memory(gigabytes: float, device: torch.device) -> None:
@@ -437,8 +383,6 @@ def describe(options: argparse.Namespace, model: Any, device: torch.device, peak
     ]
     if peak.flops:
         parts.append(f"peak {peak.flops / 1e12:.0f} TFLOP/s and {peak.bytes / 1e9:.0f} GB/s")
-    if options.memory_cap:
-        parts.append(f"memory capped at {options.memory_cap:g} GB")
     return "; ".join(parts) + "."
 
 
@@ -447,30 +391,36 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=CONFIGS, default="7b", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--minutes", type=float, default=8.0, help="rows that would begin later are left out")
     parser.add_argument("--questions", type=int, default=192, help="in each of the engine's cells")
-    parser.add_argument("--reference", type=int, default=6, help="questions of the batch-1 ways; 0 leaves them out")
-    parser.add_argument("--per-image", type=int, nargs="+", default=[1, 2, 6])
-    parser.add_argument("--answers", nargs="+", default=["20", "200", "mix", "0"], help="tokens; mix; 0: embeddings only")
+    parser.add_argument("--reference", type=int, default=4, help="questions of the batch-1 ways; 0 leaves them out")
+    parser.add_argument("--alone", type=int, default=24, help="questions that are run alone, for invariance")
+    parser.add_argument("--per-image", type=int, nargs="+", default=[1, 6])
+    parser.add_argument("--answers", nargs="+", default=["20", "0", "200", "mix"], help="tokens; mix; 0: embeddings only")
     parser.add_argument("--image-tokens", type=int, default=400, help="the images' mean size")
     parser.add_argument("--batch", type=int, default=128, help="questions in one batch of the engine")
-    parser.add_argument("--sizes", action="store_true", help="one image of 1k to 16k tokens with six questions instead")
-    parser.add_argument("--memory-cap", type=float, metavar="GB", help="of the device's memory, for this process")
+    parser.add_argument("--memory-cap", type=float, metavar="GB", help="of the device's memory, for this process; "
+                        "else 24 for the section `sizes` alone")  # fmt: skip
     parser.add_argument("--peak-tflops", type=float, help="dense bf16; known for H100, H200, A100 and 4090")
     parser.add_argument("--peak-gbps", type=float, help="of the device's memory")
     parser.add_argument("--quick", action="store_true", help="small and few, to see that it works")
     options = parser.parse_args()
     if options.quick:
-        options.questions, options.reference, options.image_tokens, options.batch = 12, 2, 20, 8
-        options.answers = ["3", "mix", "0"]
+        options.questions, options.reference, options.image_tokens, options.batch, options.alone = 12, 2, 20, 8, 4
+        options.answers = ["3", "0", "mix"]
     return options
 
 
 def main() -> int:
     """Print the tables."""
     options = read_options()
+    ends = time.monotonic() + 60 * options.minutes
     device = torch.device(options.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as the worker does
     if device.type == "cuda" and options.memory_cap:
         cap_memory(options.memory_cap, device)
+    failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "Qwen2.5-VL-Random"
         model, processor = make_model(options.config, device, directory)
@@ -478,12 +428,30 @@ def main() -> int:
         config = model.config
         layers = resolve_layers(None, config.get_text_config().num_hidden_layers)
         questions = Questions(split_prompt(processor), config.image_token_id, layers)
-        bench = Bench(model, processor, Counter(config, peak), peak, device)
+        bench = Bench(model, processor, Counter(config, peak), peak, device, ends)
         print(describe(options, model, device, peak), end="\n\n")
-        if options.sizes:
-            return min(1, measure_sizes(bench, questions, directory, options))
-        measure_ways(bench, questions, directory, options)
-    return 0
+        rows = measure_reference(bench, questions, options)
+        engine = make_engine(model, directory)
+        more, stage_rows = measure_engine(bench, engine, questions, options)
+        if rows := [*rows, *more]:
+            print_table(WAYS_HEADER, rows)
+        if stage_rows:
+            print("\nTime by stage; in brackets the share of it that the roofline explains:\n")
+            print_table(STAGES_HEADER, stage_rows)
+        if "invariance" in options.sections:
+            measure_invariance(bench, engine, questions, options)
+        if "small" in options.sections:
+            measure_small(bench, options)
+        if "busy" in options.sections:
+            measure_busy(bench, engine, questions, options)
+        if "sizes" in options.sections:
+            if device.type == "cuda" and options.memory_cap is None:
+                engine.free_cache()
+                options.memory_cap = 24.0
+                cap_memory(options.memory_cap, device)
+                engine = make_engine(model, directory)  # whose bounds follow from it
+            failed = measure_sizes(bench, engine, questions, options)
+    return min(1, failed)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,33 +40,88 @@ def tables_of(*call: str) -> list[list[dict[str, str]]]:
 def test_gpu() -> None:
     # Peaks of an imaginary device far above any CPU, so that the roofline's columns are there.
     peaks = ("--peak-tflops", "1000", "--peak-gbps", "1000000")
-    ways, stages = tables_of("gpu.py", "--config", "tiny", "--quick", *peaks)
+    ways, stages, invariance, small, busy, sizes = tables_of("gpu.py", "--config", "tiny", "--quick", *peaks)
+    answers = ("3", "0", "mix")
     assert [(row["way"], row["answer tokens"]) for row in ways] == [
-        ("reference: three forwards", "3"),
-        ("reference: three forwards", "mix"),
-        *[("one pass", answers) for answers in ("3", "mix", "0")],
-        *[(f"engine, {n} an image", answers) for n in (1, 2, 6) for answers in ("3", "mix", "0")],
-    ]
+        ("reference: three forwards", "3"), ("one pass", "3"), ("one pass", "0"), ("one pass", "mix"),
+        ("one pass, cuDNN off, a shape each", "4"), ("one pass, cuDNN on, a shape each", "4"),
+        *[(f"engine, {n} an image", tokens) for tokens in answers for n in (1, 6)],
+        ("engine, 1 an image, no graph", "3"),
+        *[(f"padded, {n} an image", tokens) for tokens in ("3", "0") for n in (1, 6)],
+        ("padded, 1 an image, cuDNN off", "4"), ("padded, 1 an image, cuDNN on", "4"),
+    ]  # fmt: skip
     for row in ways:
         assert 0.1 < float(row["samples/s"]) < 10_000
         assert 1e-6 < float(row["TFLOP/sample"]) < 1e-3
         assert 0 <= float(row["of the roofline"].rstrip("%")) <= 100
     work = {(row["way"], row["answer tokens"]): float(row["TFLOP/sample"]) for row in ways}
-    for answers in ("3", "0"):
-        assert work["engine, 6 an image", answers] < 0.6 * work["engine, 1 an image", answers]  # prefixes are shared
-    assert [(row["engine"], row["answer tokens"]) for row in stages] == [(row["way"], row["answer tokens"]) for row in ways[5:]]
+    for tokens in ("3", "0"):
+        assert work["engine, 6 an image", tokens] < 0.6 * work["engine, 1 an image", tokens]  # prefixes are shared
+    assert [(row["engine"], row["answer tokens"]) for row in stages] == [
+        (row["way"], row["answer tokens"]) for row in ways[6:12]
+    ]
     for row in stages:
         vision, prefix, suffix, decode = (float(row[f"{s}, s"].split()[0]) for s in ("vision", "prefix", "suffix", "decode"))
         assert vision + prefix + suffix > 0  # in hundredths of a second: one alone may round to none
         assert (decode > 0) == (row["answer tokens"] != "0")
-
-
-def test_gpu_sizes() -> None:
-    [rows] = tables_of("gpu.py", "--config", "tiny", "--quick", "--sizes")
-    assert len(rows) == 5
-    assert all(float(row["samples/s"]) > 0.1 for row in rows)
-    work = [float(row["TFLOP/sample"]) for row in rows]
+    assert [row["same answers"] for row in invariance] == ["4 of 4"] * 3
+    assert all(float(row["largest drift"]) < 0.1 for row in invariance)
+    ours, plain = (float(row["mean error"]) for row in small)
+    assert 0.001 < ours < 1.5 * plain < 0.1
+    assert [(row["engine"], row["answer tokens"]) for row in busy] == [
+        (f"{n} an image", tokens) for n in (1, 6) for tokens in ("3", "0")
+    ]
+    work = [float(row["TFLOP/sample"]) for row in sizes]
+    assert len(work) == 3
     assert work == sorted(work)
+
+
+def test_gpu_ends_in_time() -> None:
+    """What would begin too late is left out, and said to be."""
+    ways, *_ = tables_of("gpu.py", "--config", "tiny", "--quick", "--sections", "engine", "invariance", "--minutes", "0")
+    assert {row["samples/s"] for row in ways} == {"not measured: out of time"}
+
+
+def names_in(requirements: Iterable[str]) -> set[str]:
+    return {re.split(r"[^A-Za-z0-9_-]", one)[0].lower().replace("-", "_") for one in requirements if "extra ==" not in one}
+
+
+def with_what_they_need(packages: set[str]) -> set[str]:
+    found: set[str] = set()
+    while packages:
+        found |= packages
+        packages = set().union(*(names_in(requirements_of(name)) for name in packages)) - found
+    return found
+
+
+def requirements_of(package: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:  # of another platform
+        return []
+
+
+def test_gpu_needs_torch_and_transformers_alone() -> None:
+    """As on a machine for measuring, which has no other package of ours."""
+    dependencies = tomllib.loads((BENCHMARKS.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    absent = names_in(dependencies) - with_what_they_need({"torch", "transformers", "torchvision", "pillow"})
+    assert {"celery", "h5py", "ml_dtypes", "pydantic"} <= absent
+    code = (
+        "import importlib.abc, importlib.util, runpy, sys\n"
+        f"absent = {sorted(absent | {'accelerate'})}\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] in absent: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] in absent else found(name, package)\n"
+        f"sys.path[:0] = [{str(BENCHMARKS)!r}, {str(BENCHMARKS.parent)!r}]\n"
+        "sys.argv = ['gpu.py', '--config', 'tiny', '--quick', '--sections', 'engine', 'small']\n"
+        "runpy.run_path(sys.path[0] + '/gpu.py', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False, cwd="/")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "| engine, one batch |" in result.stdout
 
 
 def test_engine() -> None:

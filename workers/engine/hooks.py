@@ -82,6 +82,10 @@ def to_host(found: Sequence[Mapping[str, Tensor]]) -> list[dict[str, np.ndarray]
     if device.type == "cuda":
         pinned = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
         joined = pinned.copy_(joined)
-    array = joined.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if joined.dtype == torch.bfloat16 else joined.numpy()
-    parts = iter(np.split(array, np.cumsum([len(vector) for vector in vectors])[:-1]))
+    parts = iter(np.split(as_array(joined), np.cumsum([len(vector) for vector in vectors])[:-1]))
     return [{name: next(parts) for name in one} for one in found]
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """Return a tensor on the host as an array of its dtype."""
+    return values.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if values.dtype == torch.bfloat16 else values.numpy()
