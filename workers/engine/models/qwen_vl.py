@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -127,11 +128,25 @@ class Family(base.Family):
 
 
 def of_sizes(visual: Any, grid: Tensor) -> dict[str, Tensor]:
-    """Return what a tower takes beside patches, of the sizes of images (B, 3) on the host; nothing before transformers 5.17."""
+    """Return what a tower takes beside patches, of the sizes of images (B, 3) on the host, by transformers' functions for it.
+
+    Nothing where it has none, or others, as before 5.17: then it reads the sizes itself.
+    """
     try:
-        from transformers import vision_utils
-    except ImportError:
+        return _of_sizes(visual, grid)
+    except (ImportError, AttributeError, TypeError) as error:
+        _say_once(in_a_line(error))
         return {}
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("transformers computes what follows from the sizes of images, which is slower on a GPU: %s", reason)
+
+
+def _of_sizes(visual: Any, grid: Tensor) -> dict[str, Tensor]:
+    from transformers import vision_utils
+
     device, merge = visual.device, visual.spatial_merge_size
     found = {"position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device)}
     found["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(grid)  # stays on the host: `attend_in_spans` has it from there
