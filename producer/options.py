@@ -15,6 +15,8 @@ import typer
 from annotated_types import Ge
 from pydantic.fields import FieldInfo
 
+from producer.dataset.columns import parse_columns
+from producer.dataset.table import Source
 from storage.computation import QUESTION, Computation
 from storage.errors import UserError
 from storage.settings import Order
@@ -29,8 +31,8 @@ _MAX_TEMPLATE = 1 << 18  # bytes; Qwen2.5-VL's has 1,017
 class RunOptions:
     """What the user asks for: the options of `enqueue` and `run`."""
 
-    csv: Path
-    images_dir: str  # a directory or a URL, as are the next two
+    source: Source
+    images_dir: str | None  # a directory or a URL, as are the next two; None where the table holds its images
     output_dir: str
     image_roots: tuple[str, ...]
     model: str
@@ -46,12 +48,34 @@ class RunOptions:
 
 
 def _run_options(
-    csv: Annotated[
+    table: Annotated[
         Path | None,
-        typer.Argument(metavar="CSV", help="Questions: question_id,image_id,question,answer. `.csv` or `.csv.gz`."),
+        typer.Argument(
+            metavar="TABLE",
+            help="Questions: question_id,image_id,question,answer. CSV, TSV, JSON, JSONL, Parquet, a WebDataset tar, or a "
+            "folder of images: docs/tables.md.",
+        ),
     ] = None,
-    vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as CSV.")] = None,
-    images_dir: Annotated[str, typer.Option(help="Directory or URL that the image ids are relative to.")] = ...,  # type: ignore[assignment]
+    vqa_dataset: Annotated[Path | None, typer.Option("--vqa-dataset", help="The same as TABLE.")] = None,
+    images_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or URL that the image ids are relative to. Not where the table holds the images themselves.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=COLUMN,…",
+            help="Which column is what, as in question=text,answer=label; roles: question_id, image, question, answer. "
+            "[default: by their names]",
+            show_default=False,
+        ),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What is asked about each image of a folder.", show_default=False)
+    ] = None,
     output_dir: Annotated[
         str | None,
         typer.Option(
@@ -83,12 +107,13 @@ def _run_options(
     **asked: Any,
 ) -> RunOptions:
     """Collect the options that `enqueue` and `run` share."""
-    if (csv is None) == (vqa_dataset is None):
-        raise UserError("name the CSV file once: `CSV` or `--vqa-dataset CSV`")
+    path = table or vqa_dataset
+    if path is None or (table is not None and vqa_dataset is not None):
+        raise UserError("name the table once: `TABLE` or `--vqa-dataset TABLE`")
     computation = _computation(asked)
     return RunOptions(
-        csv=csv or vqa_dataset,  # type: ignore[arg-type]
-        images_dir=images_dir,
+        source=Source(path, question, parse_columns(columns or ())),
+        images_dir=images_dir or (str(path) if question is not None else None),
         output_dir=output_dir or ("output-test" if test else "output"),
         image_roots=tuple(image_root or ()),
         model=model,

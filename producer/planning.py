@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from producer.dataset.embedding import refuse_without_room, write_images
 from producer.dataset.faults import short
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import cut, order_by_image, select
@@ -53,14 +54,20 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 
     The table and its images are checked when a run is resumed too: an unmounted directory must not fail what is left.
     """
-    table = read_table(options.csv, phases)
+    table = read_table(options.source, phases)
+    if table.said:
+        echo(one_line(f"{options.source.path.name}: {table.said}"), err=True)
     questions = select(table.questions, limit=options.limit, test=options.test)
-    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
-    check_images(questions, options.images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
+    if not table.embedded:
+        images_dir = images_dir_of(options)
+        questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
+        check_images(questions, images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
+    images = table.embedded_of(questions)
+    refuse_without_room(options.output_dir, images)
     replace_unbegun(options.output_dir, settings)
     if options.relocate:
         relocate(options.output_dir, settings)
@@ -70,6 +77,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     try:
         run = Run.create(options.output_dir, settings)
         refuse_differences(run, settings)  # another process may have created it in between
+        write_images(run, options.source, set(images), phases)
         if not run.slices:
             slices = cut(questions, options.checkpoint_interval)
             number = -(-len(questions) // options.checkpoint_interval)
@@ -77,6 +85,13 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     except OSError as error:
         raise UserError(f"--output-dir {describe(error, options.output_dir)}") from error
     return run
+
+
+def images_dir_of(options: RunOptions) -> str:
+    """Return where a table's images are that it names. Raises UserError where that is not said."""
+    if options.images_dir is None:
+        raise UserError(f"--images-dir is missing: {options.source.path} names files, so say what they are relative to")
+    return options.images_dir
 
 
 def refuse_faults(options: RunOptions, table: Table, questions: Sequence[Question]) -> None:
@@ -116,9 +131,10 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         model_slug=model_slug(model),
         **options.computation.options(),
         prompt_columns=takes_columns(options, questions),
-        dataset=options.csv.name,
+        dataset=options.source.path.name,
         dataset_sha256=table.sha256,
-        images_dir=resolve_location(options.images_dir),
+        embedded_images=bool(table.embedded),
+        images_dir="/" if table.embedded else resolve_location(images_dir_of(options)),
         image_roots=tuple(map(resolve_location, options.image_roots)),
         order=options.order,
         limit=options.limit,
@@ -133,7 +149,8 @@ def _refuse_not_utf8(options: RunOptions) -> None:
     """Raise UserError where a setting cannot be written into run.json: Linux takes any bytes for a name."""
     roots = map(resolve_location, options.image_roots)
     for option, text in (
-        ("the CSV", options.csv.name), ("--images-dir", resolve_location(options.images_dir)), ("--model", options.model),
+        ("the table", options.source.path.name), ("--images-dir", resolve_location(options.images_dir or "/")),
+        ("--model", options.model),
         ("--model", named_model(options.model)), ("--revision", options.revision), ("--prompt", options.computation.prompt),
         *(("--image-root", root) for root in roots),
     ):  # fmt: skip
@@ -181,7 +198,8 @@ def _refuse_unwritable(options: RunOptions, settings: RunSettings, columns: int)
         return
     if columns > _MOST_COLUMNS:
         raise UserError(
-            f"{options.csv}: {columns:,} further columns, of which {_MOST_COLUMNS:,} can be kept: remove what no reader needs"
+            f"{options.source.path}: {columns:,} further columns, of which {_MOST_COLUMNS:,} can be kept: remove what no "
+            "reader needs"
         )
     name = part_name(settings.model_slug, 0, settings.part_digits)
     longest = _longest_name(options.output_dir) - _ASIDE

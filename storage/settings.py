@@ -87,6 +87,7 @@ class RunSettings(Computation):
 
     dataset: str
     dataset_sha256: str
+    embedded_images: bool = False  # they lay in the table, and are in the run now: the next two say nothing then
     images_dir: Place
     image_roots: tuple[Place, ...]
     # Where the same images lie since the run was moved. What was staged before stays this run's: it is known by the first ones.

@@ -8,15 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from producer.check.findings import Finding, answer_length, image_findings, long_prompts, table_findings
-from producer.check.survey import ImageSource, Survey, survey
+from producer.check.survey import ImageSource, Survey, survey, survey_embedded, write_files
 from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import order_by_image, select
-from producer.dataset.table import read_table
+from producer.dataset.table import Table, embedded_images, read_table
 from producer.options import RunOptions
-from producer.planning import refuse_faults
+from producer.planning import images_dir_of, refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import takes_columns
 from storage.evenly import spread
@@ -53,7 +54,13 @@ class Disk:
 
     parts: int
     staging: int
+    images: int  # those that lie in the table
     free: int | None
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.parts + self.staging + self.images
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class Checked:
     questions: int
     images: int
     parts: int
+    columns: str | None  # which was taken for what, where their names are not ours
     extra_columns: tuple[str, ...]
     without_answer: int
     texts: Texts
@@ -103,17 +111,33 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
 
     Raises UserError where the run would be refused before its images are looked at.
     """
-    table = read_table(options.csv, phases)
+    table = read_table(options.source, phases)
     questions = select(table.questions, limit=options.limit, test=options.test)
-    questions = list(with_found_images(questions, options.images_dir, options.image_roots, phases=phases))
-    check_images(questions, options.images_dir, options.image_roots, allow_missing=True, phases=phases)
+    if not table.embedded:
+        images_dir = images_dir_of(options)
+        questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
+        check_images(questions, images_dir, options.image_roots, allow_missing=True, phases=phases)
     refuse_faults(options, table, questions)
+    with TemporaryDirectory(prefix="halp-check-") as scratch:  # for images that lie in the table, some at a time
+        return _look(options, table, questions, scratch, decode=decode, sample=sample, cache_dir=cache_dir, phases=phases)
+
+
+def _look(
+    options: RunOptions, table: Table, questions: Sequence[Question], scratch: str, *,
+    decode: bool, sample: int, cache_dir: Path | None, phases: Phases,
+) -> Checked:  # fmt: skip
     shape = shape_of(options.model)
-    gallery = _gallery(options, shape or _default_shape())
+    gallery = _gallery(options, scratch if table.embedded else images_dir_of(options), shape or _default_shape())
     asked_of = Counter(question.image_id for question in questions)
-    seen = survey(gallery, list(asked_of), decode=decode, done=phases("opening images", len(asked_of)))
+    done = phases("opening images", len(asked_of))
+    if table.embedded:
+        images = embedded_images(options.source, set(asked_of), lambda _: None)
+        seen = survey_embedded(gallery, images, decode=decode, done=done)
+    else:
+        seen = survey(gallery, list(asked_of), decode=decode, done=done)
     tokens = {i: number for i, size in seen.sizes.items() if (number := gallery.tokens(size)) is not None}
-    disk = _disk(options, shape, len(questions), len(asked_of)) if shape else None
+    embedded = sum(table.embedded_of(questions).values())
+    disk = _disk(options, shape, len(questions), len(asked_of), embedded) if shape else None
     columns = takes_columns(options, questions)
     texts = look_at_texts(options, questions, columns=columns)
     findings = [
@@ -123,20 +147,15 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
         *texts.findings(),
         *answer_length(shape, options.computation),
     ]
-    if disk and disk.free is not None and disk.parts + disk.staging > disk.free:
-        findings.append(
-            Finding(
-                "look",
-                "disk",
-                1,
-                f"the run needs about {in_bytes(disk.parts + disk.staging)}; {in_bytes(disk.free)} are free",
-            )
-        )
+    if disk and disk.free is not None and disk.needed > disk.free:
+        message = f"the run needs about {in_bytes(disk.needed)}; {in_bytes(disk.free)} are free"
+        findings.append(Finding("look", "disk", 1, message))
     return Checked(
         options=options,
         questions=len(questions),
         images=len(asked_of),
         parts=-(-len(questions) // options.checkpoint_interval),
+        columns=table.said,
         extra_columns=tuple(questions[0].extra),
         without_answer=sum(not question.ground_truth_answer for question in questions),
         texts=texts,
@@ -150,7 +169,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
         what_ifs=_what_ifs(gallery, seen, asked_of),
         disk=disk,
         decode_seconds=seen.decode_seconds,
-        trial=_trial(options, gallery, questions, seen, sample, cache_dir, columns) if sample and seen.sizes else None,
+        trial=_trial(options, table, gallery, questions, seen, sample, cache_dir) if sample and seen.sizes else None,
         findings=tuple(sorted(findings, key=lambda finding: ("refused", "fails", "look").index(finding.level))),
     )
 
@@ -161,9 +180,9 @@ def _default_shape() -> Shape:
     return shape
 
 
-def _gallery(options: RunOptions, shape: Shape) -> ImageSource:
+def _gallery(options: RunOptions, images_dir: str, shape: Shape) -> ImageSource:
     return ImageSource(
-        images_dir=resolve_location(options.images_dir),
+        images_dir=resolve_location(images_dir),
         roots=tuple(map(resolve_location, options.image_roots)),
         limits=limits_of((options.computation.min_pixels, options.computation.max_pixels), shape),
         factor=shape.factor,
@@ -187,7 +206,7 @@ def _what_ifs(gallery: ImageSource, seen: Survey, asked: Counter[str]) -> tuple[
     return tuple(found)
 
 
-def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Disk:
+def _disk(options: RunOptions, shape: Shape, questions: int, images: int, embedded: int) -> Disk:
     """Estimate the bytes of the parts. The questions of an image share its vectors, unless the file's order parts them."""
     asked_of = options.computation
     found = widths(
@@ -205,6 +224,7 @@ def _disk(options: RunOptions, shape: Shape, questions: int, images: int) -> Dis
     return Disk(
         parts=round(numbers * _BYTES_PER_NUMBER[asked_of.dtype]) + questions * _BYTES_PER_QUESTION,
         staging=staged * sum(found.values()) * width,
+        images=embedded,
         free=_free(options.output_dir),
     )
 
@@ -218,12 +238,12 @@ def _free(output_dir: str) -> int | None:
 
 def _trial(
     options: RunOptions,
+    table: Table,
     gallery: ImageSource,
     questions: Sequence[Question],
     seen: Survey,
     sample: int,
     cache_dir: Path | None,
-    columns: bool,
 ) -> Trial:
     """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions."""
     by_image: dict[str, list[Question]] = {}
@@ -233,7 +253,11 @@ def _trial(
     groups = list(by_image.values())
     number = max(1, round(sample * len(groups) / sum(map(len, groups))))
     chosen = [question for group in spread(groups, number) for question in group][:sample]
+    if table.embedded:
+        images = {question.image_id for question in chosen}
+        write_files(gallery.images_dir, embedded_images(options.source, images, lambda _: None))
     asked_of, own = options.computation, settings()
+    columns = takes_columns(options, questions)
     cache = cache_of(options.model, options.revision, cache_dir)
     spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache, own.cudnn_attention)
     cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]

@@ -95,7 +95,7 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
         findings.append(_finding("fails", reason, images, message))
     missing = len(by_reason.get("image_missing", ()))
     if missing > MAX_MISSING * len(asked) and not options.allow_missing:
-        nearby = describe_missing(by_reason["image_missing"], resolve_location(options.images_dir))
+        nearby = describe_missing(by_reason["image_missing"], resolve_location(options.images_dir or "/"))
         message = f"of {len(asked):,} images are missing: is --images-dir right? --allow-missing runs anyway\n{nearby}"
         findings.append(Finding("refused", "many_missing", missing, message))
     if seen.turned and not options.computation.exif_rotation:

@@ -73,7 +73,7 @@ def print_check(checked: Checked, console: Console) -> None:
 
 
 def _overview(checked: Checked) -> Table:
-    table = Table(title=Text(str(checked.options.csv)), title_justify="left", show_header=False)
+    table = Table(title=Text(str(checked.options.source.path)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     per_image = checked.questions / checked.images
@@ -86,6 +86,7 @@ def _overview(checked: Checked) -> Table:
         ("questions per image", ", ".join(f"{n:,} images x {k}" for k, n in checked.per_image.most_common(6))),
         ("texts", checked.texts.words()),
         ("turned images", _turned(checked)),
+        ("columns", checked.columns or "by our own names"),
         ("further columns", ", ".join(checked.extra_columns) or "none"),
         ("disk", _disk(checked)),
         ("decoding", _decoding(checked)),
@@ -116,7 +117,8 @@ def _disk(checked: Checked) -> str:
         return f"not known: the dimensions of {checked.options.model} are not known here"
     disk = checked.disk
     free = "" if disk.free is None else f"; {in_bytes(disk.free)} are free"
-    return f"about {in_bytes(disk.parts)} of parts, up to {in_bytes(disk.staging)} of staging{free}"
+    images = f", {in_bytes(disk.images)} of the table's images" if disk.images else ""
+    return f"about {in_bytes(disk.parts)} of parts, up to {in_bytes(disk.staging)} of staging{images}{free}"
 
 
 def _decoding(checked: Checked) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from producer.show.progress import Done, counted
 from storage.evenly import spread
@@ -16,6 +17,7 @@ from storage.stores.location import is_url
 from workers.errors import PermanentError, TransientError
 from workers.extract.loading import Limits, image_header, load_image, smart_resize
 
+_AT_ONCE, _MOST_BYTES = 256, 64 << 20  # images of a table that are looked at together
 _TIMED = 32  # images that are decoded for the time it takes
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # they wait for the disk, and decoders release the interpreter's lock
 
@@ -80,8 +82,45 @@ class ImageSource:
         return resized_height * resized_width // self.factor**2
 
 
-def survey(gallery: ImageSource, image_ids: Sequence[str], *, decode: bool, done: Done) -> Survey:
-    """Look at each image; `done` is told after each how many were."""
+def survey_embedded(gallery: ImageSource, images: Iterable[tuple[str, bytes]], *, decode: bool, done: Done) -> Survey:
+    """Look at images that lie in a table, some at a time as files in the gallery's directory."""
+    found: list[Survey] = []
+    looked_at = 0
+    for chunk in _chunks(images):
+        write_files(gallery.images_dir, chunk)
+        names = [name for name, _ in chunk]
+        found.append(survey(gallery, names, decode=decode, done=lambda _: None, timed=not found))
+        looked_at += len(chunk)
+        done(looked_at)
+        for name in names:
+            os.unlink(os.path.join(gallery.images_dir, name))
+    sizes = {name: size for one in found for name, size in one.sizes.items()}
+    problems, turned = ([item for one in found for item in getattr(one, which)] for which in ("problems", "turned"))
+    seconds = found[0].decode_seconds if found else None
+    return Survey(sizes, tuple(problems), sum(one.file_bytes for one in found), seconds, tuple(turned))
+
+
+def write_files(directory: str, images: Iterable[tuple[str, bytes]]) -> None:
+    """Write images below a directory that is of this process alone."""
+    for name, data in images:
+        path = Path(directory, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _chunks(images: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    chunk: list[tuple[str, bytes]] = []
+    for image in images:
+        chunk.append(image)
+        if len(chunk) == _AT_ONCE or sum(len(data) for _, data in chunk) > _MOST_BYTES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def survey(gallery: ImageSource, image_ids: Sequence[str], *, decode: bool, done: Done, timed: bool = True) -> Survey:
+    """Look at each image; `done` is told after each how many were. `timed`: measure too how long decoding takes."""
     sizes: dict[str, tuple[int, int]] = {}
     problems, all_turned = [], []
 
@@ -112,7 +151,8 @@ def survey(gallery: ImageSource, image_ids: Sequence[str], *, decode: bool, done
         except KeyboardInterrupt:
             decoders.end(0)  # or the pool would wait for the slowest image
             raise
-    return Survey(sizes, tuple(problems), file_bytes, _decode_seconds(gallery, list(sizes)), tuple(all_turned))
+    seconds = _decode_seconds(gallery, list(sizes)) if timed else None
+    return Survey(sizes, tuple(problems), file_bytes, seconds, tuple(all_turned))
 
 
 def _decode_seconds(gallery: ImageSource, image_ids: Sequence[str]) -> float | None:

@@ -1,248 +1,217 @@
-"""The table: the dataset's CSV, read and checked before anything is planned. It knows no images.
+"""The table: a dataset's questions, read and checked before anything is planned. It opens no image.
 
-Whatever is wrong is said at once, every faulty line in one message, so that a file is mended in one go.
+Whatever is wrong is said at once, every faulty row in one message, so that a file is mended in one go.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import hashlib
-import io
-import os
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
+from producer.dataset.columns import BAD_CHARACTER, Roles, roles_of
 from producer.dataset.faults import Faults, short
-from producer.show.progress import Done, Phases, counted, silent
+from producer.dataset.forms.choice import form_of
+from producer.dataset.forms.delimited import MAX_FIELD
+from producer.dataset.forms.row import Embedded, Form, Image, Opened, Row, RowFault, Same, as_images, as_text
+from producer.show.progress import Done, Phases, silent
 from storage.errors import UserError
-from storage.hdf5.part import QUESTION_ATTRIBUTES
-from storage.images.filetype import refuse_pointer
+from storage.images.lookup import EMBEDDED
 from storage.question import Question
 
-# Accepted names of each column, the preferred one first; the other is carried where a table has both.
-_COLUMNS = {
-    "question_id": ("question_id",),
-    "image_id": ("image_id", "image_name"),
-    "question": ("question",),
-    "answer": ("answer", "gt_answer"),
-}
-# Characters: csv's own 131,072 is too few for some texts, and without a limit a quote never closed would eat the file.
-_MAX_FIELD = 1 << 20
-_BUFFER = 1 << 16
-_MAX_NAME = 512  # characters of a question id or a column's name, which become names in HDF5: 64 KiB there at most
-_MAX_COLUMNS = 20  # named in a message
+_MAX_ID = 512  # characters of a question id, which becomes a name in HDF5: 64 KiB there at most
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_BAD_CHARACTER = re.compile(r"[\0\ud800-\udfff]")  # a surrogate stands for a byte that was not UTF-8: see _open
+_IMAGE_PATH = "image_path"  # carries the name that an embedded image has in its table
+_NOTHING: dict[str, str] = {}
+_EMPTY = {"line": "its first line must name the columns, as in question_id,image_id,question,answer"}
+_NO_ROWS = {"line": "its first line names the columns, a question a line must follow"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
-    """Where a table's columns are: indices into a row."""
+class Source:
+    """A table's file or folder, and how it is to be read."""
 
-    width: int
-    question_id: int
-    image_id: int
-    question: int
-    answer: int | None
-    extra: tuple[tuple[str, int], ...]
+    path: Path
+    question: str | None = None  # about each image of a folder
+    columns: Mapping[str, str] = field(default_factory=dict)  # role to column
+
+    def form(self) -> Form:
+        """Return its reader. Raises UserError."""
+        return form_of(self.path, self.question)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A dataset's questions in the file's order, and the SHA-256 of the bytes that they were read from."""
+    """A dataset's questions in the table's order, and the SHA-256 of what they were read from."""
 
     questions: list[Question]
     sha256: str
+    embedded: dict[str, int] = field(default_factory=dict)  # image id to bytes, of images that lie in the table
+    said: str | None = None  # which column was taken for what
+
+    def embedded_of(self, questions: Sequence[Question]) -> dict[str, int]:
+        """Return the embedded images of some questions, with their bytes."""
+        return {question.image_id: self.embedded[question.image_id] for question in questions} if self.embedded else {}
 
 
-def read_table(csv_path: Path, phases: Phases = silent) -> Table:
-    """Return the questions of a `.csv` or `.csv.gz`, every field the text that it is in the file.
+def read_table(source: Source | Path, phases: Phases = silent) -> Table:
+    """Return a table's questions, every field the text that it is there.
 
-    The stdlib reader in strict mode, because it names the line of a fault and because `001`, `NA` and an empty answer
-    stay what they are; pandas parses numbers and missing values, mends a bad quote in silence and names no line.
-    Takes UTF-8 with or without a byte-order mark; skips empty lines. Raises UserError with every faulty line (the first
-    20 in full) and its fix; a line number is that of the file's line on which the record starts. The file is read once: one
-    that takes its place meanwhile changes nothing.
+    Raises UserError with every faulty row (the first 20 in full) and its fix. A file is read once: one that takes its place
+    meanwhile changes nothing.
     """
-    if not os.path.isfile(csv_path):
-        raise UserError(f"{csv_path} {_what(csv_path)}: name the dataset's CSV file (.csv or .csv.gz)")
-    limit = csv.field_size_limit(_MAX_FIELD)  # a setting of the whole process, so it is put back
-    try:
-        with csv_path.open("rb", buffering=0) as raw, io.BufferedReader(digested := _Digested(raw), _BUFFER) as data:
-            refuse_pointer(data.peek(), csv_path)
-            done = phases(f"reading {csv_path.name}", os.path.getsize(csv_path))
-            with _text(data, csv_path) as file:
-                # By the file's bytes: how many rows it has is known at its end.
-                questions = _read(file, csv_path, lambda _: done(digested.size))
-                while data.read(_BUFFER):  # what lies behind a gzip's end belongs to the file, too
-                    pass
-            return Table(questions, digested.sha256.hexdigest())
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{csv_path} is damaged gzip ({e}): copy or make it again; `gzip -t` checks it") from e
-    except OSError as e:
-        raise UserError(f"{csv_path} cannot be read: {e.strerror or e}") from e
-    finally:
-        csv.field_size_limit(limit)
+    source = source if isinstance(source, Source) else Source(source)
+    form, faults = source.form(), Faults()
+    done = phases(f"reading {source.path.name}", form.size)
+    with form.opened(faults, done) as opened:
+        reading = _Reading(source, form, opened, faults)
+        questions = reading.questions()
+    return Table(questions, form.sha256, reading.embedded, reading.roles.said)
 
 
-class _Digested(io.RawIOBase):
-    """A file of which the digest is taken as it is read."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def readable(self) -> bool:
-        """Tell that it can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read some bytes; return how many."""
-        number = self._file.readinto(buffer) or 0
-        self.sha256.update(memoryview(buffer)[:number])
-        self.size += number
-        return number
-
-
-def _what(path: Path) -> str:
-    if os.path.isdir(path):
-        return "is a directory"
-    return "is not a regular file" if os.path.exists(path) else "does not exist"
-
-
-def _text(data: BinaryIO, path: Path) -> TextIO:
-    # surrogateescape: a byte that is not UTF-8 reaches the check of its row, which knows the line.
-    # newline: csv asks for it, so that a line break inside quotes stays what it is.
-    plain = gzip.GzipFile(fileobj=data) if path.suffix.lower() == ".gz" else data
-    return io.TextIOWrapper(plain, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read(file: TextIO, path: Path, done: Done) -> list[Question]:
-    faults = Faults()
-    records = counted(_records(file, faults), done)
-    header = _read_header(records, faults, path)
-    questions = []
-    lines: dict[str, int] = {}  # line of each question id
-    share: dict[str, str] = {}  # one object for each repeated text: 100,000 image ids instead of a million
-    extra: dict[str, str] = {}
-    for csv_row, (line, row) in enumerate(records, start=1):
-        problems = _row_problems(row, line, header, lines)
-        if problems:
-            faults.add(f"line {line}: {'; '.join(problems)}")
-        if faults.number:
-            continue
-        if header.extra:
-            extra = {name: share.setdefault(row[i], row[i]) for name, i in header.extra}
-        image_id = share.setdefault(row[header.image_id], row[header.image_id])
-        answer = "" if header.answer is None else share.setdefault(row[header.answer], row[header.answer])
-        questions.append(Question(row[header.question_id], image_id, row[header.question], answer, csv_row, extra))
-    if faults.number:
-        raise UserError(f"{path}: {faults.number:,} faulty {'line' if faults.number == 1 else 'lines'}\n{faults}")
-    if not questions:
-        raise UserError(f"{path} has no rows: its first line names the columns, a question a line must follow")
-    return questions
-
-
-def _records(file: TextIO, faults: Faults) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record after the number of the line on which it starts; list a malformed one as a fault."""
-    reader = csv.reader(file, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            run = f" (the record runs on to line {reader.line_num})" if reader.line_num > line else ""
-            faults.add(f"line {line}: {_quoting_problem(e)}{run}")
-            continue
-        if row:
-            yield line, row
-
-
-def _quoting_problem(error: csv.Error) -> str:
-    if "field limit" in str(error):
-        return f"a field has more than {_MAX_FIELD:,} characters: close its quote or shorten the text"
-    return f'the quotes do not match ({error}): write a quote inside a quoted text twice, as in "a ""word"" in quotes"'
-
-
-def _read_header(records: Iterator[tuple[int, list[str]]], faults: Faults, path: Path) -> _Header:
-    line, names = next(records, (0, []))
-    if faults.number:
-        raise UserError(f"{path}: the line that names the columns cannot be read\n{faults}")
-    if not names:
-        raise UserError(f"{path} is empty: its first line must name the columns, as in {','.join(_COLUMNS)}")
-    names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)]  # as pandas names them
-    where = {column: _find(names, accepted) for column, accepted in _COLUMNS.items()}
-    question_id, image_id, question = where["question_id"], where["image_id"], where["question"]
-    problems = _header_problems(names, [c for c, i in where.items() if i is None and c != "answer"])
-    if problems or question_id is None or image_id is None or question is None:
-        raise UserError(f"{path}, line {line}: {'; '.join(problems)}")
-    extra = tuple((name, i) for i, name in enumerate(names) if i not in where.values())
-    return _Header(len(names), question_id, image_id, question, where["answer"], extra)
-
-
-def _find(names: Sequence[str], accepted: Sequence[str]) -> int | None:
-    return next((names.index(name) for name in accepted if name in names), None)
-
-
-def _header_problems(names: Sequence[str], missing: Sequence[str]) -> list[str]:
-    if any(_BAD_CHARACTER.search(name) for name in names):
-        return ["the columns' names are not UTF-8 text: save the table as CSV in UTF-8 (gzip only as .csv.gz)"]
-    problems = []
+def embedded_images(source: Source, wanted: set[str], done: Done) -> Iterator[tuple[str, bytes]]:
+    """Yield, each once, those images of a table that are wanted: id and content. Raises UserError where one is gone."""
+    missing = set(wanted)
+    with source.form().opened(Faults(), lambda _: None) as opened:
+        first, rows = _peeked(opened)
+        roles = roles_of(opened.columns, first, source.columns, source.form().image)
+        for row in rows:
+            for image in as_images(roles.value("image", row.cells)):
+                if isinstance(image, Embedded) and (name := f"{EMBEDDED}/{image.file_name()}") in missing:
+                    missing.remove(name)
+                    yield name, image.data
+                    done(len(wanted) - len(missing))
     if missing:
-        more = ", …" if len(names) > _MAX_COLUMNS else ""
-        problems += [f"no column {' or '.join(_COLUMNS[column])}" for column in missing]
-        problems.append(f"the columns are {', '.join(map(short, names[:_MAX_COLUMNS]))}{more}")
-        for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-            if mark in "".join(names):
-                problems.append(f"it looks separated by {word}: save it with commas")
-    for name, number in Counter(names).items():
-        if number > 1:
-            problems.append(f"{number} columns are named {short(name)}: rename or remove all but one")
-        elif name in QUESTION_ATTRIBUTES - {"question_id"}:
-            problems.append(f"column {name!r} has a name that the output itself uses: rename it")
-        elif len(name) > _MAX_NAME:
-            problems.append(f"column {short(name)} has a name of more than {_MAX_NAME} characters: shorten it")
-    return problems
+        raise UserError(f"{source.path} was changed while it was read: give the command again")
 
 
-def _row_problems(row: Sequence[str], line: int, header: _Header, lines: dict[str, int]) -> list[str]:
-    """Return what is wrong with a row, each with its fix; note its id's line in `lines`."""
-    if len(row) != header.width:
-        too_many = len(row) > header.width
-        hint = "put a text that holds commas in quotes" if too_many else "write a comma for each empty field too"
-        return [f"{len(row)} fields where the first line has {header.width}: {hint}"]
-    problems = []
-    question_id, question = row[header.question_id], row[header.question]
-    text = "".join(row)
-    if "\0" in text or (not text.isascii() and _BAD_CHARACTER.search(text)):
-        problems.append(_character_problem(text))
-    if not question_id.strip():
-        problems.append("question_id is blank: give each row an id of its own")
-    elif len(question_id) > _MAX_NAME:
-        problems.append(f"question_id has {len(question_id):,} characters: use at most {_MAX_NAME}")
-    elif (first := lines.setdefault(question_id, line)) != line:
-        problems.append(f"question_id {short(question_id)} is that of line {first} too: give each row an id of its own")
-    if not row[header.image_id].strip():
-        problems.append("the image id is blank: name the image's file")
+class _Reading:
+    """One reading of a table."""
+
+    def __init__(self, source: Source, form: Form, opened: Opened, faults: Faults) -> None:
+        self._path, self._line, self._faults = source.path, form.line, faults
+        self.embedded: dict[str, int] = {}
+        self._places: dict[str, str] = {}  # where each question id is
+        self._shared: dict[str, str] = {}  # one object for each repeated text: 100,000 image ids instead of a million
+        self._same: dict[int, str] = {}  # the places of questions in the list whose image is another row's, and theirs
+        if not opened.columns:
+            raise UserError(f"{source.path} is empty: {_EMPTY.get(form.line, 'it must hold questions')}")
+        first, self._rows = _peeked(opened)
+        try:
+            self.roles: Roles = roles_of(opened.columns, first, source.columns, form.image)
+        except ValueError as error:
+            raise UserError(f"{source.path}, {opened.where}: {error}") from None
+
+    def questions(self) -> list[Question]:
+        """Read all rows. Raises UserError."""
+        faults: Faults = self._faults
+        found: list[Question] = []
+        for number, row in enumerate(self._rows, start=1):
+            question = self._question(number, len(found), row)
+            if question is not None and not faults.number:
+                found.append(question)
+        if not faults.number:
+            found = self._with_images_of_others(found)
+        if faults.number:
+            plural = {"entry": "entries"}.get(self._line, f"{self._line}s")
+            what = self._line if faults.number == 1 else plural
+            raise UserError(f"{self._path}: {faults.number:,} faulty {what}\n{faults}")
+        if not found:
+            raise UserError(f"{self._path} has no rows: {_NO_ROWS.get(self._line, 'a row for each question must be there')}")
+        if self.embedded and any(question.image_id not in self.embedded for question in found):
+            raise UserError(f"{self._path}: some rows hold their image, others name a file: make a table of each")
+        return found
+
+    def _question(self, number: int, index: int, row: Row) -> Question | None:
+        roles, cells = self.roles, row.cells
+        try:
+            images = as_images(roles.value("image", cells))
+        except RowFault as error:
+            self._faults.add(f"{row.where}: {error}")
+            return None
+        carried = {name: as_text(cells.get(name)) for name in roles.carried}
+        question_id = f"row-{number:06d}" if roles.question_id is None else as_text(roles.value("question_id", cells))
+        question, answer = as_text(roles.value("question", cells)), as_text(roles.value("answer", cells))
+        named = [image for image in images if isinstance(image, str)]
+        problems = _character_problems((question_id, question, answer, *named, *carried.values()))
+        problems += self._problems_of_id(question_id, row.where)
+        problems += _problems_of_images(images)
+        problems += _problems_of_question(question)
+        if problems:
+            self._faults.add(f"{row.where}: {'; '.join(problems)}")
+            return None
+        [image] = images
+        if isinstance(image, Embedded) and image.name:
+            carried.setdefault(_IMAGE_PATH, image.name)
+        share = self._shared
+        extra = {name: share.setdefault(text, text) for name, text in carried.items()} or _NOTHING
+        image_id = self._image_id(image, index)
+        answer = share.setdefault(answer, answer)
+        return Question(question_id, share.setdefault(image_id, image_id), question, answer, number, extra)
+
+    def _image_id(self, image: Image, index: int) -> str:
+        if isinstance(image, Embedded):
+            name = f"{EMBEDDED}/{image.file_name()}"
+            self.embedded[name] = len(image.data)
+            return name
+        if isinstance(image, Same):
+            self._same[index] = image.question_id
+            return ""
+        return image
+
+    def _with_images_of_others(self, questions: list[Question]) -> list[Question]:
+        """Give those questions their images that name another row's."""
+        if not self._same:
+            return questions
+        images = {question.question_id: question.image_id for question in questions}
+        for index, wanted in self._same.items():
+            if image_id := images.get(wanted):
+                questions[index] = replace(questions[index], image_id=image_id)
+            else:
+                where = self._places[questions[index].question_id]
+                self._faults.add(f"{where}: the image is that of row {short(wanted)}, which has none: embed it there, or here")
+        return questions
+
+    def _problems_of_id(self, question_id: str, where: str) -> list[str]:
+        if not question_id.strip():
+            return ["question_id is blank: give each row an id of its own"]
+        if len(question_id) > _MAX_ID:
+            return [f"question_id has {len(question_id):,} characters: use at most {_MAX_ID}"]
+        if (first := self._places.setdefault(question_id, where)) != where:
+            return [f"question_id {short(question_id)} is that of {first} too: give each row an id of its own"]
+        return []
+
+
+def _peeked(opened: Opened) -> tuple[Mapping[str, Any], Iterator[Row]]:
+    """Return the cells of the first row, and all rows."""
+    first = next(opened.rows, None)
+    return ({}, iter(())) if first is None else (first.cells, chain([first], opened.rows))
+
+
+def _problems_of_images(images: Sequence[Image]) -> list[str]:
+    if not images or (isinstance(images[0], str) and not images[0].strip()):
+        return ["the image id is blank: name the image's file"]
+    return [f"{len(images)} images are named: one is taken"] if len(images) > 1 else []
+
+
+def _problems_of_question(question: str) -> list[str]:
     if not question.strip():
-        problems.append("the question is blank: write it or remove the row")
-    elif _NOT_TEXT.fullmatch(question.strip()):
+        return ["the question is blank: write it or remove the row"]
+    if _NOT_TEXT.fullmatch(question.strip()):
         fix = "export the table again with its words, or remove the row"
-        problems.append(f"question_not_text: the question is {short(question)}: {fix}")
-    return problems
+        return [f"question_not_text: the question is {short(question)}: {fix}"]
+    return []
 
 
-def _character_problem(text: str) -> str:
+def _character_problems(texts: Sequence[str]) -> list[str]:
+    text = "".join(texts)
     if "\0" in text:
-        return "the row holds a NUL character: remove it"
-    byte = next(ord(character) - 0xDC00 for character in text if _BAD_CHARACTER.match(character))
-    return f"byte 0x{byte:02x} is not UTF-8: save the table as CSV in UTF-8"
+        return ["the row holds a NUL character: remove it"]
+    if not text.isascii() and (bad := BAD_CHARACTER.search(text)):
+        return [f"byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8: save the table as CSV in UTF-8"]
+    if len(text) > MAX_FIELD and max(map(len, texts)) > MAX_FIELD:
+        return [f"a field has more than {MAX_FIELD:,} characters: shorten the text"]
+    return []

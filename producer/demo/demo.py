@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from producer.dataset.table import Source
 from producer.demo.gallery import accuracy_table, gallery
 from producer.options import RunOptions
 from producer.planning import plan_run
@@ -33,7 +34,7 @@ def plan_demo(output_dir: Path, number: int) -> Run:
     _write_table(data, table, number)
     return plan_run(
         RunOptions(
-            csv=table,
+            source=Source(table),
             images_dir=str(data.images_dir),
             output_dir=str(output_dir),
             image_roots=(),
@@ -55,7 +56,7 @@ def show_demo(run: Run) -> None:
     for table in part_tables(describe_part(run.part_path(1)), rows=5):
         console.print(table)
     answers = demo_answers(run)
-    console.print(gallery(answers, Path(run.settings.images.images_dir), pictures=console.is_terminal))
+    console.print(gallery(answers, Path(run.images.images_dir), pictures=console.is_terminal))
     console.print(accuracy_table(answers))
     size = sum(run.part_path(piece.part).stat().st_size for piece in run.slices)
     for line in (

@@ -13,6 +13,7 @@ from storage.errors import UserError
 from storage.images.opening import open_regular, read_bounded, too_large
 from storage.stores.location import is_url, is_within, join, resolve_location, split_url
 
+EMBEDDED = ".run/images"  # where a run keeps images that lay in its table, each by its content
 _LOOKS = 5  # at a path of which links change meanwhile
 
 

@@ -45,8 +45,8 @@ def repair(
 def repair_command(run: Run) -> str:
     """Return the command that computes the damaged parts again. Other options must be those of the first call."""
     settings = run.settings
-    call = ["producer", "enqueue", settings.dataset, "--images-dir", settings.images.images_dir]
-    return shlex.join([*call, "--output-dir", run.location]) + " … --repair"
+    images = [] if settings.embedded_images else ["--images-dir", settings.images.images_dir]
+    return shlex.join(["producer", "enqueue", settings.dataset, *images, "--output-dir", run.location]) + " … --repair"
 
 
 def _reasons(run: Run, piece: Slice, unread: Callable[[Finding], object], *, described: bool) -> Iterator[str]:

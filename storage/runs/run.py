@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from storage.errors import DamagedError, UserError
+from storage.images.lookup import EMBEDDED
 from storage.naming import labelled_part, part_label, part_name
 from storage.question import Question
 from storage.runs import plan
@@ -101,10 +102,17 @@ class Run(StagingArea, Cancellable):
             self.store.delete_directory(f".run/staging/{name}")
         for name in self.store.list(".run/plan"):
             self.store.delete_directory(f".run/plan/{name}") if "." not in name else self.store.delete(f".run/plan/{name}")
-        for directory in (".run/refusals", ".run/retries", ".run/parts"):
+        for directory in (".run/refusals", ".run/retries", ".run/parts", EMBEDDED):
             self.store.delete_directory(directory)
         for key in (_MODEL, _SUMMARY, CANCELLED, _RUN):
             self.store.delete(key)
+
+    @property
+    def images(self) -> ImagePlaces:
+        """Where the run's images lie now: those of its table in the run itself, wherever that is."""
+        if self.settings.embedded_images:
+            return ImagePlaces(images_dir=self.location, image_roots=())
+        return self.settings.images
 
     @property
     def run_id(self) -> str:

@@ -221,7 +221,7 @@ def clipped(text: str) -> str:
 
 def _thumbnail(run: Run, image_id: str) -> str:
     try:
-        images = run.settings.images
+        images = run.images
         location = resolve_image(image_id, images.images_dir, images.image_roots)
         small = on_image(location, _small, seconds=_SECONDS).array
     except Exception:  # noqa: BLE001  (no image is worth a report; the images may not even be on this machine)

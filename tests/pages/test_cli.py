@@ -204,7 +204,7 @@ def table(tmp_path: Path) -> Path:
 MISTAKES = [
     (["{dir}/vqa.csv", "--images-dir", "{dir}/nowhere"], "--images-dir {dir}/nowhere does not exist"),
     (["{dir}/nowhere.csv", "--images-dir", "{dir}/images"], "{dir}/nowhere.csv does not exist"),
-    (["--images-dir", "{dir}/images"], "name the CSV file once"),
+    (["--images-dir", "{dir}/images"], "name the table once"),
     (
         ["{dir}/vqa.csv", "--images-dir", "{dir}/images", "--layers", "1,x"],
         "--layers 1,x: give layers' numbers, counted from 0",

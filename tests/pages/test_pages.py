@@ -6,6 +6,9 @@ section whose commands have no scene fails: a command cannot be added without be
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import os
 import re
 import shlex
@@ -13,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import redis
 import typer.main
@@ -40,7 +46,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
 FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}
-PAGES = ["README.md", "docs/operations.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md"]
+PAGES = ["README.md", "docs/operations.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md", "docs/tables.md"]
 ELSEWHERE = {
     "make demo": "test_demo.py::test_the_demo_answers_real_questions",
     "make test": "it runs this",
@@ -48,6 +54,7 @@ ELSEWHERE = {
     "storage probe demo-output --by answer_type": "test_demo.py::test_the_demo_can_be_probed",
     "pip install '.[demo,parquet,probe]'": "test_cli.py::test_the_wheel_has_every_package_and_all_their_data",
     "pip install 'halp-extractor[probe]'": "it is installed here",
+    "pip install 'halp-extractor[parquet]'": "it is installed here",
     "storage probe halp/ --labels qwen25vl_manually_reviewed.csv --by basic_hallucination_type": (
         "test_probing.py::test_labels_of_the_published_column, test_probing.py::test_probe_as_a_user_runs_it"
     ),
@@ -369,6 +376,62 @@ def before_a_run(scene: Scene, lines: list[str]) -> None:
         scene.run(line)
 
 
+def on_datasets_of_others(scene: Scene, lines: list[str]) -> None:
+    """A small file in the layout of each: the names of the columns and of the images are theirs."""
+    place = scene.directory
+
+    def picture(name: str) -> bytes:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 50), (len(name), 9, 90)).save(place / name)
+        return (place / name).read_bytes()
+
+    def listed(name: str, entries: object) -> None:
+        (place / name).write_text(json.dumps(entries))
+
+    asked = "Is there a dog?"
+    picture("val2014/COCO_val2014_000000262148.jpg")
+    listed("v2_OpenEnded_mscoco_val2014_questions.json", {
+        "info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}, "data_subtype": "val2014",
+        "questions": [{"image_id": 262148, "question": asked, "question_id": 262148000}],
+    })  # fmt: skip
+    picture("images/n161313.jpg")
+    gqa = {"semantic": [], "entailed": [], "question": asked, "imageId": "n161313", "isBalanced": True, "answer": "no"}
+    listed("val_balanced_questions.json", {"05451384": gqa})
+    pope = {"question_id": 1, "image": "COCO_val2014_000000262148.jpg", "text": asked, "label": "yes"}
+    (place / "coco_pope_random.json").write_text(json.dumps(pope) + "\n")
+    picture("hallusion_bench/VD/video/0.png")
+    hallusion = {"category": "VD", "subcategory": "video", "visual_input": "1", "set_id": "0", "figure_id": "1",
+                 "question": asked, "gt_answer": "1", "filename": "./hallusion_bench/VD/video/0.png"}  # fmt: skip
+    listed("HallusionBench.json", [hallusion | {"question_id": n} for n in "01"])
+    picture("image/AMBER_1.jpg")
+    listed("query_generative.json", [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}])
+    picture("MMVP/1.jpg")
+    (place / "Questions.csv").write_text("Index,Question,Options,Correct Answer\n1,Is it open?,(a) Open (b) Closed,(a)\n")
+    picture("images/coco/train2017/000000033471.jpg")
+    turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": "Yes."}]
+    listed("llava_v1_5_mix665k.json", [{"id": "1", "image": "coco/train2017/000000033471.jpg", "conversations": turns}])
+    data = picture("one.png")
+    encoded = base64.b64encode(data).decode()
+    (place / "MMBench_DEV_EN.tsv").write_text(
+        f"index\tquestion\thint\tA\tB\tanswer\tcategory\timage\n0\t{asked}\t\tyes\tno\tA\tanimals\t{encoded}\n"
+        f"1000000\t{asked}\t\tno\tyes\tB\tanimals\t0\n"
+    )
+    table = pa.Table.from_pylist([{"image": {"bytes": data, "path": "1.png"}, "question": asked, "answer": "no"}])
+    (place / "shards").mkdir()
+    for name in ("test-00000-of-00001.parquet", "shards/test-00000-of-00002.parquet", "shards/test-00001-of-00002.parquet"):
+        pq.write_table(table, place / name)
+    with tarfile.open(place / "00000.tar", "w") as tar:
+        about = json.dumps({"caption": "a dog", "key": "000000000", "status": "success", "width": 60}).encode()
+        for name, content in (("000000000.jpg", data), ("000000000.txt", b"a dog"), ("000000000.json", about)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    to_look_at = ("val_balanced", "llava")  # ids that begin with 0; `<image>` in a question
+    for line in lines:
+        scene.run(line, expected=int(any(name in line for name in to_look_at)))
+    assert not (place / "output").exists()
+
+
 def on_published_files(scene: Scene, lines: list[str]) -> None:
     """The published names and columns."""
     write_dataset(scene, "sampled_10k_relational_dataset.csv", "all_images")
@@ -407,6 +470,7 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("docs/object-stores.md", "Reading"): reading_an_object_store,
     ("docs/halp.md", "Vectors"): on_published_files,
     ("docs/halp.md", "Probes"): on_published_labels,
+    ("docs/tables.md", "The datasets' own files"): on_datasets_of_others,
     ("docs/probing.md", "Which vectors know that an answer is wrong?"): on_a_finished_run,
 }
 

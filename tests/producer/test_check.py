@@ -13,6 +13,7 @@ from PIL import Image
 from producer.check.check import Disk, check
 from producer.check.findings import table_findings
 from producer.check.survey import ImageSource, survey
+from producer.dataset.table import Source
 from producer.options import RunOptions
 from storage.computation import Computation
 from storage.errors import ObjectStoreError
@@ -216,7 +217,7 @@ def test_a_model_that_cannot_be_loaded_is_a_message(tmp_path: Path, photographs:
 
 def options(images: Path, **changes: Any) -> RunOptions:
     return RunOptions(
-        csv=images.parent / "vqa.csv",
+        source=Source(images.parent / "vqa.csv"),
         images_dir=str(images),
         output_dir=str(images.parent / "o"),
         image_roots=(),

@@ -17,6 +17,7 @@ from storage.hdf5.part import QUESTION_ATTRIBUTES
 from storage.probing.labels import read_labels
 from storage.question import Question
 
+NAME_IT = "name the dataset's table (.csv, .tsv, .json or .jsonl, with .gz or without, .parquet, .tar, or a folder)"
 HEADER = "question_id,image_id,question,answer\n"
 
 
@@ -130,26 +131,26 @@ def test_text_that_only_looks_like_a_broken_export(tmp_path, question):
 
 
 def test_absent_file(tmp_path):
-    assert refusal(tmp_path / "no.csv") == " does not exist: name the dataset's CSV file (.csv or .csv.gz)"
+    assert refusal(tmp_path / "no.csv") == f" does not exist: {NAME_IT}"
 
 
 def test_name_that_no_file_can_have(tmp_path):
-    assert refusal(tmp_path / ("x" * 300)) == " does not exist: name the dataset's CSV file (.csv or .csv.gz)"
+    assert refusal(tmp_path / ("x" * 300)) == f" does not exist: {NAME_IT}"
 
 
 def test_directory(tmp_path):
-    assert refusal(tmp_path) == " is a directory: name the dataset's CSV file (.csv or .csv.gz)"
+    assert refusal(tmp_path) == f" is a directory without .parquet files: {NAME_IT}; with images, give --question too"
 
 
 def test_special_file():
-    assert refusal(Path("/dev/null")) == " is not a regular file: name the dataset's CSV file (.csv or .csv.gz)"
+    assert refusal(Path("/dev/null")) == f" is not a regular file: {NAME_IT}"
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("producer.dataset.table._text", refuse)
+    monkeypatch.setattr("producer.dataset.forms.delimited.as_utf8", refuse)
     assert refusal(table(tmp_path, HEADER)) == " cannot be read: Permission denied"
 
 
@@ -191,25 +192,26 @@ def test_header_that_is_no_utf8_text(tmp_path, data):
 
 def test_missing_columns(tmp_path):
     expected = (
-        ", line 1: no column question_id; no column image_id or image_name; "
-        "the columns are 'id', 'img', 'question', 'Unnamed: 3'"
+        ", line 1: no column image_id or image_name or image or image_path; no column question or text or query or txt; "
+        "the columns are 'key', 'photo', 'asked', 'Unnamed: 3'; "
+        "--columns says which is which, as in --columns image=photo,question=text"
     )
-    assert refusal(table(tmp_path, "id,img,question,\n1,a.jpg,What?,\n")) == expected
+    assert refusal(table(tmp_path, "key,photo,asked,\n1,a.jpg,What?,\n")) == expected
 
 
 def test_missing_header_line(tmp_path):
     assert "the columns are '1', 'a.jpg', 'What?', 'x'" in refusal(table(tmp_path, "1,a.jpg,What?,x\n"))
 
 
-@pytest.mark.parametrize(("delimiter", "word"), [(";", "semicolons"), ("\t", "tabs")])
-def test_other_delimiter(tmp_path, delimiter, word):
+@pytest.mark.parametrize(("delimiter", "problem"), [(";", "semicolons: save it with commas"), ("\t", "tabs: name it .tsv")])
+def test_other_delimiter(tmp_path, delimiter, problem):
     message = refusal(table(tmp_path, f"{HEADER}1,a.jpg,What?,x\n".replace(",", delimiter)))
-    assert message.endswith(f"; it looks separated by {word}: save it with commas")
+    assert message.endswith(f"; it looks separated by {problem}")
 
 
 def test_many_columns_are_not_all_named(tmp_path):
     message = refusal(table(tmp_path, ",".join(f"c{i}" for i in range(500))))
-    assert message.endswith("'c18', 'c19', …")
+    assert "'c18', 'c19', …; --columns says" in message
 
 
 @pytest.mark.parametrize("name", ["question_id", "image_id", "question", "answer", "kind"])
@@ -231,7 +233,7 @@ def test_overlong_column_name(tmp_path):
 
 def test_every_fault_of_the_columns_is_listed(tmp_path):
     message = refusal(table(tmp_path, "question_id,image_id,image_id,seq_len\n"))
-    for part in ("no column question;", "2 columns are named 'image_id'", "column 'seq_len'"):
+    for part in ("no column question or text", "2 columns are named 'image_id'", "column 'seq_len'"):
         assert part in message
 
 

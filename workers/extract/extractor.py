@@ -125,8 +125,8 @@ class Extractor:
             raise engine_crashed(f"the engine died {crashes.alone} times")
         with self.preprocess.hold(
             question.image_id,
-            settings.images.images_dir,
-            settings.images.image_roots,
+            opened.run.images.images_dir,
+            opened.run.images.image_roots,
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,
