@@ -93,7 +93,7 @@ cases: install  ## Run bug reports: each CASES/*/run.sh is given the commands' d
 	done; exit $$failed
 
 bench: install  ## Print every benchmark's table that this machine can measure (half an hour on two cores)
-	cd benchmarks && for name in engine families worker memory storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
+	cd benchmarks && for name in engine families worker memory tables storage_parts queueing object_store flower; do echo "## $$name"; ../$(BIN)/python $$name.py; echo; done
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 	  && (cd benchmarks && ../$(BIN)/python gpu.py) || echo "no GPU here: benchmarks/gpu.py was left out"
 

@@ -47,7 +47,7 @@ class RunOptions:
     relocate: bool = False
 
 
-def _run_options(
+def run_options(
     table: Annotated[
         Path | None,
         typer.Argument(
@@ -129,6 +129,11 @@ def _run_options(
     )
 
 
+def option_defaults() -> dict[str, Any]:
+    """Return the options by name, each with its default."""
+    return {name: parameter.default for name, parameter in _parameters().items()}
+
+
 def with_run_options(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
     """Give a command the shared options, but those of `leave_out`: it is called with one RunOptions in their place."""
     shared = {name: parameter for name, parameter in _parameters().items() if name not in leave_out}
@@ -136,7 +141,7 @@ def with_run_options(command: Callable[..., None], *, leave_out: tuple[str, ...]
 
     @wraps(command)
     def wrapper(**values: Any) -> None:
-        options = _run_options(**{name: values.pop(name) for name in shared})
+        options = run_options(**{name: values.pop(name) for name in shared})
         command(options=options, **values)
 
     parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
@@ -210,7 +215,7 @@ def _computation(asked: dict[str, Any]) -> Computation:
 def _parameters() -> dict[str, Parameter]:
     """Return the command line's parameters; those of the computation, made from its fields, follow the model's."""
     found: dict[str, Parameter] = {}
-    for name, parameter in signature(_run_options, eval_str=True).parameters.items():
+    for name, parameter in signature(run_options, eval_str=True).parameters.items():
         if name != "asked":
             found[name] = parameter
         if name == "revision":

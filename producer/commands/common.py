@@ -53,14 +53,3 @@ def print_hints(console: Console, problems: list[str]) -> None:
     """Print what keeps a run from going on."""
     for problem in problems:
         console.print(one_line(problem), style="yellow", highlight=False, soft_wrap=True)
-
-
-def unreachable(error: Exception) -> str:
-    """Return why the broker cannot be used, and what to do."""
-    from workers.queue.app import app as celery_app
-    from workers.queue.broker import trouble
-
-    broker, what = celery_app.connection_for_write().as_uri(), trouble(error)
-    if "does not answer" not in what:
-        return f"the broker {broker} {what}."
-    return f"cannot reach the broker {broker}: it {what}\nStart it (`redis-server`) or set HALP_BROKER_URL."

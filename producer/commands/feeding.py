@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from producer.commands.common import AsJson, Directory, Quiet, print_hints, print_lost, unreachable
+from producer.commands.common import AsJson, Directory, Quiet, print_hints, print_lost
 from producer.options import RunOptions, with_run_options
 from storage.errors import UserError
 from storage.screen.console import Console
@@ -23,41 +23,18 @@ def enqueue(options: RunOptions, as_json: AsJson = False, quiet: Quiet = False) 
 
     Example: producer enqueue vqa.csv --images-dir images/ --output-dir output/
     """
-    from kombu.exceptions import OperationalError
-    from redis.exceptions import RedisError
-
-    from producer.planning import plan_run
-    from producer.resuming import Resumption
+    from producer.enqueueing import CancelledMeanwhileError, enqueue_run
     from producer.show.listeners import workers_kept_out
     from producer.show.progress import bars
-    from storage.runs.account import Bookkeeper
-    from storage.runs.soundness import check_private_files
-    from workers.queue.feed import feed, reset
     from workers.settings import settings
 
-    resumption = Resumption.of(options.output_dir)
     try:
         with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
-            run = plan_run(options, phases)
-            books = Bookkeeper(run)
-            account = books.account()
-            if not account.finished:
-                check_private_files(run)
-            if resumption.found is not None and run.cancellation() == resumption.found:
-                reset(run)  # what was in the queue has been dropped
-            if not resumption.take_back(run):
-                echo(
-                    f"{run.location} was cancelled while this command was at work; the same command resumes it.",
-                    err=True,
-                )
-                raise SystemExit(130)
-            room = settings().queue_limit or account.outstanding
-            put = phases("filling the queue", min(room, account.outstanding))
-            number = 0 if account.finished else feed(run, put=put)
-            lost = books.lost_parts()
-    except (OperationalError, RedisError) as error:
-        again = "the same command feeds it, and so does a collector that sees it"
-        raise UserError(f"{unreachable(error)} The run is planned in {run.location}; {again}.") from None
+            done = enqueue_run(options, phases)
+    except CancelledMeanwhileError as error:
+        echo(f"{error}; the same command resumes it.", err=True)
+        raise SystemExit(130) from None
+    run, account, number, lost = done.run, done.account, done.number, done.lost_parts
     problems = [] if account.finished else workers_kept_out(run)
     if as_json:
         from producer.show.display import account_json
@@ -91,6 +68,7 @@ def retry(
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
+    from producer.enqueueing import unreachable
     from producer.retrying import plan_retry
     from storage.runs.run import Run
     from workers.queue.feed import feed

@@ -75,11 +75,12 @@ def roles_of(columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[st
     Raises ValueError with every problem of the columns.
     """
     problems = _problems_of_names(columns)
+    if unknown := [problem for role, name in asked.items() for problem in _unknown(role, name, columns)]:
+        raise ValueError("; ".join(unknown))
     found: dict[str, str | None] = {}
     for role, names in NAMES.items():
         if role in asked:
             found[role] = asked[role]
-            problems += _unknown(role, asked[role], columns)
         elif role == "image":
             found[role] = image or _image_column(columns, first)
         else:
@@ -88,7 +89,8 @@ def roles_of(columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[st
     if missing and not any("UTF-8" in problem for problem in problems):
         problems = [*_missing(missing, columns), *problems]
     taken = {name for name in found.values() if name is not None}
-    carried = [name for name in columns if name not in taken and not _holds_bytes(first.get(name))]
+    said = {field for name in taken for field in _fields(name) if field in QUESTION_ATTRIBUTES}  # by a template
+    carried = [name for name in columns if name not in taken | said and not _holds_bytes(first.get(name))]
     for name in carried:
         if name in QUESTION_ATTRIBUTES:
             problems.append(f"column {name!r} has a name that the output itself uses: rename it")
@@ -139,12 +141,16 @@ def _missing(roles: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _unknown(role: str, name: str, columns: Sequence[str]) -> list[str]:
     try:
-        wanted = [field for _, field, _, _ in string.Formatter().parse(name) if field is not None] if "{" in name else [name]
+        unknown = [field for field in _fields(name) or [name] if field not in columns]
     except ValueError as error:
         return [f"--columns {role}={name}: {error}"]
-    unknown = [field for field in wanted if field not in columns]
     listed, named = (", ".join(map(short, names)) for names in (columns[:_MAX_COLUMNS], unknown))
     return [f"--columns {role}={name}: there is no column {named}; there are {listed}"] if unknown else []
+
+
+def _fields(name: str) -> list[str]:
+    """Return the columns that a template takes; none of a column's name. Raises ValueError."""
+    return [field for _, field, _, _ in string.Formatter().parse(name) if field is not None] if "{" in name else []
 
 
 class _Filled(string.Formatter):

@@ -10,17 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from producer.dataset.columns import BAD_CHARACTER, Roles, roles_of
 from producer.dataset.faults import Faults, short
 from producer.dataset.forms.choice import form_of
 from producer.dataset.forms.delimited import MAX_FIELD
+from producer.dataset.forms.frame import Frame
 from producer.dataset.forms.row import Embedded, Form, Image, Opened, Row, RowFault, Same, as_images, as_text
 from producer.show.progress import Done, Phases, silent
 from storage.errors import UserError
 from storage.images.lookup import EMBEDDED
 from storage.question import Question
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _MAX_ID = 512  # characters of a question id, which becomes a name in HDF5: 64 KiB there at most
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -37,10 +41,11 @@ class Source:
     path: Path
     question: str | None = None  # about each image of a folder
     columns: Mapping[str, str] = field(default_factory=dict)  # role to column
+    frame: pd.DataFrame | None = None  # in place of what the path names
 
     def form(self) -> Form:
         """Return its reader. Raises UserError."""
-        return form_of(self.path, self.question)
+        return form_of(self.path, self.question) if self.frame is None else Frame(self.frame)
 
 
 @dataclass(frozen=True, slots=True)

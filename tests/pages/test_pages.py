@@ -402,7 +402,7 @@ def on_datasets_of_others(scene: Scene, lines: list[str]) -> None:
     picture("hallusion_bench/VD/video/0.png")
     hallusion = {"category": "VD", "subcategory": "video", "visual_input": "1", "set_id": "0", "figure_id": "1",
                  "question": asked, "gt_answer": "1", "filename": "./hallusion_bench/VD/video/0.png"}  # fmt: skip
-    listed("HallusionBench.json", [hallusion | {"question_id": n} for n in "01"])
+    listed("HallusionBench.json", [hallusion | {"question_id": n, "question": f"Is {n} there?"} for n in "01"])
     picture("image/AMBER_1.jpg")
     listed("query_generative.json", [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}])
     picture("MMVP/1.jpg")
@@ -414,19 +414,19 @@ def on_datasets_of_others(scene: Scene, lines: list[str]) -> None:
     encoded = base64.b64encode(data).decode()
     (place / "MMBench_DEV_EN.tsv").write_text(
         f"index\tquestion\thint\tA\tB\tanswer\tcategory\timage\n0\t{asked}\t\tyes\tno\tA\tanimals\t{encoded}\n"
-        f"1000000\t{asked}\t\tno\tyes\tB\tanimals\t0\n"
+        f"1000000\t{asked} Really?\t\tno\tyes\tB\tanimals\t0\n"
     )
-    table = pa.Table.from_pylist([{"image": {"bytes": data, "path": "1.png"}, "question": asked, "answer": "no"}])
     (place / "shards").mkdir()
     for name in ("test-00000-of-00001.parquet", "shards/test-00000-of-00002.parquet", "shards/test-00001-of-00002.parquet"):
-        pq.write_table(table, place / name)
+        row = {"image": {"bytes": data, "path": "1.png"}, "question": f"{asked} {name}", "answer": "no"}
+        pq.write_table(pa.Table.from_pylist([row]), place / name)
     with tarfile.open(place / "00000.tar", "w") as tar:
         about = json.dumps({"caption": "a dog", "key": "000000000", "status": "success", "width": 60}).encode()
         for name, content in (("000000000.jpg", data), ("000000000.txt", b"a dog"), ("000000000.json", about)):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    to_look_at = ("val_balanced", "llava")  # ids that begin with 0; `<image>` in a question
+    to_look_at = ("val_balanced", "llava", "00000.tar")  # ids that begin with 0; `<image>` in a question
     for line in lines:
         scene.run(line, expected=int(any(name in line for name in to_look_at)))
     assert not (place / "output").exists()

@@ -21,7 +21,7 @@ import storage
 from producer.dataset.columns import parse_columns
 from producer.dataset.forms.row import Embedded
 from producer.dataset.table import Source, Table, embedded_images, read_table
-from producer.options import RunOptions, _run_options
+from producer.options import RunOptions, run_options
 from producer.planning import plan_run
 from storage.errors import UserError
 from storage.images.lookup import read_image, resolve_image
@@ -376,7 +376,7 @@ def options(images: Path, tmp_path: Path, small_model: Path) -> Callable[..., Ru
         if not path.exists():
             path.parent.mkdir()
             write(path, images)
-        return _run_options(path, **{"output_dir": str(tmp_path / "o"), "model": str(small_model)} | changes)
+        return run_options(path, **{"output_dir": str(tmp_path / "o"), "model": str(small_model)} | changes)
 
     return make
 
@@ -435,7 +435,7 @@ def test_no_room_for_the_images(options: Callable[..., RunOptions], tmp_path: Pa
 
 
 def test_paths_need_a_directory(images: Path, tmp_path: Path, small_model: Path) -> None:
-    options = _run_options(as_csv(tmp_path / "t.csv", images), output_dir=str(tmp_path / "o"), model=str(small_model))
+    options = run_options(as_csv(tmp_path / "t.csv", images), output_dir=str(tmp_path / "o"), model=str(small_model))
     with pytest.raises(UserError, match=r"--images-dir is missing: .* names files, so say what they are relative to"):
         plan_run(options)
     assert not (tmp_path / "o").exists()

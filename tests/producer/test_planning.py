@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import pytest
 
-from producer.options import RunOptions, _parameters, _run_options
+from producer.options import RunOptions, _parameters, run_options
 from producer.planning import plan_run
 from storage.computation import Computation
 from storage.errors import ReplacedError, UserError
@@ -41,7 +41,7 @@ def options(tmp_path: Path, photographs: Path, model: Path) -> RunOptions:
     row = {"question_id": "q", "image_id": image, "question": "What?", "answer": ""}
     table = write_csv(tmp_path / "vqa.csv", [row])
     fields: dict[str, Any] = {"images_dir": str(photographs), "output_dir": str(tmp_path / "o"), "model": str(model)}
-    return _run_options(table, **fields)
+    return run_options(table, **fields)
 
 
 def test_a_note_beside_the_weights_changes_nothing_and_a_changed_file_is_named(options: RunOptions, model: Path) -> None:

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import AutoProcessor
 
 from producer.check.check import check
-from producer.options import RunOptions, _run_options
+from producer.options import RunOptions, run_options
 from producer.planning import plan_run
 from storage import load_frame
 from storage.errors import UserError
@@ -92,7 +92,7 @@ def options(tmp_path: Path, photographs: Path, small_model: Path) -> Any:
 
     def make(**changes: Any) -> RunOptions:
         fields = {"images_dir": str(photographs), "output_dir": str(tmp_path / "o"), "model": str(small_model)}
-        return _run_options(table, **fields | changes)
+        return run_options(table, **fields | changes)
 
     return make
 

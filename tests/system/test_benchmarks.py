@@ -125,6 +125,12 @@ def test_gpu_needs_torch_and_transformers_alone() -> None:
     assert "| engine, one batch |" in result.stdout
 
 
+def test_tables() -> None:
+    [rows] = tables_of("tables.py", "--rows", "300", "--kilobytes", "20")
+    assert [row["questions"] for row in rows] == ["300", "300"]
+    assert all(50 < float(row["peak, MB"]) < 300 for row in rows)
+
+
 def test_engine() -> None:
     [rows] = tables_of("engine.py", "--quick", "--repeats", "1")
     assert [row["questions"] for row in rows] == [
