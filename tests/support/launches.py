@@ -88,6 +88,10 @@ class Launches(TorchDispatchMode):
         taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         there = [tensor for tensor in taken if not self.is_here(tensor)]
         here = len(there) < len(taken)
+        if func._schema.name in ("aten::index", "aten::index_put_"):  # which fake tensors let pass, and CUDA does not
+            odd = [t.device for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.device.type != "cpu"]
+            if any(device != args[0].device for device in odd):
+                raise RuntimeError(f"indices on {odd} of a tensor on {args[0].device}")
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         here = here or any(tensor.device.type == self.device != "cpu" for tensor in made)

@@ -17,10 +17,14 @@ from storage.sample import Sample
 from tests.support.launches import DEPTH, HEAD, TEXT, Launches, fake_seven, filled, images, prefilled, spread
 from workers.checks.reference import Reference
 from workers.engine import model as engine_model
+from workers.engine.attention import Spans
+from workers.engine.decoding.slot_cache import SlotCache
 from workers.engine.decoding.slots import Slots
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.loading import MemoryBounds
 from workers.engine.model import ModelEngine
+from workers.engine.passes import Passes
+from workers.engine.prefixes import Prefixes
 from workers.engine.proving.proof import is_invariant
 from workers.extract.preprocess import Preprocessor
 
@@ -203,7 +207,10 @@ def test_a_read_in_a_step_would_show(seven: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_model_on_two_gpus(seven: Any) -> None:
     """Keys and values lie where their layer lies; everything of ours on the first."""
     spread(seven)
-    slots, _ = filled(seven, 8)
+    passes, recipe = Passes(seven), Recipe(layers=(0, DEPTH // 2, DEPTH - 1), max_new_tokens=1)
+    with passes.capture(recipe, torch.arange(8, device="cuda:0")) as captured:
+        slots, _ = filled(seven, 8)
+    assert [captured[layer].device.index for layer in recipe.layers] == [0, 1, 1]
     slots._steps()
     assert slots._graph is False  # two devices are not captured
     state = slots._state
@@ -249,3 +256,37 @@ def test_images_take_few_launches(small_model: Path) -> None:
     assert counted.run.total() <= 4000
     assert counted.run["_to_copy"] + counted.crossed.total() <= 40
     assert 0 < counted.reads.total() <= 20
+
+
+# What a GPU or a torch cannot do
+
+
+class Packing(Prefixes):
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.packed = True
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("this torch has another flash attention")
+
+
+def wrong(original: Any) -> Any:
+    return lambda *states: original(*states) * 1.5
+
+
+@pytest.mark.parametrize("fault", ["fails", "differs"])
+@pytest.mark.parametrize("part", ["packing", "slots", "both"])
+def test_a_plainer_way_is_found_at_load(
+    part: str, fault: str, small_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only what is at fault is given up."""
+    monkeypatch.setattr(engine_model, "Prefixes", Packing)
+    for owner, name, of in ((Spans, "attend_causally", "packing"), (SlotCache, "attend", "slots")):
+        if part in (of, "both"):
+            monkeypatch.setattr(owner, name, fail if fault == "fails" else wrong(getattr(owner, name)))
+    engine = ModelEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
+    assert (engine._slots is None, engine._prefixes.packed) == (part != "packing", part == "slots")
+    assert ("questions are padded" in caplog.text) == (part != "packing")
+    assert ("images are run one at a time" in caplog.text) == (part != "slots")
+    assert engine.info.shares_images

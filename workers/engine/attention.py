@@ -7,8 +7,10 @@ image's windows there, the prompts of several images in the decoder.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from workers.engine.kernels import is_plain
+from workers.errors import in_a_line
 
+logger = logging.getLogger(__name__)
 _NAME = "halp_row"
 
 # (1, heads, N, d), what the cache's layer gave as keys and values, scale, window: to (1, N, heads, d)
@@ -61,7 +65,20 @@ def flash_takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Tell whether flash attention has a kernel for heads of this width: in two bytes, since Ampere."""
     if device.type != "cuda" or dtype.itemsize != 2 or width % 8 or width > 256:
         return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return not torch.cuda.is_available() or _runs_flash(device)
+
+
+@cache
+def _runs_flash(device: torch.device) -> bool:
+    """Try flash attention with lengths, as we call it, on a device: an older one, or another torch, may have another."""
+    states = torch.zeros(2, 1, 64, device=device, dtype=torch.bfloat16)
+    begins = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    try:
+        torch.ops.aten._flash_attention_forward(states, states, states, begins, begins, 2, 2, 0.0, True, False, scale=1.0)
+    except (RuntimeError, TypeError) as error:
+        logger.warning("flash attention cannot be used on %s, which is slower: %s", device, in_a_line(error))
+        return False
+    return True
 
 
 class Spans:

@@ -52,6 +52,7 @@ from workers.engine.proving.soundness import refuse_no_end
 from workers.errors import EngineStartError, in_a_line
 
 logger = logging.getLogger(__name__)
+_FAULTS = (EngineStartError, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 _MOST_SLOTS = 128
 _REFILL_SHARE = 0.125  # of the slots: a prefill of one question costs nearly what one of several does
 
@@ -72,7 +73,7 @@ class ModelEngine:
         self._device = self._passes.device
         prompt = self.prompt(PromptStyle())
         recipe = Recipe(layers=(0,), max_new_tokens=1)
-        [first] = self._prefixes.run([proof_images(family)[0]], recipe)
+        first = self._first_prefix(recipe)
         row = first.row
         per_token = max(1, row.growing_bytes // row.length)
         bounds = MemoryBounds.within(free_memory(self._device), self._device.type, per_token, family.active_bytes)
@@ -98,28 +99,47 @@ class ModelEngine:
         )
         self.free_cache()
 
+    def _first_prefix(self, recipe: Recipe) -> ImagePrefix:
+        """Run an image, packed or else plainly; what shapes the caches have follows from it."""
+        image = proof_images(self._family)[0]
+        try:
+            return self._prefixes.run([image], recipe)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except _FAULTS as error:
+            if not self._prefixes.packed:
+                raise
+            logger.warning("images are run one at a time, which is slower: %s", in_a_line(error))
+            self._prefixes.packed = False
+            return self._prefixes.run([image], recipe)[0]
+
     def _prove(self, plain: Sequence[Plain]) -> None:
-        """Compare shared prompts with transformers' own; where they differ, compute whole ones. Raises EngineStartError."""
-        family = self._family
-        if self._slots is not None:
+        """Compare with transformers' own; where it differs or fails, go a plainer way. Raises EngineStartError.
+
+        A fault may be of an architecture whose attention is its own, or of a torch with another flash attention.
+        """
+        slots, packed, faults = self._slots, self._prefixes.packed, []
+        for self._slots, self._prefixes.packed in dict.fromkeys(
+            [(slots, packed), (None, packed), (slots, False), (None, False)]
+        ):
+            self._prefixes.kept.clear()
             try:
-                refuse_difference(plain, family, self.info, self.extract)
+                refuse_difference(plain, self._family, self.info, self.extract)
             except torch.OutOfMemoryError:
                 raise
-            except (EngineStartError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-                # Also of an architecture whose attention is its own, or a version of torch with another flash attention.
-                logger.warning("questions are padded, which is slower: %s", in_a_line(error))
-                self._slots = None
-            else:
-                return
-        try:
-            refuse_difference(plain, family, self.info, self.extract)
-        except EngineStartError as error:
-            if family.share == "nothing":
-                raise
-            family.share = "nothing"
-            refuse_difference(plain, family, self.info, self.extract)
-            logger.warning("images are not shared between questions, which is slower: %s", error)
+            except _FAULTS as error:
+                faults.append(error)
+                continue
+            if slots is not None and self._slots is None:
+                logger.warning("questions are padded, which is slower: %s", in_a_line(faults[0]))
+            if packed and not self._prefixes.packed:
+                logger.warning("images are run one at a time, which is slower: %s", in_a_line(faults[0]))
+            return
+        if self._family.share == "nothing" or not isinstance(faults[-1], EngineStartError):
+            raise faults[-1]
+        self._family.share = "nothing"
+        refuse_difference(plain, self._family, self.info, self.extract)
+        logger.warning("images are not shared between questions, which is slower: %s", in_a_line(faults[-1]))
 
     def _is_invariant(self, plain: Sequence[Plain]) -> bool:
         """Measure whether a question's results depend on the others in its batch."""

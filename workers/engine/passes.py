@@ -97,7 +97,8 @@ class Passes:
         with attending(self._configs, Spans(packed.lengths).attend_causally):
             vectors, captured, _, _ = self._run(packed.inputs, batch.cache, at, recipe, attention_mask=masks)
         layers = list(captured)
-        for found, states in zip(vectors, torch.stack([captured[layer][0] for layer in layers], dim=1)):  # (layers, D)
+        stacked = torch.stack([captured[layer][0].to(self.device) for layer in layers], dim=1)  # (prompts, layers, D)
+        for found, states in zip(vectors, stacked, strict=True):
             found.update(by_layer(field, dict(zip(layers, states.clone()))))
         return vectors, batch.rows(packed.lengths, packed.next_positions)
 
@@ -161,7 +162,7 @@ class Passes:
         columns = at if isinstance(at, Tensor) else torch.tensor(at, device=self.device)
         definition = self._published.layers if recipe.halp_compat and self._published else "output"
         if definition == "input":
-            return inputs_of(layers, lambda states: states[:, columns])
+            return inputs_of(layers, lambda states: states[:, columns.to(states.device)])
         if definition == "output,last_normed" and (last := len(self.family.layers) - 1) in layers:
             layers[last] = self.family.decoder.norm
-        return outputs(layers, lambda out: out[:, columns])
+        return outputs(layers, lambda out: out[:, columns.to(out.device)])

@@ -33,7 +33,9 @@ class PixelMemory:
 
     def __init__(self, number: int = 0, descriptor: int | None = None) -> None:
         self.number = number
-        self.descriptor = os.memfd_create("halp-pixels") if descriptor is None else descriptor
+        # As a file: it is closed when nobody has it any more.
+        self._file = os.fdopen(os.memfd_create("halp-pixels") if descriptor is None else descriptor, "r+b", buffering=0)
+        self.descriptor = self._file.fileno()
 
     def put(self, requests: Sequence[Request]) -> Sent:
         """Copy the pixels in. Raises OSError where there is no room."""

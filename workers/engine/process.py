@@ -22,8 +22,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,7 +58,8 @@ class _BatchError:
 class EngineProcess:
     """The parent's end. Threads may ask at once: what is asked lies ready in the child while it computes something else.
 
-    It answers in the order of asking. Its death is an error of the question that it was at; those behind are asked again.
+    It answers in the order of asking. Its death is an error of the first question that it has not answered; those behind are
+    asked again.
     """
 
     def __init__(self, spec: EngineSpec, step_timeout: float, load_timeout: float = 3600.0) -> None:
@@ -72,11 +74,13 @@ class EngineProcess:
         self._sending = threading.RLock()  # what enters the connection, its beginning and its end
         self._moved = threading.Condition()  # guards the next two
         self._line: deque[object] = deque()  # questions that were asked and not answered
-        self._deaths = 0
+        self._deaths = self._stops = 0
         self._memories = [PixelMemory(number) for number in range(BATCHES)]
         self._free: queue.SimpleQueue[PixelMemory] = queue.SimpleQueue()
         for memory in self._memories:
             self._free.put(memory)
+        # Linux kills a child that asks for it (`die_with_parent`) when the thread that made it ends: this one lives on.
+        self._maker = ThreadPoolExecutor(1, "engine-maker")
 
     def start(self) -> ModelInfo:
         """Start the process and wait until the model is loaded. Raises EngineStartError."""
@@ -98,16 +102,14 @@ class EngineProcess:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(fraction * 1e6)))
         with theirs:
             descriptors = [theirs.fileno(), *(memory.descriptor for memory in self._memories)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, *map(str, descriptors), str(os.getpid())],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-            )
+            call = [sys.executable, "-P", "-c", _CHILD, *map(str, descriptors), str(os.getpid())]
+            made = self._maker.submit(subprocess.Popen, call, pass_fds=descriptors, stdin=subprocess.DEVNULL)
+            self._process = made.result()
         self._connection = Connection(ours.detach())
         try:
             self._connection.send(self._spec)
             if not self._connection.poll(self._load_timeout):
-                self.stop()
+                self._end()
                 raise EngineStartError(f"{self._spec.model} was not loaded after {self._load_timeout:g} s (HALP_LOAD_TIMEOUT)")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
@@ -115,7 +117,7 @@ class EngineProcess:
                 f"the engine's process ended with {self._ended()} while it loaded {self._spec.model}"
             ) from error
         if isinstance(answer, _BatchError):
-            self.stop()
+            self._end()
             if answer.traceback:
                 logger.error("the engine could not be loaded:\n%s", answer.traceback)
             raise EngineStartError(f"cannot load {self._spec.model}: {answer.summary}")
@@ -148,11 +150,13 @@ class EngineProcess:
         return answer
 
     def _answer(self, question: Any) -> Any:
-        mine = object()
+        mine, stops = object(), self._stops
         while True:
             connection, deaths = self._send(mine, question)
             if self._comes_to(mine, deaths):
                 break
+            if self._stops != stops:
+                raise EngineDiedError("the engine was stopped")
         answer = self._receive(connection, deaths)
         with self._moved:
             if self._deaths == deaths:
@@ -162,9 +166,20 @@ class EngineProcess:
 
     def _comes_to(self, mine: object, deaths: int) -> bool:
         """Wait for the answers to what was asked before; tell whether the process lived so long."""
-        with self._moved:
+        with self._ending_else(), self._moved:
             self._moved.wait_for(lambda: self._deaths != deaths or self._line[0] is mine)
             return self._deaths == deaths
+
+    @contextmanager
+    def _ending_else(self) -> Iterator[None]:
+        """End the process where something unforeseen happens, an interrupt too: whose turn it is would not be known."""
+        try:
+            yield
+        except EngineDiedError:
+            raise
+        except BaseException:
+            self._end()
+            raise
 
     def _send(self, mine: object, question: Any) -> tuple[Connection, int]:
         """Ask. Return the connection, and how many processes died before this one."""
@@ -178,27 +193,27 @@ class EngineProcess:
                 deaths, is_first = self._deaths, self._line[0] is mine
             if is_first:
                 self.busy_since = time.time()
-            try:
-                connection.send(question)
-            except OSError as error:
-                if is_first:
-                    raise self._died(error, deaths) from error
-                if process is not None:
-                    process.kill()  # or it is dead: whoever waits for its answer sees that
+            with self._ending_else():
+                try:
+                    connection.send(question)
+                except OSError as error:
+                    if is_first:
+                        raise self._died(error, deaths) from error
+                    if process is not None:
+                        process.kill()  # or it is dead: whoever waits for its answer sees that
             return connection, deaths
 
     def _receive(self, connection: Connection, deaths: int) -> Any:
         """Wait for the next answer, which is the caller's."""
         self.busy_since = time.time()
         try:
-            if not connection.poll(self._timeout):
-                raise TimeoutError
-            return connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._died(error, deaths) from error
-        except BaseException:  # an answer that cannot be read: where the next one begins is not known
-            self.stop()
-            raise
+            with self._ending_else():
+                try:
+                    if not connection.poll(self._timeout):
+                        raise TimeoutError
+                    return connection.recv()
+                except (EOFError, OSError) as error:
+                    raise self._died(error, deaths) from error
         finally:
             self.busy_since = None
 
@@ -208,12 +223,16 @@ class EngineProcess:
             if self._deaths != deaths:
                 return EngineDiedError("the engine's process was stopped")
             if isinstance(error, (TimeoutError, BlockingIOError)):
-                self.stop()
+                self._end()
                 return EngineDiedError(f"the engine gave no answer for {self._timeout:g} s and was stopped")
             return EngineDiedError(f"the engine's process ended with {self._ended()}")
 
     def stop(self) -> int | None:
-        """End the process at once; return its exit code."""
+        """End the process at once; return its exit code. What waits for an answer is told of a death."""
+        self._stops += 1
+        return self._end()
+
+    def _end(self) -> int | None:
         if (process := self._process) is not None:
             process.kill()  # first: whoever is sending to it holds the lock
         with self._sending:
@@ -232,7 +251,7 @@ class EngineProcess:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_EXIT_TIMEOUT)
-        return _describe(self.stop())
+        return _describe(self._end())
 
     @property
     def pid(self) -> int | None:
@@ -262,6 +281,8 @@ def _serve(connection: Connection, memories: Sequence[PixelMemory]) -> None:
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
     while (question := asked.get()) is not None:
+        if isinstance(question, Exception):
+            raise question
         try:
             if isinstance(question, Sent):
                 answer: Any = engine.extract(memories[question.memory].take(question))
@@ -277,11 +298,14 @@ def _serve(connection: Connection, memories: Sequence[PixelMemory]) -> None:
 
 
 def _listen(connection: Connection, asked: queue.SimpleQueue[Any]) -> None:
-    """Take in what is asked while something is computed; None at the parent's end."""
-    with suppress(EOFError, OSError):
+    """Take in what is asked while something is computed; None at the parent's end, an error for what cannot be read."""
+    try:
         while True:
             asked.put(connection.recv())
-    asked.put(None)
+    except (EOFError, OSError):
+        asked.put(None)
+    except Exception as error:  # noqa: BLE001  (unpickling raises what it likes)
+        asked.put(error)
 
 
 def _is_sticky(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Dynamic batching: task threads hand in single requests, one thread runs batches of them.
+"""Dynamic batching: task threads hand in single requests, one or two threads of their own run batches of them.
 
 Batches are bounded by count and by tokens (questions times the longest one's), never mix groups (a group is a run), and keep
 the questions of one image together. An exception in a batch halves it until the one bad request fails alone; where memory ran
@@ -200,8 +200,10 @@ class DynamicBatcher:
     def _learn(self, batch: Sequence[_Entry]) -> None:
         """Bound later batches to half of what had no room."""
         limit = len(batch) * max(entry.request.weight for entry in batch) // 2
-        if limit < self._max_tokens:
-            self._max_tokens = limit
+        with self._changed:
+            is_lower = limit < self._max_tokens
+            self._max_tokens = min(limit, self._max_tokens)
+        if is_lower:
             logger.warning("batches have at most %d tokens from now on: questions times the longest one's", limit)
 
     def _after_death(self, batch: list[_Entry], error: EngineDiedError) -> None:

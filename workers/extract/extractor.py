@@ -36,7 +36,7 @@ from workers.extract.preprocess import Preprocessor, limits_of
 from workers.monitor.metrics import measured
 from workers.settings import WorkerSettings
 
-# Far above the time that a question can take; reached only if the batcher's thread is gone.
+# Far above the time that a question can take; reached only if the batcher's threads are gone.
 _RESULT_TIMEOUT = 3600.0
 
 

@@ -59,7 +59,7 @@ _sweep_seconds = Histogram(
 
 @dataclass(slots=True)
 class Tally:
-    """What the engine of this process has computed: written by the batcher's thread, where nothing else is said."""
+    """What the engine of this process has computed: written by the batcher's threads, where nothing else is said."""
 
     computed: int = 0
     batches: int = 0
@@ -129,6 +129,8 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
         try:
             samples = run_batch(requests)
         except Exception:  # counted, and raised again
+            with lock:
+                answered = time.monotonic()
             _failed_batches.inc()
             raise
         with lock:

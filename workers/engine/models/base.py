@@ -226,7 +226,10 @@ class Family:
     @property
     def active_bytes(self) -> int:
         """Memory that a prefill takes for each token, at most: of its text decoder, or of its tower."""
-        return int(self.model.dtype.itemsize * active_values(self.layers[0]))
+        text = self.text
+        experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
+        hidden = max(experts, getattr(text, "intermediate_size", 0) or 0, text.hidden_size)
+        return int(self.model.dtype.itemsize * active_values(self.layers[0], hidden))
 
     def speed_up(self) -> None:
         """Change modules so that they compute the same faster; plain forwards of transformers come before it."""
@@ -289,7 +292,14 @@ def last_block(tower: Any) -> Any:
     return max(lists, key=len)[-1] if lists else tower
 
 
-def active_values(layer: Any) -> int:
-    """Return the values of a token that are alive at once in a layer: in its perceptron, or among the states around it."""
-    linear = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    return 3 * max(one.out_features for one in linear) + 12 * min(one.in_features for one in linear)
+def active_values(layer: Any, experts: int = 0) -> int:
+    """Return the values of a token that are alive at once in a layer: in its perceptron, or among the states around it.
+
+    `experts`: the width of those that a token goes through, where they are no modules of their own.
+    """
+    # Quantised ones have these too, and are no torch.nn.Linear.
+    linear = [module for module in layer.modules() if hasattr(module, "out_features") and hasattr(module, "in_features")]
+    if not linear:
+        return 4 * experts
+    widest, hidden = max(one.out_features for one in linear), min(one.in_features for one in linear)
+    return int(3 * max(experts, widest) + 12 * hidden)
