@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from producer.dataset.table import Source
 from producer.enqueueing import CancelledMeanwhileError, enqueue_run
 from producer.local.machine import RunStoppedError, run_locally
 from producer.options import RunOptions, option_defaults, run_options
@@ -107,7 +106,7 @@ def _options(table: Any, output_dir: str | os.PathLike[str], given: Mapping[str,
         raise UserError(faults(error)) from None
     if is_path:
         return options
-    return replace(options, source=Source(Path("frame"), None, options.source.columns, table))
+    return replace(options, source=replace(options.source, frame=table))
 
 
 def _as_typed(name: str, value: Any) -> Any:

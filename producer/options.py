@@ -76,6 +76,9 @@ def run_options(
     question: Annotated[
         str | None, typer.Option(help="What is asked about each image of a folder.", show_default=False)
     ] = None,
+    strip_placeholders: Annotated[
+        bool, typer.Option("--strip-placeholders", help="Take <image> and the like out of the questions: here they are text.")
+    ] = False,
     output_dir: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +115,7 @@ def run_options(
         raise UserError("name the table once: `TABLE` or `--vqa-dataset TABLE`")
     computation = _computation(asked)
     return RunOptions(
-        source=Source(path, question, parse_columns(columns or ())),
+        source=Source(path, question, parse_columns(columns or ()), strip_placeholders=strip_placeholders),
         images_dir=images_dir or (str(path) if question is not None else None),
         output_dir=output_dir or ("output-test" if test else "output"),
         image_roots=tuple(image_root or ()),

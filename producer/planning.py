@@ -136,6 +136,8 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         embedded_images=bool(table.embedded),
         images_dir="/" if table.embedded else resolve_location(images_dir_of(options)),
         image_roots=tuple(map(resolve_location, options.image_roots)),
+        columns=dict(options.source.columns),
+        strip_placeholders=options.source.strip_placeholders,
         order=options.order,
         limit=options.limit,
         test=options.test,

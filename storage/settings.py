@@ -92,6 +92,8 @@ class RunSettings(Computation):
     image_roots: tuple[Place, ...]
     # Where the same images lie since the run was moved. What was staged before stays this run's: it is known by the first ones.
     relocated: ImagePlaces | None = None
+    columns: dict[str, str] = Field(default_factory=dict)  # of the table: role to column, where the user said so
+    strip_placeholders: bool = False  # from its questions
     order: Order
     limit: int | None
     test: bool

@@ -52,10 +52,12 @@ class Texts:
             message = "of the questions hold special tokens of the model ({}), taken as text: --special-tokens parse takes "
             found.append(_about("special_tokens", usual, message + "them as the model's processor does"))
         if placeholders := {t: ids for t, ids in self.special.items() if t in PLACEHOLDERS}:
-            message = "of the questions hold placeholders of images or videos ({}), which are always taken as text: remove them"
+            message = "of the questions hold placeholders of images or videos ({}), which are always taken as text: "
+            message += "--strip-placeholders removes them"
             found.append(_about("placeholders", placeholders, message))
         if self.image_words:
-            message = "of the questions hold {}, which is ordinary text to this model: the image stands before the text anyway"
+            message = "of the questions hold {}, which is ordinary text here, as the image stands before the text anyway: "
+            message += "--strip-placeholders removes it"
             found.append(_about("image_words", {_IMAGE_WORD: self.image_words}, message))
         if self.empty:
             message = "of the questions have an empty cell in a column of the prompt ({}), for which nothing is inserted"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MAX_ID = 512  # characters of a question id, which becomes a name in HDF5: 64 KiB there at most
 _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# What stands for an image in other models' tables: `<image>`, `<image 1>`, and Qwen's own.
+_PLACEHOLDER = re.compile(r"\s*(?:<image(?:[ _]?\d+)?>|<\|(?:image|video)_pad\|>)\s*")
 _IMAGE_PATH = "image_path"  # carries the name that an embedded image has in its table
 _NOTHING: dict[str, str] = {}
 _EMPTY = {"line": "its first line must name the columns, as in question_id,image_id,question,answer"}
@@ -42,6 +44,7 @@ class Source:
     question: str | None = None  # about each image of a folder
     columns: Mapping[str, str] = field(default_factory=dict)  # role to column
     frame: pd.DataFrame | None = None  # in place of what the path names
+    strip_placeholders: bool = False  # such as `<image>`, from the questions
 
     def form(self) -> Form:
         """Return its reader. Raises UserError."""
@@ -97,7 +100,7 @@ class _Reading:
     """One reading of a table."""
 
     def __init__(self, source: Source, form: Form, opened: Opened, faults: Faults) -> None:
-        self._path, self._line, self._faults = source.path, form.line, faults
+        self._path, self._line, self._faults, self._strip = source.path, form.line, faults, source.strip_placeholders
         self.embedded: dict[str, int] = {}
         self._places: dict[str, str] = {}  # where each question id is
         self._shared: dict[str, str] = {}  # one object for each repeated text: 100,000 image ids instead of a million
@@ -140,6 +143,8 @@ class _Reading:
         carried = {name: as_text(cells.get(name)) for name in roles.carried}
         question_id = f"row-{number:06d}" if roles.question_id is None else as_text(roles.value("question_id", cells))
         question, answer = as_text(roles.value("question", cells)), as_text(roles.value("answer", cells))
+        if self._strip:
+            question = _PLACEHOLDER.sub(" ", question).strip()
         named = [image for image in images if isinstance(image, str)]
         problems = _character_problems((question_id, question, answer, *named, *carried.values()))
         problems += self._problems_of_id(question_id, row.where)

@@ -259,6 +259,25 @@ def test_a_template_looks_into_nothing(images: Path, tmp_path: Path) -> None:
         read_table(Source(as_csv(tmp_path / "t.csv", images), columns={"image": "{image_id.__class__}"}))
 
 
+@pytest.mark.parametrize(
+    ("question", "stripped"),
+    [
+        ("<image>\nWhat is it?", "What is it?"), ("What is it?\n<image>", "What is it?"),
+        ("Is <image 1> as <image_2>?", "Is as ?"),
+        ("<|vision_start|><|image_pad|> Why?", "<|vision_start|> Why?"), ("a < image > b", "a < image > b"),
+    ],
+)  # fmt: skip
+def test_placeholders_are_taken_out(question: str, stripped: str, tmp_path: Path) -> None:
+    path = _written(tmp_path / "t.jsonl", json.dumps({"id": 1, "image": "a.png", "question": question}))
+    assert [q.question for q in read_table(path).questions] == [question]
+    assert [q.question for q in read_table(Source(path, strip_placeholders=True)).questions] == [stripped]
+
+
+def test_a_question_of_placeholders_alone_is_blank(tmp_path: Path) -> None:
+    path = _written(tmp_path / "t.jsonl", json.dumps({"id": 1, "image": "a.png", "question": " <image> "}))
+    assert "line 1: the question is blank" in refused(Source(path, strip_placeholders=True))
+
+
 # What is refused, with its place
 
 
@@ -432,6 +451,14 @@ def test_no_room_for_the_images(options: Callable[..., RunOptions], tmp_path: Pa
     with pytest.raises(UserError, match="the table's images take 0 MB there, and 1 MB are free"):
         plan_run(options("hub"))
     assert not (tmp_path / "o").exists()
+
+
+def test_another_reading_of_the_table_is_another_run(options: Callable[..., RunOptions]) -> None:
+    plan_run(options("hub"))
+    with pytest.raises(UserError, match=r"columns: \{\} in the run, \{'answer': 'question_id'\} now"):
+        plan_run(options("hub", columns=["answer=question_id"]))
+    with pytest.raises(UserError, match="strip_placeholders: False in the run, True now"):
+        plan_run(options("hub", strip_placeholders=True))
 
 
 def test_paths_need_a_directory(images: Path, tmp_path: Path, small_model: Path) -> None:
