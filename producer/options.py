@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -19,6 +19,7 @@ from producer.dataset.columns import parse_columns
 from producer.dataset.table import Source
 from storage.computation import QUESTION, Computation
 from storage.errors import UserError
+from storage.fields import ANSWER_STATES
 from storage.settings import Order
 from workers.engine.prompt import PLACEHOLDERS
 from workers.settings import DEFAULT_MODEL
@@ -193,9 +194,17 @@ def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"]:
         ) from None
 
 
+def _parse_answer_states(text: str | Sequence[str]) -> tuple[str, ...]:
+    asked = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
+    if unknown := [part for part in asked if part not in ANSWER_STATES]:
+        raise UserError(f"--answer-states {text}: there is no {unknown[0]!r}; there are {', '.join(ANSWER_STATES)}")
+    return tuple(kind for kind in ANSWER_STATES if kind in asked)
+
+
 # Where the command line takes something else than the field holds: its type there, and what reads it.
 _READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "layers": (str | None, _parse_layers),
+    "answer_states": (str | None, _parse_answer_states),
     "prompt": (str, _checked_prompt),
     "system_prompt": (str | None, _checked_system_prompt),
     "chat_template": (Path | None, _read_template),
@@ -205,11 +214,16 @@ _READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 def _computation(asked: dict[str, Any]) -> Computation:
     """Return how the questions are computed. Raises UserError."""
     values = {n: _READERS[n][1](v) if n in _READERS and v is not None else v for n, v in asked.items()}
+    values = {n: v for n, v in values.items() if v is not None}
     computation = Computation(**values)
+    if computation.answer_states and not computation.max_new_tokens:
+        raise UserError("--answer-states: with --max-new-tokens 0 there is no answer: leave one of them out")
     if not computation.halp_compat:
         return computation
     if computation.min_pixels is not None or computation.max_pixels is not None:
         raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
+    if computation.answer_states:
+        raise UserError("--halp-compat keeps what was published: leave out --answer-states")
     if computation.exif_rotation:
         raise UserError("--halp-compat takes images as the published scripts do: leave out --exif-rotation")
     return computation.model_copy(update={"vision_encoder": False})
@@ -228,6 +242,7 @@ def _parameters() -> dict[str, Parameter]:
 
 def _parameter(name: str, field: FieldInfo) -> Parameter:
     kind = _READERS[name][0] if name in _READERS else field.annotation
+    default = None if field.default == () else field.default  # several words are one text there
     spelling = [f"--{name.replace('_', '-')}"] if field.default is False else []  # no --no-exact
     least = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
     option = typer.Option(
@@ -235,6 +250,6 @@ def _parameter(name: str, field: FieldInfo) -> Parameter:
         help=field.description,
         min=least if isinstance(least, int | float) else None,
         metavar="FILE" if kind == Path | None else None,
-        show_default=field.default is not None,
+        show_default=default is not None,
     )
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option])
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

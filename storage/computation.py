@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["bfloat16", "float32"]
 Layers = tuple[int, ...] | Literal["all"] | None
+AnswerState = Literal["first", "last", "mean"]
 SpecialTokens = Literal["text", "parse"]
 QUESTION = "{question}"  # where the question stands in a prompt
 
@@ -44,6 +45,10 @@ class Computation(BaseModel):
         "text",
         description="Of the model's special tokens in the prompt: take them as text, or parse them as the processor does.",
     )
+    answer_states: tuple[AnswerState, ...] = Field(
+        (),
+        description="States of the answer's own tokens to keep, as in last,mean: first, last, mean. [default: none]",
+    )
     repetition_penalty: float | None = Field(
         None, ge=0.01, description="Of generated and prompt tokens. [default: the checkpoint's]"
     )
@@ -60,7 +65,7 @@ class Computation(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """Return what a part records of it."""
-        return {k: v for k, v in self.options().items() if k not in _NOT_RECORDED and v is not None}
+        return {k: v for k, v in self.options().items() if k not in _NOT_RECORDED and v is not None and v != ()}
 
     def chat_template_sha256(self) -> str | None:
         """Return the digest of the chat template, if it is not the checkpoint's."""

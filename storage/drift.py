@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.fields import FIELDS, VISION_ONLY, split_layer
 from storage.sample import ENGINE_SECONDS, Sample
 
 _SPREAD_SAMPLES = 64  # that the spread is taken over: enough for a scale, and 3% of what packing 1000 samples costs
 _EXACT, _KERNEL, _ANSWER = "exact/", "exact_other_kernel/", "exact_answer"
+_OTHER_ANSWER = "exact_other_kernel_answer"
 _SECONDS = "exact_seconds"
 _ABSENT, _FAILED = "certificate_absent", "certificate_failed"
 _UNKNOWN = "no question of this part was computed for it, or the worker ended meanwhile"
@@ -29,7 +31,7 @@ def with_certificate(sample: Sample, exact: Sample, other_kernel: Sample) -> Sam
     """Return a sample that carries its exact result, and that result under another attention kernel."""
     carried = {_EXACT + name: vector for name, vector in exact.vectors.items()}
     carried |= {_KERNEL + name: vector for name, vector in other_kernel.vectors.items()}
-    facts = {**sample.facts, _ANSWER: exact.answer}
+    facts = {**sample.facts, _ANSWER: exact.answer, _OTHER_ANSWER: other_kernel.answer}
     took = [found.facts.get(ENGINE_SECONDS) for found in (exact, other_kernel)]
     if None not in took:
         facts[_SECONDS] = sum(took)
@@ -49,6 +51,7 @@ class _Certified:
     exact: dict[str, npt.NDArray[Any]]
     other_kernel: dict[str, npt.NDArray[Any]]
     exact_answer: str
+    other_answer: str | None
     seconds: float | None  # that the engine took for them, where that was measured
 
 
@@ -94,9 +97,9 @@ class DriftMeter:
         self._reasons |= {name: str(facts.pop(name)) for name in (_ABSENT, _FAILED) if name in facts}
         if _ANSWER not in facts:
             return Sample(vectors, sample.answer, facts)
-        answer, seconds = facts.pop(_ANSWER), facts.pop(_SECONDS, None)
+        answer, seconds, other = (facts.pop(name, None) for name in (_ANSWER, _SECONDS, _OTHER_ANSWER))
         bare = Sample(vectors, sample.answer, facts)
-        self._certified = _Certified(bare, _carried(sample, _EXACT), _carried(sample, _KERNEL), answer, seconds)
+        self._certified = _Certified(bare, _carried(sample, _EXACT), _carried(sample, _KERNEL), answer, other, seconds)
         return bare
 
     def certificate(self) -> dict[str, Any] | None:
@@ -107,16 +110,18 @@ class DriftMeter:
         certified = self._certified
         if certified is None:
             return None
+        agree = certified.sample.answer == certified.exact_answer
         fields = {}
         for name, vector in certified.sample.vectors.items():
             moments = self._moments.get((name, vector.shape))
             spread = np.zeros(vector.shape) if moments is None else moments.spread()
-            fields[name] = {
-                "drift": _z_score(vector, certified.exact[name], spread),
-                "noise_floor": _z_score(certified.other_kernel[name], certified.exact[name], spread),
-            }
+            drift, floor = (_z_score(found, certified.exact[name], spread) for found in (vector, certified.other_kernel[name]))
+            if FIELDS.get(split_layer(name)[0], VISION_ONLY).of_answer:  # of another answer it is no drift
+                drift = drift if agree else None
+                floor = floor if certified.other_answer == certified.exact_answer else None
+            fields[name] = {"drift": drift, "noise_floor": floor}
         took = {} if certified.seconds is None else {"seconds": round(certified.seconds, 3)}
-        return {"answers_agree": certified.sample.answer == certified.exact_answer, "fields": fields, **took}
+        return {"answers_agree": agree, "fields": fields, **took}
 
     def absence(self) -> str | None:
         """Return why there is no certificate; None where there is one, or no sample."""

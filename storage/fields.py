@@ -1,7 +1,8 @@
 """The fields: the vectors that a part has of a question, by name, with what they are of and how wide they are.
 
 A field with layers is stored as one vector for each: `query_token_representation/layer_21`. A new field is one entry here, its
-width, and the engine's line that takes it; what reads parts goes by these functions.
+width, and the engine's line that takes it; what reads parts goes by these functions. Those of the answer's tokens have a kind
+too: `answer_token_representation/last/layer_21`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,28 @@ class Field:
     name: str
     words: str
     of_image: bool  # the same for all questions of an image, unless the published positions are asked for
+    of_answer: bool = False  # read after generation
 
 
 VISION_ONLY = Field("vision_only_representation", "vision only", of_image=True)
 VISION_ENCODER = Field("vision_encoder_representation", "vision encoder", of_image=True)
 VISION_TOKEN = Field("vision_token_representation", "vision token", of_image=True)
 QUERY_TOKEN = Field("query_token_representation", "query token", of_image=False)
-FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TOKEN, QUERY_TOKEN)}
+ANSWER_TOKEN = "answer_token_representation"
+ANSWER_STATES = ("first", "last", "mean")  # of an answer's tokens
+_OF_ANSWERS = tuple(Field(f"{ANSWER_TOKEN}/{kind}", f"answer {kind}", of_image=False, of_answer=True) for kind in ANSWER_STATES)
+FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TOKEN, QUERY_TOKEN, *_OF_ANSWERS)}
+
+
+def answer_field(kind: str) -> str:
+    """Return the name of the field of an answer's first or last token, or of the mean over its tokens."""
+    return f"{ANSWER_TOKEN}/{kind}"
 
 
 def widths(
-    hidden_size: int, vision_encoder: int | None, layers: Iterable[int], *, vision_only: int | None = None
-) -> dict[str, int]:
+    hidden_size: int, vision_encoder: int | None, layers: Iterable[int], *, vision_only: int | None = None,
+    answer_states: Iterable[str] = (),
+) -> dict[str, int]:  # fmt: skip
     """Return the vectors that a question has: name to width.
 
     `vision_encoder`: of the vision tower; None: it is not kept. `vision_only` None: as wide as the decoder.
@@ -40,7 +51,8 @@ def widths(
     if vision_encoder is not None:
         found[VISION_ENCODER.name] = vision_encoder
     chosen = tuple(layers)
-    return found | {at_layer(f.name, k): hidden_size for f in (VISION_TOKEN, QUERY_TOKEN) for k in chosen}
+    names = [VISION_TOKEN.name, QUERY_TOKEN.name, *map(answer_field, answer_states)]
+    return found | {at_layer(name, k): hidden_size for name in names for k in chosen}
 
 
 def at_layer(name: str, layer: int | None) -> str:

@@ -53,7 +53,7 @@ COMPUTED_AT = "computed_at"  # a fact: seconds since 1970, by the worker's clock
 ENGINE_SECONDS = "engine_seconds"  # a fact: a question's share of its batch's time
 _FAILURE = TypeAdapter(Failure)
 MAX_STAGED = 1 << 28  # bytes of a staged file: a sample of 72B with all its layers and its certificate has 16 MB
-_FIELD = re.compile(r"(exact/|exact_other_kernel/)?[A-Za-z_]{1,64}(/layer_\d{1,5})?")
+_FIELD = re.compile(r"(exact/|exact_other_kernel/)?[A-Za-z_]{1,64}(/[a-z]{1,16})?(/layer_\d{1,5})?")
 
 
 def encode_sample(sample: Sample, identity: Identity | None = None) -> bytes:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from storage.computation import QUESTION, Computation, SpecialTokens
+from storage.computation import QUESTION, AnswerState, Computation, SpecialTokens
 from storage.errors import DamagedError, UserError
 from storage.fields import widths
 from storage.naming import MAX_DIGITS, MAX_SLUG
@@ -21,7 +21,7 @@ LAST_POSITIONS = "last_image_token,last_prompt_token"
 LAST_BLOCK = "last_block"  # of the vision tower: the mean over all that it puts out for an image
 
 # Options that a model's record repeats as they are: what is left to the checkpoint is in it too, resolved.
-AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation")
+AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation", "answer_states")
 
 # run.json, model.json and summary.json are read again and again, in directories that strangers may write to.
 MAX_SETTINGS = 1 << 20  # bytes
@@ -147,6 +147,7 @@ class ModelFacts(BaseModel):
     exact: bool = False
     vision_encoder: bool = True
     exif_rotation: bool = False
+    answer_states: tuple[AnswerState, ...] = ()
     positions: str = LAST_POSITIONS
     layer_definition: str = "output"  # what of a layer its vectors are
     vision_only_definition: str = "merged"  # another one: the published features
@@ -169,6 +170,7 @@ class ModelFacts(BaseModel):
             self.vision_hidden_size if self.vision_encoder and not published else None,
             self.layers,
             vision_only=(self.vision_only_size or self.vision_hidden_size) if published else self.hidden_size,
+            answer_states=self.answer_states,
         )
 
 

@@ -214,6 +214,7 @@ def _disk(options: RunOptions, shape: Shape, questions: int, images: int, embedd
         shape.vision_hidden_size if asked_of.vision_encoder else None,
         resolve_layers(asked_of.layers, shape.num_hidden_layers),
         vision_only=shape.vision_hidden_size if asked_of.halp_compat else None,
+        answer_states=asked_of.answer_states,
     )
     of_image = sum(width for name, width in found.items() if FIELDS[split_layer(name)[0]].of_image)
     # In compat mode the vision position moves with the question's length.

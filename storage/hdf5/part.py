@@ -157,6 +157,13 @@ def _write_question(
     write_attributes(group, attributes)
 
 
+def _attribute(value: Any) -> Any:
+    """Return a value as an attribute holds it: several words in one text."""
+    if isinstance(value, tuple):
+        return ", ".join(value) if isinstance(value[0], str) else list(value)
+    return value
+
+
 def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "format_version": settings.format_version,
@@ -173,5 +180,5 @@ def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int)
     }
     if model is not None:  # absent only where no worker ever opened the run
         facts = settings.recorded() | model.model_dump(exclude={"model_type"}, exclude_none=True)
-        attributes |= {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        attributes |= {name: _attribute(value) for name, value in facts.items() if value != ()}
     return attributes

@@ -8,6 +8,7 @@ The column index says where each chunk came to lie, as the file itself reports i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,7 +48,7 @@ class Placement:
 
     def add(self, group: Any, key: str, vectors: dict[str, npt.NDArray[Any]]) -> None:
         """Take a question's vectors, and make the groups that they will be in. Raises ValueError where one is empty."""
-        for parent in sorted({parent for field in vectors if (parent := field.rpartition("/")[0])}):
+        for parent in sorted({parent for field in vectors for parent in _parents(field)}):
             create_group(group, parent)
         for field, vector in vectors.items():
             try:
@@ -75,6 +76,12 @@ class Placement:
         """Write the datasets; return the index of each column, a row for each question in the order of the keys."""
         keys = sorted(self._keys)  # as HDF5 lists them: by their bytes, which in UTF-8 is by their code points
         return {field: _write_column(file, field, keys, column) for field, column in self._columns.items()}
+
+
+def _parents(field: str) -> Iterator[str]:
+    """Yield the groups that a field lies in, the outermost first."""
+    steps = field.split("/")[:-1]
+    return ("/".join(steps[:number]) for number in range(1, len(steps) + 1))
 
 
 def _write_column(file: Any, field: str, keys: list[str], column: dict[str, _Chunk]) -> Index:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 _MOST_VALUES = 1 << 16  # of a vector; language models are up to 16,384 wide
 _MOST_LINKS = 4096  # of a question or a field; models have some hundred layers
-_DEEPEST = 2  # `query_token_representation/layer_21`
+_DEEPEST = 3  # `answer_token_representation/last/layer_21`
 _FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
 _HERE = {h5d.COMPACT, h5d.CONTIGUOUS, h5d.CHUNKED}
 _SLACK = 1024  # bytes by which stored values may be more than the values: of a deflate stream's blocks

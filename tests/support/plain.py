@@ -75,6 +75,61 @@ class Plain:
         vectors |= {f"query_token_representation/layer_{i}": s[0, -1].numpy() for i, s in states.items()}
         return Expected(ids, last, vectors, answer, scores)
 
+    @torch.inference_mode()
+    def answer_states(self, image: np.ndarray, question: str, answer: list[int], **processing: Any) -> dict[int, np.ndarray]:
+        """Return each layer's states of an answer's tokens, (T, D), by one forward over prompt and answer.
+
+        Where the prompt would see the answer then, they are those that `generate` makes.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True, tokenize=False
+        )
+        inputs = self.processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt", **processing)
+        shape, given = inputs["input_ids"].shape, {}
+        for name, values in inputs.items():
+            if values.ndim < 2 or values.shape[:2] != shape or values.is_floating_point():
+                given[name] = values
+                continue
+            more = values[:, -1:].expand(-1, len(answer), *values.shape[2:])
+            if name == "input_ids":
+                more = torch.tensor([answer])
+            elif name.endswith("token_type_ids"):
+                more = torch.zeros_like(more)
+            given[name] = torch.cat([values, more], dim=1)
+        given.pop("labels", None)
+        states: dict[int, np.ndarray] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(_m: Any, _i: Any, out: Any) -> None:
+                states[layer] = (out[0] if isinstance(out, tuple) else out)[0, shape[1] :].clone().numpy()
+
+            return hook
+
+        one_by_one = self.model.config.model_type == "paligemma"
+        taken: dict[int, list[np.ndarray]] = {}
+
+        def note(layer: int) -> Any:
+            def hook(_m: Any, _i: Any, out: Any) -> None:
+                found = out[0] if isinstance(out, tuple) else out
+                if found.shape[1] == 1:
+                    taken.setdefault(layer, []).append(found[0, 0].clone().numpy())
+
+            return hook
+
+        layers = enumerate(decoder_of(self.model).layers)
+        handles = [layer.register_forward_hook(note(i) if one_by_one else keep(i)) for i, layer in layers]
+        self._forget()
+        if one_by_one:
+            self.model.generate(**inputs, do_sample=False, max_new_tokens=len(answer) + 1)
+            states = {layer: np.stack(found[: len(answer)]) for layer, found in taken.items()}
+        else:
+            self.model(**given)
+        self._forget()
+        for handle in handles:
+            handle.remove()
+        return states
+
     def _forget(self) -> None:
         if hasattr(self.model.model, "rope_deltas"):
             self.model.model.rope_deltas = None

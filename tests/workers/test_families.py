@@ -76,6 +76,20 @@ def worst(sample: Any, expected: Expected) -> float:
     return max(errors)
 
 
+def without_end(answer: list[int], engine: Any) -> list[int]:
+    """Return an answer's own tokens; of one that is an end token alone, that."""
+    return answer[:-1] if len(answer) > 1 and answer[-1] in engine._generation.ends else answer
+
+
+def worst_of_answer(sample: Any, states: dict[int, np.ndarray]) -> float:
+    errors = []
+    for layer, found in states.items():
+        for kind, right in (("first", found[0]), ("last", found[-1]), ("mean", found.mean(0))):
+            ours = sample.vectors[f"answer_token_representation/{kind}/layer_{layer}"].astype(np.float32)
+            errors.append(float(np.abs(ours - right).max() / np.abs(right).max()))
+    return max(errors)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
     engine, plain = load(tiny(family)), Plain(tiny(family))
@@ -109,6 +123,13 @@ def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], 
             assert sample.vectors["vision_only_representation"].shape == (engine.info.hidden_size,)
             assert sample.vectors["vision_encoder_representation"].shape == (engine.info.vision_hidden_size,)
         assert ("shared" in {sample.facts["image_prefix"] for sample in samples}) == shared
+    kinds = ("first", "last", "mean")
+    kept = [replace(request, recipe=recipe.model_copy(update={"answer_states": kinds})) for request in requests]
+    options = {"do_resize": False} if engine.info.factor is not None else {}
+    for sample, one, request, (_, q) in list(zip(engine.extract(kept), expected, kept, PAIRS))[:3]:
+        assert sample.facts["answer_token_ids"] == one.answer  # cut by the limit, most of them
+        states = plain.answer_states(request.pixels, QUESTIONS[q], without_end(one.answer, engine), **options)
+        assert worst_of_answer(sample, states) < TOLERANCE
     alone = [
         engine.extract([replace(request, recipe=recipe.model_copy(update={"max_new_tokens": 0}))])[0] for request in requests
     ]

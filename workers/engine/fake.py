@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, at_layer
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, answer_field, at_layer
 from storage.sample import Sample
 from storage.settings import LAST_BLOCK
 from workers.engine.interface import EngineSpec, ModelInfo, Request
@@ -127,6 +127,8 @@ class FakeEngine:
         for layer in request.recipe.layers:
             vectors[at_layer(VISION_TOKEN.name, layer)] = self._vector(image, f"vision {layer}")
             vectors[at_layer(QUERY_TOKEN.name, layer)] = self._vector(question, f"query {layer}")
+            for kind in request.recipe.answer_states:
+                vectors[at_layer(answer_field(kind), layer)] = self._vector(question, f"answer {kind} {layer}")
         facts = {
             "finish_reason": "eos",
             "batch_size": batch_size,

@@ -28,10 +28,11 @@ from workers.checkpoint.published import PUBLISHED
 from workers.checkpoint.published import Prompt as PublishedPrompt
 from workers.engine.any_prompt import placeholders, split_any_prompt
 from workers.engine.cache import Batch
+from workers.engine.decoding.answer_states import AnswerStates
 from workers.engine.decoding.decode import Answer, decode
 from workers.engine.decoding.generation import Generation
 from workers.engine.decoding.slots import Slots
-from workers.engine.hooks import to_host
+from workers.engine.hooks import outputs, to_host
 from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.kernels import PlainAttention
 from workers.engine.loading import MemoryBounds, free_memory, load_checkpoint, model_info
@@ -216,7 +217,7 @@ class ModelEngine:
                 rows = [prefixes[key].row for key in order]
                 if not reserved:
                     slots.reserve(rows[0], number, longest, recipe.max_new_tokens)
-                    slots.begin(penalty)
+                    slots.begin(penalty, recipe.answer_states, recipe.layers)
                     reserved = True
                 prompts = [(*prefixes[request.image_key].ids, *request.suffix_ids) for request in asked]
                 of = [order.index(request.image_key) for request in asked]
@@ -307,16 +308,29 @@ class ModelEngine:
         if last is None or recipe.max_new_tokens == 0:
             return [Answer() for _ in prompts]
 
-        def forward(batch: Batch, tokens: Tensor) -> Tensor:
-            states = self._passes.step(batch, tokens[:, None], batch.next_position[:, None], [1] * len(tokens), recipe)
-            batch.next_position = batch.next_position + 1
-            assert states is not None
-            return states
+        modules = {layer: self._family.layers[layer] for layer in (recipe.layers if recipe.answer_states else ())}
 
+        def forward(batch: Batch, tokens: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+            with outputs(modules, lambda out: out[:, -1]) as states:  # (B, 1, D) to (B, D)
+                last = self._passes.step(batch, tokens[:, None], batch.next_position[:, None], [1] * len(tokens), recipe)
+            batch.next_position = batch.next_position + 1
+            assert last is not None
+            return last, [states[layer] for layer in modules]
+
+        keep = None
+        if recipe.answer_states:
+            width = self._family.text.hidden_size
+            keep = AnswerStates(recipe.answer_states, recipe.layers, len(prompts), width, self._device)
         vocabulary = self._family.model.get_output_embeddings().out_features
         rules = self._generation.rules(prompts, vocabulary, recipe.repetition_penalty, recipe.max_new_tokens, self._device)
         ends, longest = self._generation.ends, recipe.max_new_tokens
-        return decode(batch, last, rules=rules, head=self._family.scores, forward=forward, eos=ends, max_new_tokens=longest)
+        head = self._family.scores
+        answers = decode(batch, last, rules=rules, head=head, forward=forward, eos=ends, max_new_tokens=longest, keep=keep)
+        if keep is not None:
+            found = keep.vectors(torch.arange(len(prompts), device=self._device), self._family.model.dtype)
+            for answer, vectors in zip(answers, found, strict=True):
+                answer.vectors = vectors
+        return answers
 
     def _cross_the_scaling(self, requests: Sequence[Request]) -> bool:
         """Tell whether positions of some prompt depend on its length, and those of its prefix would be others."""
@@ -328,7 +342,7 @@ class ModelEngine:
         tokenizer = self._family.processor.tokenizer
         return [
             Sample(vectors, tokenizer.decode(answer.ids, skip_special_tokens=True).strip(), facts | answer.facts)
-            for vectors, (_, facts, answer) in zip(to_host([vectors for vectors, _, _ in made]), made)
+            for vectors, (_, facts, answer) in zip(to_host([vectors | answer.vectors for vectors, _, answer in made]), made)
         ]
 
 

@@ -71,7 +71,8 @@ class Certifier:
 
     def _with_exact(self, run_id: str, request: Request, sample: Sample) -> Sample:
         exact = request.recipe.model_copy(update={"exact": True})
-        other = exact.model_copy(update={"math_kernel": True, "max_new_tokens": 0})
+        no_answer = {} if exact.answer_states else {"max_new_tokens": 0}
+        other = exact.model_copy(update={"math_kernel": True} | no_answer)
         results = [self._compute(run_id, replace(request, recipe=recipe), _OneTry()) for recipe in (exact, other)]
         with self._lock:
             tally.exact_seconds += sum(found.facts.get(ENGINE_SECONDS, 0.0) for found in results)

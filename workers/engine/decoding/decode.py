@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.cache import Batch
+from workers.engine.decoding.answer_states import AnswerStates
 from workers.engine.decoding.generation import Rules
 
 _DROP_SHARE = 0.125  # of the batch: dropping copies the cache, so finished rows leave together
@@ -23,6 +24,7 @@ class Answer:
     log_probabilities: list[float] = field(default_factory=list)
     entropy: float | None = None
     finish_reason: str = "none"
+    vectors: dict[str, Tensor] = field(default_factory=dict)  # of its own tokens, where they are kept
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,14 +46,15 @@ def decode(
     *,
     rules: Rules,
     head: Callable[[Tensor], Tensor],
-    forward: Callable[[Batch, Tensor], Tensor],
+    forward: Callable[[Batch, Tensor], tuple[Tensor, Sequence[Tensor]]],
     eos: Sequence[int],
     max_new_tokens: int,
+    keep: AnswerStates | None = None,
 ) -> list[Answer]:
     """Continue every prompt; `last` holds the last prompt tokens' final states, (B, D).
 
-    `forward` runs one token per sequence, (B,) to (B, D), and extends the batch. The tokens are those of
-    `generate(do_sample=False)`, by the rules that it has from the checkpoint.
+    `forward` runs one token per sequence, (B,), and extends the batch; it returns the final states, (B, D), and those of the
+    layers that `keep` takes. The tokens are those of `generate(do_sample=False)`, by the rules that it has from the checkpoint.
     """
     answers = [Answer(finish_reason="length") for _ in last]
     ends = torch.tensor(list(eos), device=last.device)
@@ -65,21 +68,31 @@ def decode(
         entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
         for row, entropy in zip(alive, entropies):
             answers[row].entropy = entropy
+        kept = set()  # sequences whose last token is run for its own states
         for row, token, log_probability, end in zip(alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()):
             if row in running:
+                if keep is not None and (not end or step == 0):
+                    kept.add(row)
                 answers[row].ids.append(token)
                 answers[row].log_probabilities.append(log_probability)
                 if end:
                     answers[row].finish_reason = "eos"
                     running.discard(row)
-        if step + 1 == max_new_tokens or not running:
+        if step + 1 == max_new_tokens:
+            running = set()
+        if not (wanted := running | kept):
             break
-        if len(alive) - len(running) >= max(1, _DROP_SHARE * len(alive)):
-            keep = torch.tensor([i for i, row in enumerate(alive) if row in running], device=last.device)
-            batch.select(keep)
-            rules.select(keep)
-            tokens = tokens[keep]
-            alive = [row for row in alive if row in running]
+        if len(alive) - len(wanted) >= max(1, _DROP_SHARE * len(alive)):
+            chosen = torch.tensor([i for i, row in enumerate(alive) if row in wanted], device=last.device)
+            batch.select(chosen)
+            rules.select(chosen)
+            tokens = tokens[chosen]
+            alive = [row for row in alive if row in wanted]
         rules.append(tokens)
-        last = forward(batch, tokens)
+        last, states = forward(batch, tokens)
+        if keep is not None:
+            rows, mask = (torch.tensor(v, device=last.device) for v in (alive, [row in kept for row in alive]))
+            keep.add(rows, states, mask)
+        if not running:
+            break
     return answers

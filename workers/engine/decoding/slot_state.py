@@ -22,6 +22,7 @@ class SlotState:
     alive: Tensor  # (S,)
     count: Tensor  # (S,) tokens of the answer
     ended: Tensor  # (S,) by an end token
+    kept: Tensor  # (S,) whether the last token is one whose states are kept
     tokens: Tensor  # (S, T)
     log_probabilities: Tensor  # (S, T)
     entropy: Tensor  # (S,) of the first token
@@ -45,6 +46,7 @@ class SlotState:
             alive=zeros(number, dtype=torch.bool),
             count=zeros(number),
             ended=zeros(number, dtype=torch.bool),
+            kept=zeros(number, dtype=torch.bool),
             tokens=zeros(number, answer),
             log_probabilities=zeros(number, answer, dtype=torch.float32),
             entropy=zeros(number, dtype=torch.float32),

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from workers.engine.cache import Row
+from workers.engine.decoding.answer_states import AnswerStates
 from workers.engine.decoding.decode import Answer
 from workers.engine.decoding.slot_cache import Plan, SlotCache
 from workers.engine.decoding.slot_state import SlotState
+from workers.engine.hooks import outputs
 from workers.engine.models.base import Family
 from workers.errors import in_a_line
 
@@ -57,6 +59,8 @@ class Slots:
         self._graph: Any = None  # False: it cannot be captured
         self._fresh = False  # some slot has no token of its answer yet
         self._owners: list[int | None] = []
+        self._kept: AnswerStates | None = None
+        self._keeping: tuple[Sequence[str], Sequence[int]] = (), ()
 
     @property
     def _state(self) -> SlotState:
@@ -80,7 +84,8 @@ class Slots:
 
     def release(self) -> None:
         """Free the memory."""
-        self._given = self._graph = None
+        self._given = self._graph = self._kept = None
+        self._keeping = (), ()
         self._kv.release()
 
     # Questions in
@@ -95,9 +100,14 @@ class Slots:
         """Whether some slot's answer goes on."""
         return any(owner is not None for owner in self._owners)
 
-    def begin(self, penalty: float) -> None:
-        """Set the repetition penalty."""
+    def begin(self, penalty: float, kinds: Sequence[str] = (), layers: Sequence[int] = ()) -> None:
+        """Set the repetition penalty, and which states of answers are kept, of which layers."""
         self._state.penalty.fill_(penalty)
+        if (kinds, layers) != self._keeping:
+            self._keeping = kinds, layers
+            width = self._family.text.hidden_size
+            self._kept = AnswerStates(kinds, layers, self._kv.number, width, self._device) if kinds else None
+            self._graph = self._graph if self._graph is False else None  # of a step that kept others
 
     def take(
         self, owners: Sequence[int], rows: Sequence[Row], of: Sequence[int], prompts: Sequence[Sequence[int]],
@@ -139,6 +149,8 @@ class Slots:
         state.ended[where] = False
         state.limit[where] = limit
         state.alive[where] = limit > 0
+        if self._kept is not None:
+            self._kept.clear(where)
         self._fresh = True
         plan = Plan(slot, place, state.used, spans)
         if self._kv.flash:
@@ -171,7 +183,8 @@ class Slots:
         running = [slot for slot, owner in enumerate(self._owners) if owner is not None]
         self._choose(self._rows(running))
         alive: list[bool] = self._state.alive.tolist()
-        if running := [slot for slot in running if alive[slot]]:
+        run: list[bool] = alive if self._kept is None else self._state.kept.tolist()
+        if running := [slot for slot in running if run[slot]]:
             rows = self._rows(running)
             whole = running == list(range(len(rows)))
             reach = int(self._state.used[rows].max()) + 1
@@ -235,6 +248,7 @@ class Slots:
         count = count + alive
         state.count[rows] = count
         state.alive[rows] = alive & ~ends & (count < state.limit[rows])
+        state.kept[rows] = alive & (~ends | (count == 1))
         state.seen[rows, chosen] = True
         state.chosen[rows] = chosen
         self._fresh = False
@@ -249,7 +263,13 @@ class Slots:
         plan = Plan(rows, place.long(), state.used, slots=slots, whole=whole, reach=reach)
         if self._kv.flash:
             plan.begins = self._kv.one_each
-        state.last[rows] = self._forward(plan, state.chosen[rows], positions)
+        if (kept := self._kept) is None:
+            state.last[rows] = self._forward(plan, state.chosen[rows], positions)
+            return
+        modules = {layer: self._family.layers[layer] for layer in kept.layers}
+        with outputs(modules, lambda out: out[0]) as states:  # (1, n, D) to (n, D)
+            state.last[rows] = self._forward(plan, state.chosen[rows], positions)
+        kept.add(rows, [states[layer] for layer in kept.layers], state.kept[rows])
 
     def _answers(self, ended: Sequence[int]) -> dict[int, Answer]:
         """Read answers, all in one copy, and free their slots."""
@@ -257,13 +277,14 @@ class Slots:
         parts = (state.count, state.ended, state.entropy, state.tokens, state.log_probabilities)
         read = torch.cat([part[where].double().view(len(ended), -1) for part in parts], dim=1).tolist()
         found, longest = {}, state.tokens.shape[1]
-        for slot, (count, by_token, entropy, *rest) in zip(ended, read, strict=True):
+        kept = self._kept.vectors(where, self._family.model.dtype) if self._kept is not None else [{} for _ in ended]
+        for slot, (count, by_token, entropy, *rest), vectors in zip(ended, read, kept, strict=True):
             owner, self._owners[slot] = self._owners[slot], None
             assert owner is not None
             number = int(count)
             ids = [int(token) for token in rest[:number]]
             reason = "eos" if by_token else "length"
-            found[owner] = Answer(ids, rest[longest : longest + number], entropy, reason)
+            found[owner] = Answer(ids, rest[longest : longest + number], entropy, reason, vectors)
         return found
 
     def leave(self) -> list[int]:
