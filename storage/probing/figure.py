@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import UserError
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, in_words
+from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, answer_field, in_words
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.judge import Scored
@@ -21,6 +21,9 @@ _STYLES = {
     VISION_TOKEN.name: ("#D55E00", "s"),
     VISION_ONLY.name: ("#009E73", "D"),
     VISION_ENCODER.name: ("#CC79A7", "^"),
+    answer_field("last"): ("#E69F00", "v"),
+    answer_field("mean"): ("#56B4E9", "P"),
+    answer_field("first"): ("#8C8C00", "<"),
 }
 _FIGURE = "probe.svg"
 _LINES = ("dotted", "dashed", "dashdot", (0, (1, 3)), (0, (5, 5)), (0, (3, 1, 1, 1)))

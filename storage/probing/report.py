@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from storage.fields import in_words
+from storage.fields import FIELDS, in_words
 from storage.probing.experiment import Experiment
 from storage.probing.finding import Finding
 from storage.probing.score import Estimate
@@ -75,6 +75,8 @@ def closing_lines(experiment: Experiment) -> Iterator[str]:
         yield "*: the layer with the best AUROC on the validation side, of its representation and probe."
     else:
         yield "No layer is chosen: without a validation side, the best on the test side is best by luck too."
+    if any(FIELDS[p.representation].of_answer for p in experiment.probes if p.representation in FIELDS):
+        yield "answer first, last, mean: states of the answer's own tokens, read after it is generated."
     yield f"finding: {finding_words(experiment.finding)}"
     yield from (f"warning: {text}" for text in experiment.warnings)
 

@@ -84,6 +84,7 @@ def load(
     field: str,
     layer: Layers = None,
     *,
+    token: str | None = None,
     order: Order = "plan",
     columns: Sequence[str] | None = None,
     progress: bool = False,
@@ -91,6 +92,7 @@ def load(
     """Return one field of a run's directory, of a directory of parts, of a file, or of a list of these; each may be a URL.
 
     field: `vision_only_representation`, or `query_token_representation` with its `layer`, or with several: `layer=[0, 14]`.
+    token: of `answer_token_representation`: `first`, `last` or `mean`.
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
         them. Without a plan, `plan` is `file`.
     columns: of the frame; all if None. With none at all (`[]`) the questions' texts and attributes are not read, which
@@ -102,7 +104,7 @@ def load(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, field, layer, order=order, columns=columns, progress=progress)
+    found = locate(opened, of_token(field, token), layer, order=order, columns=columns, progress=progress)
     vectors = found.stack.read(found.rows, progress=progress)
     return Loaded(found.field, found.ids, vectors, found.frame, found.missing)
 
@@ -133,10 +135,18 @@ def locate(
     return Located(name, [ids[row] for row in rows], stack, rows, frame, source.missing())
 
 
-def iter_chunks(source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] | None = None) -> Iterator[Loaded]:
+def of_token(field: str, token: str | None) -> str:
+    """Return the name of a field of answers' tokens by its kind; of others as it is."""
+    return field if token is None else f"{field}/{token}"
+
+
+def iter_chunks(
+    source: Paths, field: str, layer: Layers = None, *, token: str | None = None, columns: Sequence[str] | None = None
+) -> Iterator[Loaded]:
     """Yield the same part by part, in file order: for data larger than memory. `missing` is that of the whole run."""
     opened = Source(source)
     opened.warn_if_unfinished()
+    field = of_token(field, token)
     names = at_layers(field, layer)
     frame_of = part_frame if columns is None or columns else _no_frame
     for found, frame in opened.read(lambda part: (_columns(part, names), frame_of(part))):

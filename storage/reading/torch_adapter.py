@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from storage.reading.load import locate, selected
+from storage.reading.load import locate, of_token, selected
 from storage.reading.source import Paths, Source
 from storage.reading.stack import Layered, Layers, Stack
 
@@ -31,9 +31,10 @@ class _Rows:
 
 
 def torch_dataset(
-    source: Paths, field: str, layer: Layers = None, *, columns: Sequence[str] = ("answer", "ground_truth_answer")
-) -> Dataset[dict[str, Any]]:
-    """Return a torch dataset of one field, in file order. `source`, `field` and `layer` are those of `storage.load`.
+    source: Paths, field: str, layer: Layers = None, *, token: str | None = None,
+    columns: Sequence[str] = ("answer", "ground_truth_answer"),
+) -> Dataset[dict[str, Any]]:  # fmt: skip
+    """Return a torch dataset of one field, in file order. `source`, `field`, `layer` and `token` are those of `storage.load`.
 
     An item is a dict: `vector` (float32 [D], or [L, D] of several layers), `question_id`, and `columns` of the frame. Vectors
     stay on the disk until asked for; several DataLoader workers may read at once, forked or spawned (an object store needs
@@ -41,7 +42,7 @@ def torch_dataset(
     """
     opened = Source(source)
     opened.warn_if_unfinished()
-    found = locate(opened, field, layer, order="file")
+    found = locate(opened, of_token(field, token), layer, order="file")
     names = list(dict.fromkeys(["question_id", *columns])) if found.ids else []
     frame = selected(found.frame, names)
     items = [dict(zip(frame.columns, row, strict=True)) for row in frame.itertuples(index=False)]

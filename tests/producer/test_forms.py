@@ -502,6 +502,7 @@ def test_a_run_over_every_form(images: Path, tmp_path: Path, small_model: Path) 
         assert found[form] == found["csv"], form
 
 
+@pytest.mark.slow
 def test_bad_images_in_cells_fail_alone(images: Path, tmp_path: Path, small_model: Path) -> None:
     bomb = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
@@ -521,6 +522,7 @@ def test_bad_images_in_cells_fail_alone(images: Path, tmp_path: Path, small_mode
     assert vectors_of(tmp_path / "o").keys() == {"18"}
 
 
+@pytest.mark.slow
 def test_the_check_of_a_table_with_images(images: Path, tmp_path: Path, small_model: Path) -> None:
     """Opens each, says what they take, and leaves nothing."""
     table = as_hub(tmp_path / "t.parquet", images)

@@ -196,6 +196,16 @@ def test_a_step_on_a_gpu_reads_and_crosses_nothing(seven: Any) -> None:
     assert prefill.crossed.total() <= 8  # ids, positions and places, to the device
 
 
+def test_a_step_that_keeps_states_of_answers_reads_nothing(seven: Any) -> None:
+    slots, _ = filled(seven, 8)
+    slots.begin(1.0, ("first", "last", "mean"), (0, 14, DEPTH - 1))
+    slots._step_of_all()
+    with Launches() as step:
+        slots._step_of_all()
+    assert not step.crossed.total()
+    assert slots._kept is not None
+
+
 def test_a_read_in_a_step_would_show(seven: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slots, _ = filled(seven, 8)
     original = Slots._choose
