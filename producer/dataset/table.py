@@ -33,7 +33,7 @@ _PLACEHOLDER = re.compile(r"\s*(?:<image(?:[ _]?\d+)?>|<\|(?:image|video)_pad\|>
 _IMAGE_PATH = "image_path"  # carries the name that an embedded image has in its table
 _NOTHING: dict[str, str] = {}
 _EMPTY = {"line": "its first line must name the columns, as in question_id,image_id,question,answer"}
-_NO_ROWS = {"line": "its first line names the columns, a question a line must follow"}
+_NO_ROWS = {"line": "its first line names the columns, a question a line must follow", "file": "there is no image in it"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,9 @@ class _Reading:
             self._faults.add(f"{row.where}: {error}")
             return None
         carried = {name: as_text(cells.get(name)) for name in roles.carried}
+        if odd := [r for r in ("question_id", "question") if isinstance(roles.value(r, cells), (list, tuple, dict))]:
+            self._faults.add(f"{row.where}: {odd[0]} is a list or an object: write one text")
+            return None
         question_id = f"row-{number:06d}" if roles.question_id is None else as_text(roles.value("question_id", cells))
         question, answer = as_text(roles.value("question", cells)), as_text(roles.value("answer", cells))
         if self._strip:
@@ -204,7 +207,7 @@ def _peeked(opened: Opened) -> tuple[Mapping[str, Any], Iterator[Row]]:
 def _problems_of_images(images: Sequence[Image]) -> list[str]:
     if not images or (isinstance(images[0], str) and not images[0].strip()):
         return ["the image id is blank: name the image's file"]
-    return [f"{len(images)} images are named: one is taken"] if len(images) > 1 else []
+    return [f"{len(images)} images are named: a question is asked about one"] if len(images) > 1 else []
 
 
 def _problems_of_question(question: str) -> list[str]:

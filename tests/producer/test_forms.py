@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -355,6 +356,11 @@ def test_a_table_that_is_cut_or_none(images: Path, tmp_path: Path) -> None:
     assert "holds no list of objects" in refused(_written(tmp_path / "n.json", "3"))
     assert "holds 2 lists of objects" in refused(_written(tmp_path / "m.json", '{"a": [{}], "b": [{}]}'))
     assert "one object a line is .jsonl" in refused(_written(tmp_path / "l.json", '{"a": 1}\n{"a": 2}'))
+    shutil.copy(as_hub(tmp_path / "p.parquet", images), tmp_path / "p.csv")
+    assert "is a Parquet file: give it a name that ends in .parquet" in refused(tmp_path / "p.csv")
+    assert "there is no image in it" in refused(Source(tmp_path / "empty", "Why?"))
+    listed = _written(tmp_path / "q.json", json.dumps([{"id": 1, "image": "a.png", "question": ["a", "b"]}]))
+    assert "entry 1: question is a list or an object: write one text" in refused(listed)
     assert "--question is for a folder of images" in refused(Source(as_csv(tmp_path / "t.csv", images), "Why?"))
 
 
@@ -445,8 +451,6 @@ def test_only_the_chosen_questions_images_are_written(options: Callable[..., Run
 
 
 def test_no_room_for_the_images(options: Callable[..., RunOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="the table's images take 0 MB there, and 1 MB are free"):
         plan_run(options("hub"))

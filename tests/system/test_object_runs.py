@@ -302,3 +302,23 @@ def test_a_run_on_this_machine_into_an_object_store(
     assert refused.stderr.startswith(f"error: {s3_url}/run/.run/run.json: access denied (AccessDenied): check the AWS_*")
     nowhere = command("producer", "enqueue", table, *options[:2], "--output-dir", "s3://nobucket/run")
     assert (nowhere.returncode, "Traceback" in nowhere.stderr) == (2, False)
+
+
+def test_images_of_a_table_go_into_the_store(s3_url: str, s3_server: S3Server, tmp_path: Path, small_model: Path) -> None:
+    """Of a Parquet file, once; the run's workers find them there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for number in range(6):
+        file = io.BytesIO()
+        Image.new("RGB", (30, 40), (number % 3, 9, 9)).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{number}.png"}, "question": f"What is {number}?"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    call = ("producer", "run", tmp_path / "t.parquet", "--output-dir", f"{s3_url}/run", "--model", small_model)
+    for _ in range(2):
+        result = command(*call, HALP_ENGINE="fake:0", **s3_server.variables)
+        assert result.returncode == 0, result.stderr
+        assert "6 of 6 questions written" in result.stdout
+        there = [name for name in s3_server.objects(f"{s3_url}/run") if ".run/images/" in name]
+        assert len(there) == 3

@@ -44,6 +44,8 @@ def opened_file(path: Path) -> Iterator[tuple[BinaryIO, Digested]]:
     try:
         with path.open("rb", buffering=0) as raw, io.BufferedReader(digested := Digested(raw), _BUFFER) as data:
             refuse_pointer(data.peek(), path)
+            if data.peek(4).startswith(b"PAR1"):
+                raise UserError(f"{path} is a Parquet file: give it a name that ends in .parquet")
             plain: Any = gzip.GzipFile(fileobj=data) if path.suffix.lower() == ".gz" else data
             yield plain, digested
             while data.read(_BUFFER):  # what lies behind a gzip's end belongs to the file, too
