@@ -131,12 +131,12 @@ def test_an_output_directory_that_cannot_be_is_refused(tmp_path, monkeypatch, ca
     assert error.startswith("error: ") and "Traceback" not in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["the CSV", "--images-dir", "--model", "--prompt", "--image-root"])
+@pytest.mark.parametrize("option", ["the table", "--images-dir", "--model", "--prompt", "--image-root"])
 def test_bytes_that_are_no_utf8_are_refused(tmp_path, monkeypatch, capsys, dataset, option):
     """Linux takes any bytes for a name; run.json, which is JSON, does not."""
     other = tmp_path / os.fsdecode(b"caf\xe9")
     arguments = [*dataset, "--output-dir", tmp_path / "out"]
-    if option == "the CSV":
+    if option == "the table":
         arguments[0] = arguments[0].rename(other)
     elif option == "--images-dir":
         arguments[2] = arguments[2].rename(other)
