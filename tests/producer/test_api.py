@@ -56,6 +56,7 @@ def test_a_frame_is_as_its_csv(images: Path, tmp_path: Path) -> None:
     assert read_table(Source(Path("frame"), frame=other)).sha256 != table.sha256
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(images: Path, tmp_path: Path, small_model: Path, quick: None, capsys: Any) -> None:
     before = dict(os.environ)
     frame = pd.DataFrame(ROWS, columns=["id", "image", "question", "answer"])
@@ -70,6 +71,7 @@ def test_a_run_and_its_resumption(images: Path, tmp_path: Path, small_model: Pat
     assert not with_word(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failed_question_is_no_exception(images: Path, tmp_path: Path, small_model: Path, quick: None) -> None:
     frame = pd.DataFrame([*ROWS, ("21", "gone.png", "What?", "")], columns=["id", "image", "question", "answer"])
     account = producer.run(

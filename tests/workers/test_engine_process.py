@@ -430,7 +430,10 @@ def serve_one(monkeypatch, error):
         parent.send(pixels.put(requests(1)))
         with socket.fromfd(parent.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as end:
             end.shutdown(socket.SHUT_WR)  # `_serve` returns where nothing more comes
-        engine_process._serve(child, [pixels])
+        try:
+            engine_process._serve(child, [pixels])
+        finally:  # else it might read from what has the closed socket's number by then
+            [listener.join(10) for listener in threading.enumerate() if listener.name == "engine-listener"]
         parent.recv()
         return parent.recv()
 
@@ -490,6 +493,7 @@ def test_model_of_another_kind(small_model, tmp_path, kind, reason):
     assert re.search(reason, refusal(model))
 
 
+@pytest.mark.slow
 def test_corrupt_weights(small_model, tmp_path):
     model = copy_of(small_model, tmp_path)
     weights = model / "model.safetensors"
@@ -504,6 +508,7 @@ def test_truncated_weights(small_model, tmp_path):
     assert "model.safetensors is cut short" in refusal(model)
 
 
+@pytest.mark.slow
 def test_weights_that_lack_a_tensor(small_model, tmp_path):
     """Transformers warns and draws the missing ones at random: every vector of the run would be noise."""
     model = copy_of(small_model, tmp_path)

@@ -279,7 +279,7 @@ def _serve(connection: Connection, memories: Sequence[PixelMemory]) -> None:
         return
     connection.send(engine.info)
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, asked), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, asked), name="engine-listener", daemon=True).start()
     while (question := asked.get()) is not None:
         if isinstance(question, Exception):
             raise question
