@@ -82,10 +82,10 @@ def read_table(source: Source | Path, phases: Phases = silent) -> Table:
 
 def embedded_images(source: Source, wanted: set[str], done: Done) -> Iterator[tuple[str, bytes]]:
     """Yield, each once, those images of a table that are wanted: id and content. Raises UserError where one is gone."""
-    missing = set(wanted)
-    with source.form().opened(Faults(), lambda _: None) as opened:
+    missing, form = set(wanted), source.form()
+    with form.opened(Faults(), lambda _: None) as opened:
         first, rows = _peeked(opened)
-        roles = roles_of(opened.columns, first, source.columns, source.form().image)
+        roles = roles_of(opened.columns, first, source.columns, form.image)
         for row in rows:
             for image in as_images(roles.value("image", row.cells)):
                 if isinstance(image, Embedded) and (name := f"{EMBEDDED}/{image.file_name()}") in missing:

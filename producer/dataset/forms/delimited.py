@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from producer.dataset.faults import Faults
-from producer.dataset.forms.file import as_utf8, opened_file, size_of
+from producer.dataset.forms.file import TableFile, as_utf8, opened_file
 from producer.dataset.forms.row import Embedded, Opened, Row, RowFault, Same
 from producer.show.progress import Done, counted
 from storage.errors import UserError
@@ -28,20 +28,12 @@ _IMAGE = "image"
 _SHORTEST = 64  # characters of base64: what is shorter names another row (VLMEvalKit)
 
 
-class Delimited:
+class Delimited(TableFile):
     """A `.csv`, or a `.tsv`; `.gz` behind it or not. Takes UTF-8 with or without a byte-order mark; skips empty lines."""
 
-    line = "line"
-
     def __init__(self, path: Path, *, tabs: bool) -> None:
-        self._path, self._tabs = path, tabs
-        self.image: str | None = None
-        self.sha256 = ""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return size_of(self._path)
+        super().__init__(path)
+        self._tabs = tabs
 
     @contextmanager
     def opened(self, faults: Faults, done: Done) -> Iterator[Opened]:

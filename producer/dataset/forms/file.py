@@ -62,6 +62,17 @@ def as_utf8(data: BinaryIO) -> TextIO:
     return io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def size_of(path: Path) -> int:
-    """Return a file's length in bytes."""
-    return os.path.getsize(path)
+class TableFile:
+    """What tables in one file have in common."""
+
+    image: str | None = None
+    line = "line"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.sha256 = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.path.getsize(self._path)

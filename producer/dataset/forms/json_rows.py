@@ -10,7 +10,7 @@ from typing import Any
 
 from producer.dataset.faults import Faults
 from producer.dataset.forms.delimited import MAX_FIELD
-from producer.dataset.forms.file import as_utf8, opened_file, size_of
+from producer.dataset.forms.file import TableFile, as_utf8, opened_file
 from producer.dataset.forms.row import Opened, Row
 from producer.show.progress import Done, counted
 from storage.errors import UserError
@@ -19,20 +19,13 @@ _MAX_LINE = 64 * MAX_FIELD
 _ID = "question_id"
 
 
-class JsonRows:
+class JsonRows(TableFile):
     """A `.jsonl`, or a `.json`; `.gz` behind it or not."""
 
-    image: str | None = None
-
     def __init__(self, path: Path, *, lines: bool) -> None:
-        self._path, self._lines = path, lines
+        super().__init__(path)
+        self._lines = lines
         self.line = "line" if lines else "entry"
-        self.sha256 = ""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return size_of(self._path)
 
     @contextmanager
     def opened(self, faults: Faults, done: Done) -> Iterator[Opened]:

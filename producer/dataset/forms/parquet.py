@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ class Parquet:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        self.sha256 = ""
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of the file, or of the files' digests: read by who asks, as the table itself is not read in order."""
+        digests = [_sha256(file) for file in self._files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -37,15 +43,11 @@ class Parquet:
     @contextmanager
     def opened(self, faults: Faults, done: Done) -> Iterator[Opened]:
         """Read the table; a row's place is its number in all files."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(_sha256(file).encode())
         columns: list[str] = self._opened(self._files[0]).schema_arrow.names
         for file in self._files[1:]:
             if (others := self._opened(file).schema_arrow.names) != columns:
                 raise UserError(f"{file} has other columns than {self._files[0].name} ({', '.join(map(str, others[:20]))})")
         yield Opened("its schema", list(columns), self._rows(done))
-        self.sha256 = digest.hexdigest() if len(self._files) > 1 else _sha256(self._files[0])
 
     def _rows(self, done: Done) -> Iterator[Row]:
         number = 0

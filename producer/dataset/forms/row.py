@@ -62,7 +62,11 @@ class Form(Protocol):
 
     image: str | None  # the column of its images, where the form itself says so
     line: str  # what a row's place is called
-    sha256: str  # of all that was read, at the end
+
+    @property
+    def sha256(self) -> str:
+        """The digest of all that was read, at the end."""
+        ...
 
     @property
     def size(self) -> int:

@@ -6,13 +6,12 @@ import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
-from pathlib import Path
+from itertools import chain, groupby
 from typing import Any
 
 from producer.dataset.faults import Faults
 from producer.dataset.forms.delimited import MAX_FIELD
-from producer.dataset.forms.file import opened_file, size_of
+from producer.dataset.forms.file import TableFile, opened_file
 from producer.dataset.forms.row import Embedded, Opened, Row
 from producer.show.progress import Done
 from storage.errors import UserError
@@ -23,20 +22,11 @@ _KEY, _IMAGE, _TEXT = "__key__", "__image__", "txt"
 _MAX_JSON = 64 * MAX_FIELD
 
 
-class WebDataset:
+class WebDataset(TableFile):
     """A `.tar`, or a `.tar.gz`."""
 
     image: str | None = _IMAGE
     line = "entry"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.sha256 = ""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return size_of(self._path)
 
     @contextmanager
     def opened(self, faults: Faults, done: Done) -> Iterator[Opened]:
@@ -47,7 +37,7 @@ class WebDataset:
                     rows = self._rows(tar, faults, lambda: done(digested.size))
                     first = next(rows, None)
                     columns = [] if first is None else [*first.cells]
-                    yield Opened("its first entry", columns, iter(()) if first is None else _again(first, rows))
+                    yield Opened("its first entry", columns, iter(()) if first is None else chain([first], rows))
             except tarfile.TarError as error:
                 raise UserError(f"{self._path} is no tar, or a damaged one ({error}): fetch it again") from error
         self.sha256 = digested.sha256.hexdigest()
@@ -82,8 +72,3 @@ class WebDataset:
 def _key(name: str) -> str:
     directory, slash, file = name.rpartition("/")
     return directory + slash + file.partition(".")[0]
-
-
-def _again(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
-    yield first
-    yield from rest

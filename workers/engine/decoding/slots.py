@@ -60,7 +60,6 @@ class Slots:
         self._fresh = False  # some slot has no token of its answer yet
         self._owners: list[int | None] = []
         self._kept: AnswerStates | None = None
-        self._keeping: tuple[Sequence[str], Sequence[int]] = (), ()
 
     @property
     def _state(self) -> SlotState:
@@ -85,7 +84,6 @@ class Slots:
     def release(self) -> None:
         """Free the memory."""
         self._given = self._graph = self._kept = None
-        self._keeping = (), ()
         self._kv.release()
 
     # Questions in
@@ -103,8 +101,8 @@ class Slots:
     def begin(self, penalty: float, kinds: Sequence[str] = (), layers: Sequence[int] = ()) -> None:
         """Set the repetition penalty, and which states of answers are kept, of which layers."""
         self._state.penalty.fill_(penalty)
-        if (kinds, layers) != self._keeping:
-            self._keeping = kinds, layers
+        have = None if self._kept is None else (self._kept.kinds, self._kept.layers)
+        if have != ((tuple(kinds), tuple(layers)) if kinds else None):
             width = self._family.text.hidden_size
             self._kept = AnswerStates(kinds, layers, self._kv.number, width, self._device) if kinds else None
             self._graph = self._graph if self._graph is False else None  # of a step that kept others
