@@ -79,7 +79,7 @@ def make_cases(engine: ModelEngine, processor: Any, images: int, questions: int,
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             seen = process_vision_info(messages)[0]
             inputs = dict(processor(text=[text], images=seen, do_resize=False, return_tensors="pt"))
-            cases.append(Case(preprocess.request(prepared, question, recipe), inputs))
+            cases.append(Case(preprocess.request([prepared], question, recipe), inputs))
     return cases
 
 

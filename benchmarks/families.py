@@ -86,7 +86,7 @@ def requests_of(engine: Engine, directory: Path, recipe: Recipe, images: int, qu
     found = []
     for number in range(images):
         image = prepare.image(f"{number}.png", directory, (), limits)
-        found += [prepare.request(image, text, recipe) for text in QUESTIONS[:questions]]
+        found += [prepare.request([image], text, recipe) for text in QUESTIONS[:questions]]
     return found
 
 
@@ -99,7 +99,7 @@ def errors(family: str, directory: Path) -> tuple[str, str, str]:
     processing = {"do_resize": False} if engine.info.factor else {}
     worst, same = {"vision": 0.0, "query": 0.0}, 0
     for i, (request, sample) in enumerate(zip(requests, engine.extract(requests))):
-        expected = plain(request.pixels, QUESTIONS[i % 3], new=NEW, **processing)
+        expected = plain(request.images, QUESTIONS[i % 3], new=NEW, **processing)
         for name, vector in expected.vectors.items():
             error = float(np.abs(sample.vectors[name] - vector).max() / np.abs(vector).max())
             kind = name.partition("_")[0]

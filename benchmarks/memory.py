@@ -76,7 +76,7 @@ def measure_engine(model: str, images: str, batch: int) -> None:
     recipe = Recipe(layers=resolve_layers(None, engine.info.num_hidden_layers), max_new_tokens=ANSWER_TOKENS)
     limits = (engine.info.min_pixels, MAX_PIXELS)
     requests = [
-        preprocess.request(preprocess.image(p.name, p.parent, (), limits), "What is in the image?", recipe)
+        preprocess.request([preprocess.image(p.name, p.parent, (), limits)], "What is in the image?", recipe)
         for p in sorted(Path(images).iterdir())
     ]
     loaded = _resident(os.getpid(), "VmRSS")

@@ -100,7 +100,7 @@ questions = read_table(Path(sys.argv[1])).questions
 cpu = time.process_time()
 for q in questions:
     image = preprocess.image(q.image_id, images, (), (info.min_pixels, info.max_pixels))
-    preprocess.request(image, q.question, Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))
+    preprocess.request([image], q.question, Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))
 print(time.process_time() - cpu)
 """
 

@@ -101,7 +101,7 @@ class Questions:
             question = self._random.integers(256, 8000, self._random.integers(6, 25)).tolist()
             suffix = (*self._parts.after_image_ids, *question, *self._parts.tail_ids)
             prompt = (*self._parts.head_ids, *[self._image_token] * (height * width), *suffix)
-            request = Request(key, pixels, suffix, len(prompt), Recipe(layers=self._layers, max_new_tokens=0))
+            request = Request(key, (pixels,), suffix, len(prompt), Recipe(layers=self._layers, max_new_tokens=0))
             cases.append(Case(request, prompt, (1, 2 * height, 2 * width), 0))
         return cases
 
@@ -140,7 +140,7 @@ def forced_answers(engine: ModelEngine, cases: Sequence[Case]) -> Iterator[None]
 
 def model_inputs(model: Any, processor: Any, case: Case) -> dict[str, torch.Tensor]:
     """Return what the processor would make of a case."""
-    patches = processor.image_processor(images=[case.request.pixels], do_resize=False, return_tensors="pt")
+    patches = processor.image_processor(images=[*case.request.images], do_resize=False, return_tensors="pt")
     ids = torch.tensor([case.prompt], device=model.device)
     inputs = {
         "input_ids": ids,

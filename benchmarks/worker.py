@@ -160,7 +160,7 @@ def engine_alone(model: Path, table: Path, images: Path, batch: int, tokens: int
     layers = tuple(range(0, engine.info.num_hidden_layers, 2))
     requests = [
         preprocess.request(
-            preprocess.image(q.image_id, images, (), (engine.info.min_pixels, MAX_PIXELS)),
+            [preprocess.image(q.image_id, images, (), (engine.info.min_pixels, MAX_PIXELS))],
             q.question,
             Recipe(layers=layers, max_new_tokens=tokens),
         )

@@ -11,6 +11,7 @@ from storage.hdf5.layout import open_part
 from storage.hdf5.rows import read_rows
 from storage.images.decoding import MAX_IMAGE_BYTES
 from storage.images.lookup import OutsideRootError, read_image, resolve_image
+from storage.question import DIGESTS, images_of
 from storage.runs.run import Run, is_run, part_names
 from storage.screen.terminal import echo, one_line
 from storage.settings import RunSettings
@@ -107,21 +108,23 @@ def _compare_images(run: Run, settings: RunSettings) -> None:
             rows = read_rows(part)
             columns = (rows.get("image_id", []), rows.get("image_sha256", []))  # of failures alone a part has neither
             for key, image_id, digest in zip(part.ids, *columns, strict=False):
-                if image_id in seen:
-                    continue
-                seen.add(image_id)
-                try:
-                    place = resolve_image(image_id, settings.images_dir, settings.image_roots)
-                    data = read_image(place, MAX_IMAGE_BYTES)
-                except (OSError, OutsideRootError):  # missing there: which the check of the images has told, or allowed
-                    continue
-                if sha256(data).hexdigest() != digest:
-                    raise UserError(
-                        f"--relocate: {place} is another image than question {key} was computed from: "
-                        "give the directory that has the run's images, or begin a new run in another --output-dir"
-                    )
-                if len(seen) >= _COMPARED:
-                    return
+                for name, its in zip(images_of(image_id), (digest or "").split(DIGESTS)):
+                    if name not in seen and len(seen) < _COMPARED:
+                        seen.add(name)
+                        _compare_image(name, its, key, settings)
+
+
+def _compare_image(image_id: str, digest: str, key: str, settings: RunSettings) -> None:
+    try:
+        place = resolve_image(image_id, settings.images_dir, settings.image_roots)
+        data = read_image(place, MAX_IMAGE_BYTES)
+    except (OSError, OutsideRootError):  # missing there: which the check of the images has told, or allowed
+        return
+    if sha256(data).hexdigest() != digest:
+        raise UserError(
+            f"--relocate: {place} is another image than question {key} was computed from: "
+            "give the directory that has the run's images, or begin a new run in another --output-dir"
+        )
 
 
 def _changed_files(begun: RunSettings, now: RunSettings) -> str:

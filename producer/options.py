@@ -116,7 +116,9 @@ def run_options(
         raise UserError("name the table once: `TABLE` or `--vqa-dataset TABLE`")
     computation = _computation(asked)
     return RunOptions(
-        source=Source(path, question, parse_columns(columns or ()), strip_placeholders=strip_placeholders),
+        source=Source(
+            path, question, parse_columns(columns or ()), strip_placeholders=strip_placeholders, blind=computation.blind
+        ),
         images_dir=images_dir or (str(path) if question is not None else None),
         output_dir=output_dir or ("output-test" if test else "output"),
         image_roots=tuple(image_root or ()),
@@ -224,6 +226,8 @@ def _computation(asked: dict[str, Any]) -> Computation:
         raise UserError("--halp-compat uses the checkpoint's pixel limits: leave out --min-pixels and --max-pixels")
     if computation.answer_states:
         raise UserError("--halp-compat keeps what was published: leave out --answer-states")
+    if computation.blind:
+        raise UserError("--halp-compat keeps what was published, of images: leave out --blind")
     if computation.exif_rotation:
         raise UserError("--halp-compat takes images as the published scripts do: leave out --exif-rotation")
     return computation.model_copy(update={"vision_encoder": False})

@@ -26,11 +26,11 @@ from storage.runs.plan import write_generation
 from storage.runs.repair import repair
 from storage.runs.run import Run, is_run, part_names
 from storage.runs.verify import Finding
-from storage.screen.terminal import echo, one_line
+from storage.screen.terminal import amount, echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
 from storage.stores.space import describe
-from workers.checkpoint.families import SIZED, refuse_blind
+from workers.checkpoint.families import SIZED, refuse_blind, refuse_without_image
 from workers.checkpoint.files import check_files
 from workers.checkpoint.identity import (
     checkpoint_digest,
@@ -58,7 +58,9 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     if table.said:
         echo(one_line(f"{options.source.path.name}: {table.said}"), err=True)
     questions = select(table.questions, limit=options.limit, test=options.test)
-    if not table.embedded:
+    if without := missing_images(options, questions):
+        echo(one_line(f"{options.source.path.name}: {without}"), err=True)
+    if names_files(options, table, questions):
         images_dir = images_dir_of(options)
         questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
         check_images(questions, images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
@@ -66,7 +68,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
         questions = order_by_image(questions)
     settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
-    images = table.embedded_of(questions)
+    images = {} if options.computation.blind else table.embedded_of(questions)
     refuse_without_room(options.output_dir, images)
     replace_unbegun(options.output_dir, settings)
     if options.relocate:
@@ -85,6 +87,17 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     except OSError as error:
         raise UserError(f"--output-dir {describe(error, options.output_dir)}") from error
     return run
+
+
+def names_files(options: RunOptions, table: Table, questions: Sequence[Question]) -> bool:
+    """Tell whether a run opens files that its table names."""
+    return not options.computation.blind and not table.embedded and any(question.image_id for question in questions)
+
+
+def missing_images(options: RunOptions, questions: Sequence[Question]) -> str | None:
+    """Say how many questions have no image, though they are asked with theirs; None where all have one."""
+    number = 0 if options.computation.blind else sum(not question.image_id for question in questions)
+    return f"{number:,} of {amount(len(questions), 'question')} have no image, and are asked without" if number else None
 
 
 def images_dir_of(options: RunOptions) -> str:
@@ -116,7 +129,7 @@ def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> 
 
 def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) -> RunSettings:
     _refuse_not_utf8(options)
-    _check_model(options)
+    _check_model(options, questions)
     slices = -(-len(questions) // options.checkpoint_interval)
     model = options.model
     return RunSettings(
@@ -133,8 +146,8 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         prompt_columns=takes_columns(options, questions),
         dataset=options.source.path.name,
         dataset_sha256=table.sha256,
-        embedded_images=bool(table.embedded),
-        images_dir="/" if table.embedded else resolve_location(images_dir_of(options)),
+        embedded_images=bool(table.embedded) and not options.computation.blind,
+        images_dir=resolve_location(images_dir_of(options)) if names_files(options, table, questions) else "/",
         image_roots=tuple(map(resolve_location, options.image_roots)),
         columns=dict(options.source.columns),
         strip_placeholders=options.source.strip_placeholders,
@@ -167,7 +180,7 @@ def named_model(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _check_model(options: RunOptions) -> None:
+def _check_model(options: RunOptions, questions: Sequence[Question]) -> None:
     if (directory := local_directory(options.model)) is not None:
         check_files(directory)  # else the run would be bound to files that must be replaced
     config = read_config(options.model, options.revision)
@@ -179,10 +192,15 @@ def _check_model(options: RunOptions) -> None:
         asked = options.computation
         if asked.halp_compat:
             refuse_unpublished(str(config.model_type))
+        if asked.blind or not all(question.image_id for question in questions):
+            refuse_without_image(str(config.model_type))
         if config.model_type not in SIZED and (asked.min_pixels is not None or asked.max_pixels is not None):
             raise UserError(
                 f"--min-pixels and --max-pixels: a {config.model_type} model's own processor sizes images: leave them out"
             )
+    if options.computation.halp_compat and (odd := next((q for q in questions if len(q.images) != 1), None)):
+        what = f"{len(odd.images)} images" if odd.images else "no image"
+        raise UserError(f"--halp-compat: question {short(odd.question_id)} has {what}: the published scripts take one")
     if config is not None and config.num_hidden_layers is not None:
         resolve_layers(options.computation.layers, config.num_hidden_layers)
     if (

@@ -19,6 +19,7 @@ QUESTION = "{question}"  # where the question stands in a prompt
 
 # A part says these in other words: by the template's digest, and by the positions.
 _NOT_RECORDED = {"chat_template", "halp_compat"}
+ONLY_IF_ASKED = {"answer_states", "blind"}
 
 
 class Computation(BaseModel):
@@ -54,6 +55,7 @@ class Computation(BaseModel):
     )
     vision_encoder: bool = Field(True, description="Keep the vision tower's mean before the merger too.")
     exact: bool = Field(False, description="Batch 1, nothing shared: slow, free of batch effects.")
+    blind: bool = Field(False, description="Ask without the images: what the question alone gives away, to compare with.")
     halp_compat: bool = Field(False, description="The published features and positions: see docs/format.md.")
     exif_rotation: bool = Field(False, description="Turn images as their EXIF data say; the reference recipe does not.")
     min_pixels: int | None = Field(None, ge=1, description="Smaller images are enlarged. [default: the checkpoint's]")
@@ -65,7 +67,8 @@ class Computation(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """Return what a part records of it."""
-        return {k: v for k, v in self.options().items() if k not in _NOT_RECORDED and v is not None and v != ()}
+        found = {k: v for k, v in self.options().items() if k not in _NOT_RECORDED and v is not None}
+        return {k: v for k, v in found.items() if v or k not in ONLY_IF_ASKED}
 
     def chat_template_sha256(self) -> str | None:
         """Return the digest of the chat template, if it is not the checkpoint's."""

@@ -41,18 +41,25 @@ def answer_field(kind: str) -> str:
 
 def widths(
     hidden_size: int, vision_encoder: int | None, layers: Iterable[int], *, vision_only: int | None = None,
-    answer_states: Iterable[str] = (),
+    answer_states: Iterable[str] = (), images: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """Return the vectors that a question has: name to width.
 
-    `vision_encoder`: of the vision tower; None: it is not kept. `vision_only` None: as wide as the decoder.
+    `vision_encoder`: of the vision tower; None: it is not kept. `vision_only` None: as wide as the decoder. `images`: whether
+    the question is about any.
     """
-    found = {VISION_ONLY.name: vision_only or hidden_size}
-    if vision_encoder is not None:
+    found = {VISION_ONLY.name: vision_only or hidden_size} if images else {}
+    if images and vision_encoder is not None:
         found[VISION_ENCODER.name] = vision_encoder
     chosen = tuple(layers)
-    names = [VISION_TOKEN.name, QUERY_TOKEN.name, *map(answer_field, answer_states)]
+    names = [*([VISION_TOKEN.name] if images else []), QUERY_TOKEN.name, *map(answer_field, answer_states)]
     return found | {at_layer(name, k): hidden_size for name in names for k in chosen}
+
+
+def is_of_image(name: str) -> bool:
+    """Tell whether a vector is of a question's image: a question without one has none."""
+    field, _ = split_layer(name)
+    return field in FIELDS and FIELDS[field].of_image
 
 
 def at_layer(name: str, layer: int | None) -> str:

@@ -18,7 +18,7 @@ from storage.settings import ALWAYS_WRITTEN, RunSettings
 _COMPUTED = (
     "model", "revision", "model_digest", "dtype", "layers", "vision_encoder", "prompt", "prompt_columns", "system_prompt",
     "chat_template", "special_tokens", "max_new_tokens", "repetition_penalty", "exact", "halp_compat", "exif_rotation",
-    "min_pixels", "max_pixels", "images_dir", "image_roots",
+    "min_pixels", "max_pixels", "images_dir", "image_roots", "blind",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ LAST_POSITIONS = "last_image_token,last_prompt_token"
 LAST_BLOCK = "last_block"  # of the vision tower: the mean over all that it puts out for an image
 
 # Options that a model's record repeats as they are: what is left to the checkpoint is in it too, resolved.
-AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation", "answer_states")
+AS_ASKED = ("prompt", "system_prompt", "special_tokens", "exact", "vision_encoder", "exif_rotation", "answer_states", "blind")
 
 # run.json, model.json and summary.json are read again and again, in directories that strangers may write to.
 MAX_SETTINGS = 1 << 20  # bytes
@@ -148,6 +148,7 @@ class ModelFacts(BaseModel):
     vision_encoder: bool = True
     exif_rotation: bool = False
     answer_states: tuple[AnswerState, ...] = ()
+    blind: bool = False
     positions: str = LAST_POSITIONS
     layer_definition: str = "output"  # what of a layer its vectors are
     vision_only_definition: str = "merged"  # another one: the published features
@@ -162,8 +163,8 @@ class ModelFacts(BaseModel):
         except ValidationError as error:
             raise DamagedError(f"{address} is damaged: {faults(error)}") from None
 
-    def field_widths(self) -> dict[str, int]:
-        """Return the vectors that a question has: HALP field to width."""
+    def field_widths(self, *, images: bool = True) -> dict[str, int]:
+        """Return the vectors that a question has, about images or about none: HALP field to width."""
         published = self.vision_only_definition != "merged"
         return widths(
             self.hidden_size,
@@ -171,6 +172,7 @@ class ModelFacts(BaseModel):
             self.layers,
             vision_only=(self.vision_only_size or self.vision_hidden_size) if published else self.hidden_size,
             answer_states=self.answer_states,
+            images=images and not self.blind,
         )
 
 

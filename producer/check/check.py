@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from producer.check.findings import Finding, answer_length, image_findings, long_prompts, table_findings
+from producer.check.findings import (
+    Finding,
+    answer_length,
+    image_findings,
+    long_prompts,
+    table_findings,
+    without_images,
+)
 from producer.check.survey import ImageSource, Survey, survey, survey_embedded, write_files
 from producer.check.texts import Texts, look_at_texts
 from producer.dataset.images import check_images, with_found_images
 from producer.dataset.selection import order_by_image, select
 from producer.dataset.table import Table, embedded_images, read_table
 from producer.options import RunOptions
-from producer.planning import images_dir_of, refuse_faults
+from producer.planning import images_dir_of, names_files, refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import takes_columns
 from storage.evenly import spread
@@ -113,7 +120,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
     """
     table = read_table(options.source, phases)
     questions = select(table.questions, limit=options.limit, test=options.test)
-    if not table.embedded:
+    if names_files(options, table, questions):
         images_dir = images_dir_of(options)
         questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
         check_images(questions, images_dir, options.image_roots, allow_missing=True, phases=phases)
@@ -127,21 +134,24 @@ def _look(
     decode: bool, sample: int, cache_dir: Path | None, phases: Phases,
 ) -> Checked:  # fmt: skip
     shape = shape_of(options.model)
-    gallery = _gallery(options, scratch if table.embedded else images_dir_of(options), shape or _default_shape())
-    asked_of = Counter(question.image_id for question in questions)
+    files = names_files(options, table, questions)
+    gallery = _gallery(options, images_dir_of(options) if files else scratch, shape or _default_shape())
+    blind = options.computation.blind
+    asked_of = Counter[str](() if blind else (image_id for question in questions for image_id in question.images))
     done = phases("opening images", len(asked_of))
-    if table.embedded:
+    if table.embedded and not blind:
         images = embedded_images(options.source, set(asked_of), lambda _: None)
         seen = survey_embedded(gallery, images, decode=decode, done=done)
     else:
         seen = survey(gallery, list(asked_of), decode=decode, done=done)
     tokens = {i: number for i, size in seen.sizes.items() if (number := gallery.tokens(size)) is not None}
-    embedded = sum(table.embedded_of(questions).values())
-    disk = _disk(options, shape, len(questions), len(asked_of), embedded) if shape else None
+    embedded = 0 if blind else sum(table.embedded_of(questions).values())
+    disk = _disk(options, shape, questions, embedded) if shape else None
     columns = takes_columns(options, questions)
     texts = look_at_texts(options, questions, columns=columns)
     findings = [
         *table_findings(questions),
+        *without_images(options, questions),
         *image_findings(options, seen, asked_of),
         *long_prompts(questions, tokens, options.computation.prompt),
         *texts.findings(),
@@ -169,7 +179,7 @@ def _look(
         what_ifs=_what_ifs(gallery, seen, asked_of),
         disk=disk,
         decode_seconds=seen.decode_seconds,
-        trial=_trial(options, table, gallery, questions, seen, sample, cache_dir) if sample and seen.sizes else None,
+        trial=_trial(options, table, gallery, questions, seen, sample, cache_dir) if sample else None,
         findings=tuple(sorted(findings, key=lambda finding: ("refused", "fails", "look").index(finding.level))),
     )
 
@@ -206,9 +216,11 @@ def _what_ifs(gallery: ImageSource, seen: Survey, asked: Counter[str]) -> tuple[
     return tuple(found)
 
 
-def _disk(options: RunOptions, shape: Shape, questions: int, images: int, embedded: int) -> Disk:
+def _disk(options: RunOptions, shape: Shape, asked: Sequence[Question], embedded: int) -> Disk:
     """Estimate the bytes of the parts. The questions of an image share its vectors, unless the file's order parts them."""
     asked_of = options.computation
+    questions = len(asked)
+    seeing = [] if asked_of.blind else [question.image_id for question in asked if question.image_id]
     found = widths(
         shape.hidden_size,
         shape.vision_hidden_size if asked_of.vision_encoder else None,
@@ -218,7 +230,7 @@ def _disk(options: RunOptions, shape: Shape, questions: int, images: int, embedd
     )
     of_image = sum(width for name, width in found.items() if FIELDS[split_layer(name)[0]].of_image)
     # In compat mode the vision position moves with the question's length.
-    shared = images if options.order == "image" and not asked_of.halp_compat else questions
+    shared = len(set(seeing)) if options.order == "image" and not asked_of.halp_compat else len(seeing)
     numbers = shared * of_image + questions * (sum(found.values()) - of_image)
     width = 2 if asked_of.dtype == "bfloat16" else 4
     staged = min(questions, options.checkpoint_interval + settings().queue_limit)
@@ -245,23 +257,29 @@ def _trial(
     seen: Survey,
     sample: int,
     cache_dir: Path | None,
-) -> Trial:
-    """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions."""
+) -> Trial | None:
+    """Run the engine on questions of images spread evenly over the dataset, each image with all of its questions.
+
+    None where no question has images that can be opened.
+    """
+    blind = options.computation.blind
     by_image: dict[str, list[Question]] = {}
     for question in order_by_image(questions):
-        if question.image_id in seen.sizes:
+        if blind or all(image_id in seen.sizes for image_id in question.images):
             by_image.setdefault(question.image_id, []).append(question)
+    if not by_image:
+        return None
     groups = list(by_image.values())
     number = max(1, round(sample * len(groups) / sum(map(len, groups))))
     chosen = [question for group in spread(groups, number) for question in group][:sample]
-    if table.embedded:
-        images = {question.image_id for question in chosen}
+    if table.embedded and not blind:
+        images = {image_id for question in chosen for image_id in question.images}
         write_files(gallery.images_dir, embedded_images(options.source, images, lambda _: None))
     asked_of, own = options.computation, settings()
     columns = takes_columns(options, questions)
     cache = cache_of(options.model, options.revision, cache_dir)
     spec = EngineSpec(own.engine, options.model, options.revision, asked_of.dtype, cache, own.cudnn_attention)
-    cases = [TrialCase(q.image_id, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
+    cases = [TrialCase(() if blind else q.images, asked(asked_of.prompt, q, columns=columns)) for q in chosen]
     return run_trial(spec, cases, (gallery.images_dir, gallery.roots), asked_of)
 
 

@@ -84,6 +84,14 @@ def answer_length(shape: Shape | None, asked: Computation) -> list[Finding]:
     return [Finding("look", "answer_length", 1, note)] if note else []
 
 
+def without_images(options: RunOptions, questions: Sequence[Question]) -> list[Finding]:
+    """Find the questions that have no image, though they are asked with theirs."""
+    if options.computation.blind or not (without := [q.question_id for q in questions if not q.image_id]):
+        return []
+    message = "of the questions have no image, and are asked without: they get no vision fields"
+    return [_finding("look", "no_image", without, message)]
+
+
 def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> list[Finding]:
     """Find the images whose questions would fail, by the reason that a run would record."""
     findings = []
@@ -107,11 +115,9 @@ def image_findings(options: RunOptions, seen: Survey, asked: Counter[str]) -> li
 def long_prompts(questions: Sequence[Question], tokens: dict[str, int], prompt: str) -> list[Finding]:
     """Find prompts that may not fit, four characters to a token: the worker's tokenizer has the last word."""
     around = len(prompt.replace(QUESTION, ""))
-    long = [
-        question.question_id
-        for question in questions
-        if tokens.get(question.image_id, 0) + (around + len(question.question)) // 4 + _TEMPLATE_TOKENS > MAX_PROMPT
-    ]
+    seen = {question.question_id: sum(tokens.get(image_id, 0) for image_id in question.images) for question in questions}
+    words = {question.question_id: (around + len(question.question)) // 4 for question in questions}
+    long = [name for name, number in seen.items() if number + words[name] + _TEMPLATE_TOKENS > MAX_PROMPT]
     message = f"prompts may exceed {MAX_PROMPT:,} tokens and fail as prompt_too_long: lower --max-pixels or shorten them"
     return [_finding("fails", "prompt_too_long", long, message)] if long else []
 

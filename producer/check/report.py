@@ -76,14 +76,17 @@ def _overview(checked: Checked) -> Table:
     table = Table(title=Text(str(checked.options.source.path)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    per_image = checked.questions / checked.images
+    images = "none"
+    if checked.images:
+        asked = sum(number * times for number, times in checked.per_image.items())
+        images = f"{checked.images:,}, {in_bytes(checked.file_bytes)}; {asked / checked.images:.2f} questions an image"
     rows = [
         (
             "questions",
             f"{checked.questions:,} in {amount(checked.parts, 'part')}; {checked.without_answer:,} have no answer",
         ),
-        ("images", f"{checked.images:,}, {in_bytes(checked.file_bytes)}; {per_image:.2f} questions an image"),
-        ("questions per image", ", ".join(f"{n:,} images x {k}" for k, n in checked.per_image.most_common(6))),
+        ("images", images),
+        ("questions per image", ", ".join(f"{n:,} images x {k}" for k, n in checked.per_image.most_common(6)) or "none"),
         ("texts", checked.texts.words()),
         ("turned images", _turned(checked)),
         ("columns", checked.columns or "by our own names"),

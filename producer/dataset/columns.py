@@ -32,7 +32,7 @@ class Roles:
     """Where a question's parts are: a column each, or a template of columns such as `COCO_{image_id:0>12}.jpg`."""
 
     question_id: str | None  # None: rows are numbered
-    image: str
+    image: str | None  # None: of questions that are asked without
     question: str
     answer: str | None
     carried: tuple[str, ...]  # the other columns
@@ -69,10 +69,12 @@ def parse_columns(asked: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def roles_of(columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[str, str], image: str | None) -> Roles:
+def roles_of(
+    columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[str, str], image: str | None, *, blind: bool = False
+) -> Roles:
     """Return the roles of a table's columns, by its first row too; `image`: the column that the form itself names.
 
-    Raises ValueError with every problem of the columns.
+    `blind`: there need be no images. Raises ValueError with every problem of the columns.
     """
     problems = _problems_of_names(columns)
     if unknown := [problem for role, name in asked.items() for problem in _unknown(role, name, columns)]:
@@ -85,7 +87,7 @@ def roles_of(columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[st
             found[role] = image or _image_column(columns, first)
         else:
             found[role] = next((name for name in names if name in columns), None)
-    missing = [role for role in ("image", "question") if found[role] is None]
+    missing = [role for role in ("image", "question") if found[role] is None and not (blind and role == "image")]
     if missing and not any("UTF-8" in problem for problem in problems):
         problems = [*_missing(missing, columns), *problems]
     taken = {name for name in found.values() if name is not None}
@@ -98,7 +100,7 @@ def roles_of(columns: Sequence[str], first: Mapping[str, Any], asked: Mapping[st
             problems.append(f"column {short(name)} has a name of more than {_MAX_NAME} characters: shorten it")
     if problems:
         raise ValueError("; ".join(problems))
-    assert found["image"] is not None and found["question"] is not None
+    assert found["question"] is not None
     return Roles(found["question_id"], found["image"], found["question"], found["answer"], tuple(carried))
 
 
@@ -136,6 +138,7 @@ def _missing(roles: Sequence[str], names: Sequence[str]) -> list[str]:
         problems.append(f"it looks separated by {word}: {cure}")
     if not separators:
         problems.append("--columns says which is which, as in --columns image=photo,question=text")
+        problems += ["--blind asks without images"] * (list(roles) == ["image"])
     return problems
 
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from producer.dataset.faults import Faults, short
+from producer.dataset.forms.row import image_names
 from producer.dataset.nearby import describe_missing, describe_outside, is_web
 from producer.show.progress import Phases, counted, silent
 from storage.errors import UserError
 from storage.images.lookup import OutsideRootError, resolve_image
-from storage.question import Question
+from storage.question import Question, image_id_of, images_of
 from storage.stores.location import is_url, is_within, resolve_location
 from storage.stores.store import missing_objects
 
@@ -41,7 +42,7 @@ def check_images(
             raise UserError(f"{option} {directory} {problem}: name the directory that holds the images")
     images_dir = resolve_location(images_dir)
     roots = [images_dir, *map(resolve_location, image_roots)]
-    images = dict.fromkeys(question.image_id for question in questions)
+    images = dict.fromkeys(image_id for question in questions for image_id in question.images)
     places: dict[str, str] = {}
     outside: dict[str, str] = {}
     for image_id in counted(images, phases("placing images", len(images))):
@@ -76,13 +77,14 @@ def with_found_images(
     if not questions or OTHER_COLUMN not in questions[0].extra:
         return questions
     roots = [resolve_location(images_dir), *map(resolve_location, image_roots)]
-    names = {question.image_id: question.extra[OTHER_COLUMN] for question in questions}
+    names = {image_id for question in questions for image_id in question.images}
+    others = [image_id_of([str(name) for name in image_names(question.extra[OTHER_COLUMN])]) for question in questions]
     found = _found(names, roots, phases)
-    if found == len(names) or _found(names.values(), roots, phases) <= found:
+    if found == len(names) or _found({name for other in others for name in images_of(other)}, roots, phases) <= found:
         return questions
     return [
-        replace(q, image_id=q.extra[OTHER_COLUMN], extra=_carried(q.extra, OTHER_COLUMN, "image_id", q.image_id))
-        for q in questions
+        replace(q, image_id=other, extra=_carried(q.extra, OTHER_COLUMN, "image_id", q.image_id))
+        for q, other in zip(questions, others, strict=True)
     ]
 
 
@@ -119,9 +121,9 @@ def _missing(places: Iterable[str], roots: Sequence[str]) -> set[str]:
 def _outside_message(questions: Sequence[Question], outside: dict[str, str], images_dir: str) -> str:
     faults = Faults()
     for question in questions:
-        if question.image_id in outside:
+        if left := [outside[image_id] for image_id in question.images if image_id in outside]:
             where = f"data row {question.csv_row}, question {short(question.question_id)}"
-            faults.add(f"{where}: image {outside[question.image_id]}")
+            faults.add(f"{where}: image {left[0]}")
     rows = "1 row names" if faults.number == 1 else f"{faults.number:,} rows name"
     cure = "download the images" if all(map(is_web, outside)) else "--image-root DIR admits a further root"
     nearby = describe_outside(list(outside), images_dir)

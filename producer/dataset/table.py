@@ -21,7 +21,7 @@ from producer.dataset.forms.row import Embedded, Form, Image, Opened, Row, RowFa
 from producer.show.progress import Done, Phases, silent
 from storage.errors import UserError
 from storage.images.lookup import EMBEDDED
-from storage.question import Question
+from storage.question import MAX_IMAGES, Question, image_id_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +32,7 @@ _NOT_TEXT = re.compile(r"nan|NaN|None|null|NULL|[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(
 _PLACEHOLDER = re.compile(r"\s*(?:<image(?:[ _]?\d+)?>|<\|(?:image|video)_pad\|>)\s*")
 _IMAGE_PATH = "image_path"  # carries the name that an embedded image has in its table
 _NOTHING: dict[str, str] = {}
+_PENDING = "\0"  # the image id of a row whose image is another row's, until that is read
 _EMPTY = {"line": "its first line must name the columns, as in question_id,image_id,question,answer"}
 _NO_ROWS = {"line": "its first line names the columns, a question a line must follow", "file": "there is no image in it"}
 
@@ -45,6 +46,7 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)  # role to column
     frame: pd.DataFrame | None = None  # in place of what the path names
     strip_placeholders: bool = False  # such as `<image>`, from the questions
+    blind: bool = False  # its questions are asked without their images, which need not be there
 
     def form(self) -> Form:
         """Return its reader. Raises UserError."""
@@ -62,7 +64,9 @@ class Table:
 
     def embedded_of(self, questions: Sequence[Question]) -> dict[str, int]:
         """Return the embedded images of some questions, with their bytes."""
-        return {question.image_id: self.embedded[question.image_id] for question in questions} if self.embedded else {}
+        if not self.embedded:
+            return {}
+        return {image: self.embedded[image] for question in questions for image in question.images}
 
 
 def read_table(source: Source | Path, phases: Phases = silent) -> Table:
@@ -85,7 +89,7 @@ def embedded_images(source: Source, wanted: set[str], done: Done) -> Iterator[tu
     missing, form = set(wanted), source.form()
     with form.opened(Faults(), lambda _: None) as opened:
         first, rows = _peeked(opened)
-        roles = roles_of(opened.columns, first, source.columns, form.image)
+        roles = roles_of(opened.columns, first, source.columns, form.image, blind=source.blind)
         for row in rows:
             for image in as_images(roles.value("image", row.cells)):
                 if isinstance(image, Embedded) and (name := f"{EMBEDDED}/{image.file_name()}") in missing:
@@ -109,7 +113,7 @@ class _Reading:
             raise UserError(f"{source.path} is empty: {_EMPTY.get(form.line, 'it must hold questions')}")
         first, self._rows = _peeked(opened)
         try:
-            self.roles: Roles = roles_of(opened.columns, first, source.columns, form.image)
+            self.roles: Roles = roles_of(opened.columns, first, source.columns, form.image, blind=source.blind)
         except ValueError as error:
             raise UserError(f"{source.path}, {opened.where}: {error}") from None
 
@@ -129,7 +133,7 @@ class _Reading:
             raise UserError(f"{self._path}: {faults.number:,} faulty {what}\n{faults}")
         if not found:
             raise UserError(f"{self._path} has no rows: {_NO_ROWS.get(self._line, 'a row for each question must be there')}")
-        if self.embedded and any(question.image_id not in self.embedded for question in found):
+        if self.embedded and any(image not in self.embedded for question in found for image in question.images):
             raise UserError(f"{self._path}: some rows hold their image, others name a file: make a table of each")
         return found
 
@@ -156,12 +160,11 @@ class _Reading:
         if problems:
             self._faults.add(f"{row.where}: {'; '.join(problems)}")
             return None
-        [image] = images
-        if isinstance(image, Embedded) and image.name:
-            carried.setdefault(_IMAGE_PATH, image.name)
+        if inside := [image.name for image in images if isinstance(image, Embedded) and image.name]:
+            carried.setdefault(_IMAGE_PATH, image_id_of(inside))
         share = self._shared
         extra = {name: share.setdefault(text, text) for name, text in carried.items()} or _NOTHING
-        image_id = self._image_id(image, index)
+        image_id = image_id_of([self._image_id(image, index) for image in images])
         answer = share.setdefault(answer, answer)
         return Question(question_id, share.setdefault(image_id, image_id), question, answer, number, extra)
 
@@ -172,7 +175,7 @@ class _Reading:
             return name
         if isinstance(image, Same):
             self._same[index] = image.question_id
-            return ""
+            return _PENDING
         return image
 
     def _with_images_of_others(self, questions: list[Question]) -> list[Question]:
@@ -181,7 +184,7 @@ class _Reading:
             return questions
         images = {question.question_id: question.image_id for question in questions}
         for index, wanted in self._same.items():
-            if image_id := images.get(wanted):
+            if (image_id := images.get(wanted)) and image_id != _PENDING:
                 questions[index] = replace(questions[index], image_id=image_id)
             else:
                 where = self._places[questions[index].question_id]
@@ -205,9 +208,11 @@ def _peeked(opened: Opened) -> tuple[Mapping[str, Any], Iterator[Row]]:
 
 
 def _problems_of_images(images: Sequence[Image]) -> list[str]:
-    if not images or (isinstance(images[0], str) and not images[0].strip()):
-        return ["the image id is blank: name the image's file"]
-    return [f"{len(images)} images are named: a question is asked about one"] if len(images) > 1 else []
+    if any(isinstance(image, str) and not image.strip() for image in images):
+        return ["the image id is blank: name the image's file, or leave the cell empty for a question without one"]
+    if len(images) > 1 and any(isinstance(image, Same) for image in images):
+        return ["a list of images names another row's: embed them all here"]
+    return [f"{len(images)} images are named: a question takes up to {MAX_IMAGES}"] if len(images) > MAX_IMAGES else []
 
 
 def _problems_of_question(question: str) -> list[str]:

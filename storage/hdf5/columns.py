@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import ADVICE, DamagedError, UserError
+from storage.fields import is_of_image
 from storage.hdf5.chunks import CODEC, Planes, join_planes, read_planes
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.trouble import named
@@ -31,7 +32,7 @@ class Column:
 
     path: File
     field: str
-    ids: list[str]  # in key order
+    ids: list[str]  # of the questions that have it, in key order
     width: int
     index: Index | None  # None: a part without an index, whose datasets are read one by one
 
@@ -90,22 +91,33 @@ def column_of(part: Part, field: str) -> Column:
     """Return a field of an open part. Raises UserError where a question lacks it, DamagedError."""
     if not part.keys:
         return Column(part.path, field, [], 0, None)
-    index = _index(part, field)
+    index, ids = _index(part, field), part.ids
     if index is not None and not index[:, 1].all():
-        row = int(np.argmin(index[:, 1] > 0))
-        if part.question(part.keys[row]).vector(field) is not None:
-            raise DamagedError(f"{part.path}, question {part.ids[row]}: {field} is not in the column index; {ADVICE}")
-        raise UserError(f"{part.path}, question {part.ids[row]}: there is no {field}")
+        for row in np.flatnonzero(index[:, 1] == 0).tolist():
+            _refuse_lost(part, field, row)
+        there = np.flatnonzero(index[:, 1])
+        index, ids = index[there], [ids[row] for row in there]
+    if not ids:
+        raise UserError(f"{part.path}: no question has {field}")
     if index is not None and max(int(index[:, :2].max()), int(index[:, :2].sum(axis=1).max())) > part.size:
         raise DamagedError(f"{part.path} is shorter than its column index says; {ADVICE}")
-    first = part.question(part.keys[0]).vector(field)
+    first = part.question(group_key(ids[0])).vector(field)
     if first is None:
-        raise UserError(f"{part.path}, question {part.ids[0]}: there is no {field}")
-    part.allow_vectors(len(part.keys), first.width, field)
+        raise UserError(f"{part.path}, question {ids[0]}: there is no {field}")
+    part.allow_vectors(len(ids), first.width, field)
     # A chunk is inflated whole: one that is longer than its values would take a thousand times its length.
     if index is not None and int(index[:, 1].max()) > 4 * first.width + first.width // 64 + _SLACK:
         raise part.refusal(COLUMN + field, f"names longer chunks than {first.width:,} values need")
-    return Column(part.path, field, part.ids, first.width, index)
+    return Column(part.path, field, ids, first.width, index)
+
+
+def _refuse_lost(part: Part, field: str, row: int) -> None:
+    """Raise UserError where a question lacks a vector that it must have, DamagedError where the index lacks it."""
+    question, where = part.question(part.keys[row]), f"{part.path}, question {part.ids[row]}"
+    if question.vector(field) is not None:
+        raise DamagedError(f"{where}: {field} is not in the column index; {ADVICE}")
+    if not is_of_image(field) or question.texts().get("image_id"):
+        raise UserError(f"{where}: there is no {field}")
 
 
 def _index(part: Part, field: str) -> Index | None:

@@ -13,6 +13,7 @@ import h5py
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from storage.computation import ONLY_IF_ASKED
 from storage.drift import DriftMeter, decode_certificate
 from storage.hdf5.columns import COLUMN
 from storage.hdf5.layout import Part, open_part
@@ -180,5 +181,5 @@ def _root_attributes(settings: RunSettings, model: ModelFacts | None, part: int)
     }
     if model is not None:  # absent only where no worker ever opened the run
         facts = settings.recorded() | model.model_dump(exclude={"model_type"}, exclude_none=True)
-        attributes |= {name: _attribute(value) for name, value in facts.items() if value != ()}
+        attributes |= {name: _attribute(value) for name, value in facts.items() if value or name not in ONLY_IF_ASKED}
     return attributes

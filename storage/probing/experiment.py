@@ -15,8 +15,10 @@ import pandas as pd
 
 from storage.answers import is_right
 from storage.errors import UserError
+from storage.fields import in_order
 from storage.probing.baselines import baseline_scores
 from storage.probing.finding import Finding, best_on_test, find, too_few
+from storage.probing.groups import image_groups
 from storage.probing.judge import Breakdown, Judge, Scored, quality
 from storage.probing.labels import Labels, read_labels
 from storage.probing.probes import ProbeName, fit
@@ -97,9 +99,14 @@ def run_experiment(directory: Path | str, settings: ProbeSettings, show: Callabl
     baselines = baseline_scores(questions.frame, questions.wrong, split)
     scores: dict[tuple[str, str], Floats] = {}
     probes: list[Scored] = []
+    left_out: list[str] = []
     for field in _fields(directory):
+        found_of = load(directory, field, order="file", columns=[])
+        if len(found_of.ids) < len(frame):  # of images: some questions have none
+            left_out.append(field)
+            continue
         show(field)
-        vectors = load(directory, field, order="file", columns=["question_id"]).vectors[questions.rows]
+        vectors = found_of.vectors[questions.rows]
         for probe in settings.probes:
             found = scores[field, probe] = fit(probe, vectors, questions.wrong, split, seed=settings.seed)
             probes.append(judge.score(field, probe, found, baselines))
@@ -116,7 +123,7 @@ def run_experiment(directory: Path | str, settings: ProbeSettings, show: Callabl
         best_baseline=max(judged, key=quality).name,
         best_baseline_on_test=best_on_test(judged).name,
         finding=find(probes, judged, validated="validation" in sides),
-        warnings=tuple(too_few(sum(labels.wrong.values()), sides["test"].images)),
+        warnings=(*too_few(sum(labels.wrong.values()), sides["test"].images), *_left_out(left_out)),
         probes=tuple(probes),
         breakdown=tuple(
             piece for p in best if values is not None for piece in judge.break_down(p, scores[p.name, p.probe], values)
@@ -146,8 +153,7 @@ def _labels(frame: pd.DataFrame, settings: ProbeSettings) -> Labels:
 def _labelled(frame: pd.DataFrame, labels: Labels) -> _Questions:
     rows = np.flatnonzero(frame["question_id"].isin(labels.wrong.keys()))
     kept = frame.iloc[rows].reset_index(drop=True)
-    images = kept["image_sha256"] if "image_sha256" in kept else kept["image_id"]
-    return _Questions(kept, rows, kept["question_id"].map(labels.wrong).to_numpy(bool), images.astype(str).tolist())
+    return _Questions(kept, rows, kept["question_id"].map(labels.wrong).to_numpy(bool), image_groups(kept))
 
 
 def _column(frame: pd.DataFrame, name: str) -> list[str]:
@@ -170,10 +176,14 @@ def _split(questions: _Questions, settings: ProbeSettings) -> Split:
 
 
 def _fields(directory: Path | str) -> list[str]:
-    fields = next(Source(directory).read(OpenPart.fields), None)
-    if fields is None:
+    fields = {field for found in Source(directory).read(OpenPart.fields) for field in found}
+    if not fields:
         raise UserError(f"{directory}: its parts hold no question")
-    return fields
+    return sorted(fields, key=in_order)
+
+
+def _left_out(fields: list[str]) -> list[str]:
+    return [f"left out, as some questions have no image: {', '.join(fields)}"] if fields else []
 
 
 def _choose(probes: list[Scored], split: Split) -> list[Scored]:

@@ -18,7 +18,6 @@ from storage.screen.console import Console
 from storage.screen.tables import WIDE, Name, Sentence, Table
 
 _WORST = 5  # questions named for each field
-Rows = dict[str, tuple[int, int]]  # question id to part and row
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +79,10 @@ class RunDifference:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One of the two runs: where its questions are, their answers, its fields part by part."""
+    """One of the two runs: its questions, their answers, its fields part by part."""
 
     kind: dict[str, Any]
-    rows: Rows
+    questions: dict[str, None]
     answers: dict[str, str]
     columns: dict[str, list[Column | None]]  # a part may lack a field
 
@@ -91,7 +90,7 @@ class _Side:
 def compare(first: str | Path, second: str | Path, *, progress: bool = False) -> RunDifference:
     """Return what two runs, directories or files of parts, differ in. Raises UserError, DamagedError."""
     a, b = _side(first), _side(second)
-    common = [question for question in a.rows if question in b.rows]
+    common = [question for question in a.questions if question in b.questions]
     fields: list[FieldDifference] = []
     not_compared: dict[str, str] = {}
     names = sorted(a.columns.keys() | b.columns.keys(), key=in_order)
@@ -111,8 +110,8 @@ def compare(first: str | Path, second: str | Path, *, progress: bool = False) ->
         fields=tuple(fields),
         fields_not_compared=not_compared,
         answers=tuple(AnswerDifference(q, a.answers[q], b.answers[q]) for q in common if a.answers[q] != b.answers[q]),
-        only_in_first=tuple(question for question in a.rows if question not in b.rows),
-        only_in_second=tuple(question for question in b.rows if question not in a.rows),
+        only_in_first=tuple(question for question in a.questions if question not in b.questions),
+        only_in_second=tuple(question for question in b.questions if question not in a.questions),
     )
 
 
@@ -181,7 +180,7 @@ def _side(path: str | Path) -> _Side:
     parts = 0
     for number, (kind, ids, answers, found) in enumerate(source.read(_look)):
         side.kind.update(kind)
-        side.rows.update({question: (number, row) for row, question in enumerate(ids)})
+        side.questions.update(dict.fromkeys(ids))
         side.answers.update(zip(ids, answers, strict=True))
         for column in found:
             columns = side.columns.setdefault(column.field, [])
@@ -246,9 +245,14 @@ def _spread(columns: list[Column]) -> npt.NDArray[np.float64]:
 
 def _pairs(field: str, a: _Side, b: _Side) -> Iterator[tuple[list[str], Vectors, Vectors]]:
     """Yield the vectors of the questions that both have, by the parts of the first."""
-    there = {q: place for q, place in b.rows.items() if b.columns[field][place[0]] is not None}
+    there = {
+        question: (part, row)
+        for part, column in enumerate(b.columns[field])
+        for row, question in enumerate([] if column is None else column.ids)
+    }
     for column in a.columns[field]:
-        if column is None or not (rows := [row for row, question in enumerate(column.ids) if question in there]):
+        rows = [] if column is None else [row for row, question in enumerate(column.ids) if question in there]
+        if column is None or not rows:
             continue
         ids = [column.ids[row] for row in rows]
         other = np.empty((len(ids), column.width), np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,10 +124,12 @@ def locate(
     found: list[list[Column]] = []
     frames: list[pd.DataFrame] = []
     with uncollected():
-        for columns_of, frame in source.read(lambda part: (_columns(part, names), frame_of(part)), progress=progress):
+        for columns_of, frame in source.read(lambda part: _found(part, names, frame_of), progress=progress):
             found.append(columns_of)
             frames.append(frame)
     ids = [question for one, *_ in found for question in one.ids]
+    if found and not ids:
+        raise UserError(f"no question has {names[0]}: none of them was asked about an image")
     frame = _joined(frames)
     rows = _ordered(source, ids, frame, order)
     frame = selected(frame.iloc[rows].reset_index(drop=True), columns)
@@ -149,7 +151,7 @@ def iter_chunks(
     field = of_token(field, token)
     names = at_layers(field, layer)
     frame_of = part_frame if columns is None or columns else _no_frame
-    for found, frame in opened.read(lambda part: (_columns(part, names), frame_of(part))):
+    for found, frame in opened.read(lambda part: _found(part, names, frame_of)):
         name, stack = layered(field, layer, [found])
         ids = found[0].ids
         yield Loaded(name, ids, stack.read(range(len(ids))), selected(frame, columns), opened.missing())
@@ -173,14 +175,20 @@ def iter_samples(source: Paths) -> Iterator[StoredSample]:
     look = opened.read(lambda part: (part.rows(), [part.column(field) for field in part.fields()]), download=True)
     for rows, columns in look:
         names = [name for name in rows if name not in _SAMPLE_TEXTS]
+        places = [{question: place for place, question in enumerate(column.ids)} for column in columns]
         number = len(rows["question_id"])
         for start in range(0, number, _SAMPLES_AT_ONCE):
             some = range(start, min(start + _SAMPLES_AT_ONCE, number))
-            vectors = {column.field: column.read_rows(some) for column in columns}
-            for place, row in enumerate(some):
+            ids = rows["question_id"][some.start : some.stop]
+            vectors: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in some]
+            for column, place in zip(columns, places, strict=True):
+                having = [k for k, question in enumerate(ids) if question in place]
+                for k, vector in zip(having, column.read_rows([place[ids[k]] for k in having]), strict=True):
+                    vectors[k][column.field] = vector
+            for k, row in enumerate(some):
                 texts = {name: rows[name][row] if name in rows else "" for name in _SAMPLE_TEXTS}
                 attributes = {name: rows[name][row] for name in names if rows[name][row] is not None}
-                yield StoredSample(**texts, attributes=attributes, vectors={f: v[place] for f, v in vectors.items()})
+                yield StoredSample(**texts, attributes=attributes, vectors=vectors[k])
 
 
 def part_frame(part: OpenPart) -> pd.DataFrame:
@@ -197,8 +205,13 @@ def _no_frame(part: OpenPart) -> pd.DataFrame:
     return pd.DataFrame(index=range(len(part.ids)))
 
 
-def _columns(part: OpenPart, names: list[str]) -> list[Column]:
-    return [part.column(name) for name in names]
+def _found(part: OpenPart, names: list[str], frame_of: Callable[[OpenPart], pd.DataFrame]) -> tuple[list[Column], pd.DataFrame]:
+    """Return columns of a part, and the frame of the questions that have them."""
+    columns, frame = [part.column(name) for name in names], frame_of(part)
+    if len(columns[0].ids) < len(frame):
+        having = set(columns[0].ids)
+        frame = frame[[question in having for question in part.ids]].reset_index(drop=True)
+    return columns, frame
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:

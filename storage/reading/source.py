@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import track
 
 from storage.errors import ADVICE, DamagedError, UnfinishedWarning, UserError
+from storage.fields import in_order, is_of_image
 from storage.hdf5.columns import COLUMN, Column, column_of
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.rows import Columns, read_rows
@@ -51,14 +52,21 @@ class OpenPart:
         return self.file.ids
 
     def column(self, field: str) -> Column:
-        """Return one field. Raises UserError, naming the fields that there are, where this one is not."""
+        """Return one field. Raises UserError, naming the fields that there are, where this one is not.
+
+        It is empty where the field is of images, and no question of the part is about one.
+        """
         keys = self.file.keys
         if keys and not self.file.has(COLUMN + field) and self.file.question(keys[0]).vector(field) is None:
+            if is_of_image(field) and not any(self.rows().get("image_id", [""])):
+                return Column(self.path, field, [], 0, None)
             raise UserError(f"{self.path} has no {field}; it has {', '.join(self.fields())}")
         return column_of(self.file, field)
 
     def fields(self) -> list[str]:
-        """Return the names of the first question's vectors."""
+        """Return the names of the vectors: by the column index, or where there is none of the first question."""
+        if indexed := [name for name in self.file.attribute_names() if name.startswith(COLUMN)]:
+            return sorted((name.removeprefix(COLUMN) for name in indexed), key=in_order)
         return self.file.question(self.file.keys[0]).fields() if self.file.keys else []
 
     def rows(self) -> Columns:

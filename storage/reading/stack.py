@@ -87,7 +87,7 @@ def layered(field: str, layer: Layers, parts: list[list[Column]]) -> tuple[str, 
 
 def stacked(columns: list[Column]) -> Stack:
     """Return the stack of some columns of one field. Raises UserError where their widths differ."""
-    widths = sorted({column.width for column in columns})
+    widths = sorted({column.width for column in columns if column.ids})
     if len(widths) > 1:
         raise UserError(f"{columns[0].field} has several widths in these files: {', '.join(map(str, widths))}")
     starts = [0, *accumulate(len(column.ids) for column in columns)]

@@ -195,7 +195,7 @@ def _problems(question: StoredQuestion, texts: dict[str, str], model: ModelFacts
     if model is None:
         yield "the run has vectors, but no record of the model (.run/model.json)", False
         return
-    for name, width in model.field_widths().items():
+    for name, width in model.field_widths(images=bool(texts.get("image_id"))).items():
         if (vector := question.vector(name)) is None:
             yield f"{name} is missing", True
         elif vector.width != width or vector.dtype != np.float32:

@@ -26,6 +26,7 @@ from storage.hdf5.timing import computed_at, engine_seconds
 from storage.images.bounded import on_image
 from storage.images.lookup import resolve_image
 from storage.naming import question_id
+from storage.question import images_of
 from storage.runs.account import Account, Bookkeeper
 from storage.runs.failures import published_failures
 from storage.runs.pack import Sidecar, sidecars
@@ -45,20 +46,22 @@ _FAILURES = 20
 _TEXT = 300  # characters shown of a text
 _POINTS = 400  # of the line of the throughput
 _THUMBNAIL = (160, 120)
+_MOST_THUMBNAILS = 4  # of a question
 _LARGEST = 50_000_000  # pixels of an image that a thumbnail is made of
 _SECONDS = 2.0  # of CPU for one, besides those for its pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One question as the report shows it. `thumbnail` is a data URI, empty where the image cannot be read here."""
+    """One question as the report shows it. A thumbnail is a data URI, empty where the image cannot be read here."""
 
     question_id: str
     image_id: str
     question: str
     answer: str
     ground_truth: str
-    thumbnail: str
+    thumbnails: tuple[str, ...]  # of the images that it was asked about, as far as they are shown
+    images: int
 
 
 @dataclass(slots=True)
@@ -202,6 +205,7 @@ def _show(data: ReportData, file: Part, number: int) -> None:
     for key in spread(file.keys, min(number, _SAMPLES - len(data.shown))):
         texts = dict.fromkeys(TEXTS, "") | file.question(key).texts()
         image_id = texts["image_id"]
+        images = () if data.run.settings.blind else images_of(image_id)
         data.shown.append(
             Shown(
                 question_id=clipped(question_id(key)),
@@ -209,7 +213,8 @@ def _show(data: ReportData, file: Part, number: int) -> None:
                 question=clipped(texts["question"]),
                 answer=clipped(texts["answer"]),
                 ground_truth=clipped(texts["ground_truth_answer"]),
-                thumbnail=_thumbnail(data.run, image_id),
+                thumbnails=tuple(_thumbnail(data.run, one) for one in images[:_MOST_THUMBNAILS]),
+                images=len(images),
             )
         )
 

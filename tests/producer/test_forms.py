@@ -185,6 +185,80 @@ def test_a_table_of_images_is_as_its_csv(form: str, images: Path, tmp_path: Path
     assert read_table(source) == table
 
 
+SEVERAL: list[tuple[str, list[str], str]] = [
+    ("two", ["a.png", "b.jpg"], "Are they alike?"),
+    ("one", ["c.webp"], "What is it?"),
+    ("none", [], "What colour is a lemon?"),
+    ("same", ["b.jpg", "a.png", "b.jpg"], "Which is not like the others?"),
+]
+
+
+def several_as_csv(path: Path, _: Path) -> Path:
+    cells = [{0: "", 1: "c.webp"}.get(len(images), json.dumps(images)) for _, images, _ in SEVERAL]
+    cells[3] = str(SEVERAL[3][1])  # as Python prints it
+    with path.open("w", newline="") as file:
+        rows = [(key, cell, question) for (key, _, question), cell in zip(SEVERAL, cells)]
+        csv.writer(file).writerows([("question_id", "image_id", "question"), *rows])
+    return path
+
+
+def several_as_jsonl(path: Path, _: Path) -> Path:
+    lines = [{"id": key, "images": images or None, "question": question} for key, images, question in SEVERAL]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def several_as_parquet(path: Path, images: Path) -> Path:
+    rows = [
+        {"id": key, "images": [{"bytes": content(images, name), "path": None} for name in names], "question": question}
+        for key, names, question in SEVERAL
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def several_as_tsv(path: Path, images: Path) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["index", "image", "question"])
+        for key, names, question in SEVERAL:
+            writer.writerow([key, str([base64.b64encode(content(images, n)).decode() for n in names]), question])
+    return path
+
+
+def test_several_images_and_none(images: Path, tmp_path: Path) -> None:
+    expected = [("two", ("a.png", "b.jpg")), ("one", ("c.webp",)), ("none", ()), ("same", ("b.jpg", "a.png", "b.jpg"))]
+    for make in (several_as_csv, several_as_jsonl):
+        found = read_table(make(tmp_path / f"t.{make.__name__.rpartition('_')[2]}", images))
+        assert [(q.question_id, q.images) for q in found.questions] == expected
+        assert [q.image_id for q in found.questions[:3]] == ['["a.png", "b.jpg"]', "c.webp", ""]
+    ids = {f".run/images/{Embedded(content(images, name)).file_name()}": name for name in ("a.png", "b.jpg", "c.webp")}
+    for make in (several_as_parquet, several_as_tsv):
+        found = read_table(make(tmp_path / f"t.{make.__name__.rpartition('_')[2]}", images))
+        assert [(q.question_id, tuple(ids[i] for i in q.images)) for q in found.questions] == expected
+        assert found.embedded.keys() == ids.keys()
+
+
+def test_an_image_that_is_called_like_a_list(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "image": ['["a.png"]'], "question": "What?"}))
+    [question] = read_table(tmp_path / "t.jsonl").questions
+    assert question.images == ('["a.png"]',)
+    assert question.image_id == json.dumps(['["a.png"]'])
+
+
+def test_too_many_images(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "image": ["a.png"] * 65, "question": "What?"}))
+    assert refused(tmp_path / "t.jsonl").endswith("line 1: 65 images are named: a question takes up to 64")
+
+
+def test_a_table_without_images_is_asked_blind(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("question_id,question\n1,What?\n")
+    assert refused(path).endswith("; --blind asks without images")
+    [question] = read_table(Source(path, blind=True)).questions
+    assert question.images == ()
+
+
 def test_compressed_lines(images: Path, tmp_path: Path) -> None:
     plain = as_pope(tmp_path / "t.jsonl", images)
     packed = tmp_path / "t.jsonl.gz"
@@ -320,7 +394,7 @@ def test_faults_of_rows_of_every_form(images: Path, tmp_path: Path) -> None:
         (base64.b64encode(b"x" * 100).decode()[:-3], "line 3: the image is no base64 ("),
         ("99", "line 3: the image is that of row '99', which has none: embed it there, or here"),
         ("18", "line 3: the image is that of row '18', which has none"),
-        ("", "line 3: the image id is blank"),
+        ('["17", "18"]', "line 3: a list of images names another row's: embed them all here"),
         ("[not a list", "line 3: the image is no list of images in base64"),
     ],
 )

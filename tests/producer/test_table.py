@@ -252,7 +252,6 @@ def test_every_faulty_line_is_listed(tmp_path):
         "  line 3: question_id is blank: give each row an id of its own\n"
         "  line 4: the question is blank: write it or remove the row\n"
         "  line 6: question_id 'ok' is that of line 2 too: give each row an id of its own; "
-        "the image id is blank: name the image's file; "
         "question_not_text: the question is '3': export the table again with its words, or remove the row\n"
         "  line 7: 3 fields where the first line has 4: write a comma for each empty field too\n"
         "  line 8: the quotes do not match (',' expected after '\"'): "
@@ -309,9 +308,12 @@ def test_duplicate_id_names_both_lines(tmp_path):
     )
 
 
-@pytest.mark.parametrize("image_id", ["", " ", "\t"])
+@pytest.mark.parametrize("image_id", [" ", "\t", '"[""a.png"", """"]"'])
 def test_blank_image_id(tmp_path, image_id):
-    expected = ": 1 faulty line\n  line 2: the image id is blank: name the image's file"
+    expected = (
+        ": 1 faulty line\n  line 2: the image id is blank: name the image's file, or leave the cell empty for a question "
+        "without one"
+    )
     assert rows_refusal(tmp_path, f"1,{image_id},What?,x\n") == expected
 
 

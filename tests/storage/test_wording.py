@@ -329,7 +329,7 @@ def test_vectors_are_the_processors(small_model: Path, photographs: Path) -> Non
         asked: dict[str, Any] = {"special_tokens": "parse", "system_prompt": style.system, "chat_template": style.template}
         shared = Recipe(layers=(0, 3), max_new_tokens=3, **asked)
         for recipe in (shared, shared.model_copy(update={"exact": True})):
-            requests = [preprocess.request(image, text, recipe, prompt) for text in texts]
+            requests = [preprocess.request([image], text, recipe, prompt) for text in texts]
             for request, sample, wanted in zip(requests, engine.extract(requests), expected, strict=True):
                 assert request.num_tokens == sample.facts["seq_len"] == wanted["seq_len"]
                 assert sample.facts["vision_token_position"] == wanted["vision_token_position"]

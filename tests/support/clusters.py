@@ -91,7 +91,7 @@ def assert_whole(output: Path, rows: list[dict[str, str]], images: Path, failed:
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.info.min_pixels, engine.info.max_pixels))
                 [sample] = engine.compute(
-                    [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
+                    [preprocess.request([image], row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
                 )
                 for name, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[name][:], vector.astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Expected:
     vectors: dict[str, np.ndarray]
     answer: list[int]
     log_probabilities: list[float]
+    merged: np.ndarray | None  # the mean over the image tokens that enter the decoder
 
 
 class Plain:
@@ -43,23 +45,30 @@ class Plain:
         )
 
     @torch.inference_mode()
-    def __call__(self, image: np.ndarray, question: str, *, new: int, system: str | None = None, **processing: Any) -> Expected:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+    def __call__(
+        self, images: Sequence[np.ndarray], question: str, *, new: int, system: str | None = None, **processing: Any
+    ) -> Expected:
+        content: list[Any] = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
         messages: list[Any] = [] if system is None else [{"role": "system", "content": system}]
         text = self.processor.apply_chat_template(
             [*messages, {"role": "user", "content": content}], chat_template=self.template, add_generation_prompt=True,
             tokenize=False,
         )  # fmt: skip
-        inputs = self.processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt", **processing)
+        if images:
+            processing["images"] = [[Image.fromarray(image) for image in images]]
+        inputs = self.processor(text=[text], return_tensors="pt", **processing)
         inputs = {name: values for name, values in inputs.items() if name != "labels"}
         ids = inputs["input_ids"][0].tolist()
-        last = max(i for i, token in enumerate(ids) if token == self.image_id)
+        last = max((i for i, token in enumerate(ids) if token == self.image_id), default=-1)
         states: dict[int, torch.Tensor] = {}
+        entering: list[torch.Tensor] = []
 
         def keep(layer: int) -> Any:
             return lambda _m, _i, out: states.__setitem__(layer, (out[0] if isinstance(out, tuple) else out).clone())
 
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(decoder_of(self.model).layers)]
+        first = decoder_of(self.model).layers[0]
+        handles.append(first.register_forward_pre_hook(lambda _m, args: entering.append(args[0].clone())))
         self._forget()
         self.model(**inputs)
         for handle in handles:
@@ -71,9 +80,11 @@ class Plain:
         self._forget()
         answer = made.sequences[0, len(ids) :].tolist()
         scores = [step[0].float().log_softmax(-1)[token].item() for step, token in zip(made.logits, answer)]
-        vectors = {f"vision_token_representation/layer_{i}": s[0, last].numpy() for i, s in states.items()}
-        vectors |= {f"query_token_representation/layer_{i}": s[0, -1].numpy() for i, s in states.items()}
-        return Expected(ids, last, vectors, answer, scores)
+        vectors = {f"query_token_representation/layer_{i}": s[0, -1].numpy() for i, s in states.items()}
+        if images:
+            vectors |= {f"vision_token_representation/layer_{i}": s[0, last].numpy() for i, s in states.items()}
+        merged = entering[0][0, inputs["input_ids"][0] == self.image_id].mean(0).numpy() if images else None
+        return Expected(ids, last, vectors, answer, scores, merged)
 
     @torch.inference_mode()
     def answer_states(self, image: np.ndarray, question: str, answer: list[int], **processing: Any) -> dict[int, np.ndarray]:

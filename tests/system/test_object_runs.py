@@ -81,7 +81,7 @@ def assert_whole(server: S3Server, output: str, rows: list[dict[str, str]], imag
                 row = expected.pop(question_id)
                 image = preprocess.image(row["image_id"], images, (), (engine.info.min_pixels, engine.info.max_pixels))
                 [sample] = engine.extract(
-                    [preprocess.request(image, row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
+                    [preprocess.request([image], row["question"], Recipe(layers=(0, 1, 2, 3), max_new_tokens=200))]
                 )
                 for field, vector in sample.vectors.items():
                     np.testing.assert_array_equal(group[field][:], vector.astype(np.float32))

@@ -48,7 +48,7 @@ def engine(model: Path) -> ModelEngine:
 def asked(engine: ModelEngine, pairs: Sequence[tuple[Path, str]], **settings: Any) -> list[Request]:
     preprocess, limits = Preprocessor(engine.info), (engine.info.min_pixels, engine.info.max_pixels)
     recipe = Recipe(**{"layers": LAYERS, "max_new_tokens": LENGTH, "answer_states": KINDS} | settings)
-    return [preprocess.request(preprocess.image(p.name, p.parent, (), limits), question, recipe) for p, question in pairs]
+    return [preprocess.request([preprocess.image(p.name, p.parent, (), limits)], question, recipe) for p, question in pairs]
 
 
 @torch.inference_mode()

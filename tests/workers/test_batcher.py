@@ -24,7 +24,7 @@ PIXELS = np.zeros((28, 28, 3), np.uint8)
 
 
 def ask(number: int, *, image: str = "", tokens: int = 10) -> Request:
-    return Request(image or f"image {number}", PIXELS, (number,), tokens, Recipe(layers=(0,), max_new_tokens=1))
+    return Request(image or f"image {number}", (PIXELS,), (number,), tokens, Recipe(layers=(0,), max_new_tokens=1))
 
 
 def number_of(request: Request) -> int:

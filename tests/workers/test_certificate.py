@@ -31,7 +31,7 @@ from workers.settings import WorkerSettings
 
 
 def ask(tokens: int = 40) -> Request:
-    return Request("image", np.zeros((28, 28, 3), np.uint8), (1, 2), tokens, Recipe(layers=(0,), max_new_tokens=4))
+    return Request("image", (np.zeros((28, 28, 3), np.uint8),), (1, 2), tokens, Recipe(layers=(0,), max_new_tokens=4))
 
 
 class Computing:

@@ -81,7 +81,7 @@ def test_a_published_size_is_computed_right(name: str, tmp_path: Path, photograp
     limits = (info.min_pixels, 28 * 28 * 12)
     preprocess = Preprocessor(info)
     image = preprocess.image("chelsea.jpg", photographs, (), limits)
-    [sample] = engine.extract([preprocess.request(image, QUESTION, Recipe(layers=layers, max_new_tokens=3))])
+    [sample] = engine.extract([preprocess.request([image], QUESTION, Recipe(layers=layers, max_new_tokens=3))])
     del engine
     gc.collect()
     reference = Reference(model, min_pixels=limits[0], max_pixels=limits[1])

@@ -54,7 +54,9 @@ def cases(engine: ModelEngine, small_model: Path, photographs: Path) -> list[tup
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS[index % 3 : index % 3 + 2 + index % 2]:
             expected = reference(path, question, max_new_tokens=MAX_NEW_TOKENS, layers=LAYERS)
-            found.append((preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=MAX_NEW_TOKENS)), expected))
+            found.append(
+                (preprocess.request([image], question, Recipe(layers=LAYERS, max_new_tokens=MAX_NEW_TOKENS)), expected)
+            )
     assert len(found) >= 24
     return found
 
@@ -288,7 +290,7 @@ def test_patches_are_bit_equal_to_the_official_recipe(engine: ModelEngine, small
         reference = Reference(small_model, min_pixels=limits[0], max_pixels=limits[1])
         for path in sorted(photographs.iterdir()):
             pixels = preprocess.image(path.name, photographs, (), limits).pixels
-            patches = engine._family.inputs("<|image_pad|>", pixels)
+            patches = engine._family.inputs("<|image_pad|>", [pixels])
             official = reference.inputs(path, "?")
             assert torch.equal(patches["pixel_values"], official["pixel_values"])
             assert torch.equal(patches["image_grid_thw"], official["image_grid_thw"])
@@ -298,10 +300,10 @@ def test_a_device_makes_the_same_patches(small_model: Path, photographs: Path) -
     """As a GPU normalises and cuts them: here the device is the CPU, said explicitly."""
     engine = ModelEngine(EngineSpec("model", str(small_model), "main", "float32", "unused"))
     family, image = engine._family, np.array(Image.open(photographs / "coffee.png").resize((280, 196)))
-    before = family.inputs("<|image_pad|>", image)
+    before = family.inputs("<|image_pad|>", [image])
     family.process_on(torch.device("cpu"))
     assert family._where
-    after = family.inputs("<|image_pad|>", image)
+    after = family.inputs("<|image_pad|>", [image])
     assert torch.equal(before["pixel_values"], after["pixel_values"])
 
 

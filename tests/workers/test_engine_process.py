@@ -42,7 +42,7 @@ def requests(count: int = 3, *, side: int = 28) -> list[Request]:
     return [
         Request(
             f"image {i}",
-            random.integers(0, 256, (side, side, 3), np.uint8),
+            (random.integers(0, 256, (side, side, 3), np.uint8),),
             (1, i),
             4,
             Recipe(layers=(0, 3), max_new_tokens=5),
@@ -212,7 +212,7 @@ print(engine.pid, flush=True)
 if sys.argv[1] == "busy":
     import numpy as np
     from workers.engine.interface import Recipe, Request
-    engine.extract([Request("image", np.zeros((28, 28, 3), np.uint8), (1,), 4, Recipe(layers=(0,), max_new_tokens=5))])
+    engine.extract([Request("image", (np.zeros((28, 28, 3), np.uint8),), (1,), 4, Recipe(layers=(0,), max_new_tokens=5))])
 time.sleep(60)
 """
 

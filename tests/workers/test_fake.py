@@ -17,7 +17,7 @@ SPEC = EngineSpec("fake", "", "main", "bfloat16", "")
 def ask(text: str) -> Request:
     info = FakeEngine(SPEC).info
     ids = (*info.prompt.after_image_ids, *QuestionTokenizer(info.tokenizer_json)(text), *info.prompt.tail_ids)
-    return Request("image", np.zeros((28, 28, 3), np.uint8), ids, len(ids), Recipe(layers=(0,), max_new_tokens=1))
+    return Request("image", (np.zeros((28, 28, 3), np.uint8),), ids, len(ids), Recipe(layers=(0,), max_new_tokens=1))
 
 
 @pytest.fixture

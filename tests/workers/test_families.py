@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import workers.cli
 from storage import load as load_vectors
+from storage.errors import UserError
 from tests.support.mistakes import lengths_ignored, one_dimensional
 from tests.support.plain import Expected, Plain
 from tests.support.processes import command, write_csv
@@ -59,12 +60,12 @@ def requests_of(engine: ModelEngine, pictures: Path, recipe: Recipe, questions: 
     preprocess = Preprocessor(engine.info)
     limits = limits_of((None, None), engine.info)
     images = [preprocess.image(f"{number}.png", pictures, (), limits) for number in range(len(SIZES))]
-    return [preprocess.request(images[i], questions[q], recipe) for i, q in PAIRS]
+    return [preprocess.request([images[i]], questions[q], recipe) for i, q in PAIRS]
 
 
 def expected_of(plain: Plain, requests: list[Request], *, resized: bool) -> list[Expected]:
     options: dict[str, Any] = {"do_resize": False} if resized else {}
-    return [plain(request.pixels, QUESTIONS[q], new=NEW, **options) for request, (_, q) in zip(requests, PAIRS)]
+    return [plain(request.images, QUESTIONS[q], new=NEW, **options) for request, (_, q) in zip(requests, PAIRS)]
 
 
 def worst(sample: Any, expected: Expected) -> float:
@@ -128,7 +129,7 @@ def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], 
     options = {"do_resize": False} if engine.info.factor is not None else {}
     for sample, one, request, (_, q) in list(zip(engine.extract(kept), expected, kept, PAIRS))[:3]:
         assert sample.facts["answer_token_ids"] == one.answer  # cut by the limit, most of them
-        states = plain.answer_states(request.pixels, QUESTIONS[q], without_end(one.answer, engine), **options)
+        states = plain.answer_states(request.images[0], QUESTIONS[q], without_end(one.answer, engine), **options)
         assert worst_of_answer(sample, states) < TOLERANCE
     alone = [
         engine.extract([replace(request, recipe=recipe.model_copy(update={"max_new_tokens": 0}))])[0] for request in requests
@@ -136,6 +137,48 @@ def test_a_family_equals_transformers(family: str, tiny: Callable[[str], Path], 
     for sample, one in zip(alone, expected):
         assert worst(sample, one) < TOLERANCE
         assert (sample.answer, sample.facts["finish_reason"]) == ("", "none")
+
+
+# What the questions of one batch are about.
+ASKED = ((), (0, 1), (1, 0, 2), (2,), ())
+EMPTY = {"llava", "vipllava", "deepseek_vl", "janus"}  # their tiny tokenizers put nothing before a prompt
+NEVER_ALONE = {"mllama": "layers that attend to images", "paligemma": "its processor takes no prompt"}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_several_images_and_none(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
+    engine, plain = load(tiny(family)), Plain(tiny(family))
+    preprocess, limits = Preprocessor(engine.info), limits_of((None, None), engine.info)
+    recipe = Recipe(layers=tuple(range(engine.info.num_hidden_layers)), max_new_tokens=NEW)
+    asked = list(ASKED)
+    if family in {*NEVER_ALONE, *EMPTY}:
+        with pytest.raises((EngineStartError, UserError), match=NEVER_ALONE.get(family, "nothing that all questions without")):
+            engine.prompt(PromptStyle(images=0))
+        asked = [images for images in asked if images]
+    options = {"do_resize": False} if engine.info.factor is not None else {}
+    requests, expected = [], []
+    for images in asked:
+        parts = engine.prompt(PromptStyle(images=len(images)))
+        for question in QUESTIONS[:2]:
+            with preprocess.hold([f"{number}.png" for number in images], pictures, (), limits) as prepared:
+                requests.append(preprocess.request(prepared, question, recipe, parts))
+            expected.append(plain(requests[-1].images, question, new=NEW, **(options if images else {})))
+    exact = [replace(request, recipe=recipe.model_copy(update={"exact": True})) for request in requests]
+    packed = [requests] if engine._family.together else []
+    for number, chosen in enumerate((requests, exact, *packed)):
+        engine.free_cache()
+        engine._prefixes.packed = number == 2
+        for sample, one, request in zip(engine.extract(chosen), expected, requests, strict=True):
+            assert worst(sample, one) < TOLERANCE
+            assert sample.facts["answer_token_ids"] == one.answer
+            assert sample.facts["seq_len"] == len(one.ids) <= request.num_tokens
+            assert sample.facts["num_vision_tokens"] == one.ids.count(plain.image_id)
+            assert sample.facts.get("vision_token_position", -1) == one.vision_position
+            assert ("vision_only_representation" in sample.vectors) == bool(request.images)
+            assert ("vision_encoder_representation" in sample.vectors) == bool(request.images)
+            if one.merged is not None and family != "mllama":  # whose text attends to the image beside it
+                ours = sample.vectors["vision_only_representation"]
+                assert np.abs(ours - one.merged).max() / np.abs(one.merged).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", [param for param in ALL if param.values != ("fast_vlm",)])
@@ -158,11 +201,11 @@ def test_a_system_prompt_and_parsed_tokens(family: str, tiny: Callable[[str], Pa
     recipe = Recipe(layers=(0, 3), max_new_tokens=NEW, system_prompt=style.system, special_tokens="parse")
     preprocess = Preprocessor(engine.info)
     image = preprocess.image("0.png", pictures, (), (None, None))
-    request = preprocess.request(image, f"Why? {HOSTILE}", recipe, parts)
+    request = preprocess.request([image], f"Why? {HOSTILE}", recipe, parts)
     [placeholder] = engine.info.placeholders[:1]
     assert plain.processor.tokenizer.convert_tokens_to_ids(placeholder) not in request.suffix_ids
-    expected = plain(image.pixels, "Why?", new=NEW, system=style.system)
-    [sample] = engine.extract([preprocess.request(image, "Why?", recipe, parts)])
+    expected = plain([image.pixels], "Why?", new=NEW, system=style.system)
+    [sample] = engine.extract([preprocess.request([image], "Why?", recipe, parts)])
     assert sample.facts["seq_len"] == len(expected.ids)
     assert sample.facts["answer_token_ids"] == expected.answer
     kept = {name: v for name, v in expected.vectors.items() if name in sample.vectors}
@@ -306,7 +349,7 @@ def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_pat
         assert part.attrs["vision_encoder_definition"] == definition
         for number, question in PAIRS:
             group = part[f"{number}-{question}"]
-            expected = plain(np.asarray(Image.open(pictures / f"{number}.png")), QUESTIONS[question], new=NEW)
+            expected = plain([np.asarray(Image.open(pictures / f"{number}.png"))], QUESTIONS[question], new=NEW)
             for name, vector in expected.vectors.items():
                 assert np.abs(group[name][:] - vector).max() < TOLERANCE * np.abs(vector).max()
             assert group.attrs["answer_token_ids"].tolist() == expected.answer

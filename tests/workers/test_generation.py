@@ -40,7 +40,7 @@ def answers(model: Path, photographs: Path, *, penalty: float | None = None) -> 
         image = preprocess.image(path.name, photographs, (), limits)
         for question in QUESTIONS:
             requests.append(
-                preprocess.request(image, question, Recipe(layers=LAYERS, max_new_tokens=LENGTH, repetition_penalty=penalty))
+                preprocess.request([image], question, Recipe(layers=LAYERS, max_new_tokens=LENGTH, repetition_penalty=penalty))
             )
             expected.append(reference(path, question, max_new_tokens=LENGTH, layers=LAYERS)["answer_token_ids"])
     return [sample.facts["answer_token_ids"] for sample in engine.extract(requests)], expected

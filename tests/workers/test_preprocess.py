@@ -722,8 +722,9 @@ def test_further_roots_are_admitted(info, images):
 def test_request_is_the_prompt(info, images):
     preprocessor = Preprocessor(info)
     image = preprocessor.image("a.png", images, (), LIMITS)
-    request = preprocessor.request(image, "Why?", Recipe(layers=(0, 3), max_new_tokens=20))
-    assert request.pixels is image.pixels
+    request = preprocessor.request([image], "Why?", Recipe(layers=(0, 3), max_new_tokens=20))
+    [pixels] = request.images
+    assert pixels is image.pixels
     assert request.image_key == image.key
     assert request.suffix_ids == (*info.prompt.after_image_ids, *preprocessor._tokenize("Why?"), *info.prompt.tail_ids)
     patches = image.pixels.shape[0] // 28 * (image.pixels.shape[1] // 28)
@@ -736,10 +737,10 @@ def test_prompt_too_long(info, images, positions, limit):
     """Beyond 32,768 tokens, or what the model has positions for, transformers computes on without a word."""
     preprocessor = Preprocessor(replace(info, max_position_embeddings=positions))
     image = preprocessor.image("a.png", images, (), LIMITS)
-    room = limit - preprocessor.request(image, "", Recipe(layers=(0,), max_new_tokens=1)).num_tokens
-    assert preprocessor.request(image, "x" * room, Recipe(layers=(0,), max_new_tokens=1)).num_tokens == limit
+    room = limit - preprocessor.request([image], "", Recipe(layers=(0,), max_new_tokens=1)).num_tokens
+    assert preprocessor.request([image], "x" * room, Recipe(layers=(0,), max_new_tokens=1)).num_tokens == limit
     with pytest.raises(PermanentError, match=rf"has {limit + 1} tokens.*takes {limit}") as caught:
-        preprocessor.request(image, "x" * (room + 1), Recipe(layers=(0,), max_new_tokens=1))
+        preprocessor.request([image], "x" * (room + 1), Recipe(layers=(0,), max_new_tokens=1))
     assert caught.value.reason == "prompt_too_long"
 
 

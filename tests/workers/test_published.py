@@ -142,13 +142,13 @@ def test_each_of_the_studys_models(family: str, tiny: Callable[[str], Path], pic
     preprocess = Preprocessor(engine.info)
     for number in range(4):
         image = preprocess.image(f"{number}.png", pictures, (), (None, None), halp_compat=True)
-        [sample] = engine.extract([preprocess.request(image, QUESTION, recipe)])
+        [sample] = engine.extract([preprocess.request([image], QUESTION, recipe)])
         expected, positions = as_published(plain, family, image.pixels, QUESTION)
         assert_equal(sample.vectors, expected)
         assert (sample.facts["vision_token_position"], sample.facts["query_token_position"]) == positions
         size = engine.info.published_vision_size or engine.info.vision_hidden_size
         assert sample.vectors["vision_only_representation"].shape == (size,)
-        assert sample.facts["answer_token_ids"] == plain(image.pixels, QUESTION, new=4).answer
+        assert sample.facts["answer_token_ids"] == plain([image.pixels], QUESTION, new=4).answer
 
 
 def test_a_run_in_a_part(tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:

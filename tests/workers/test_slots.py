@@ -47,7 +47,7 @@ def pairs(photographs: Path) -> list[tuple[Path, str]]:
 def asked(engine: ModelEngine, pairs: Sequence[tuple[Path, str]], **settings: Any) -> list[Request]:
     preprocess, limits = Preprocessor(engine.info), (engine.info.min_pixels, engine.info.max_pixels)
     recipe = Recipe(**{"layers": LAYERS, "max_new_tokens": LENGTH} | settings)
-    return [preprocess.request(preprocess.image(p.name, p.parent, (), limits), question, recipe) for p, question in pairs]
+    return [preprocess.request([preprocess.image(p.name, p.parent, (), limits)], question, recipe) for p, question in pairs]
 
 
 def expected(

@@ -173,7 +173,7 @@ def test_unusual_checkpoints_are_computed_as_transformers_does(name: str, model:
     path = sorted(photographs.iterdir())[0]
     image = preprocess.image(path.name, photographs, (), limits)
     questions = ("Why?", "  What is in the image?\n", " \n", "One line.\n\nAnother. ")
-    requests = [preprocess.request(image, question, Recipe(layers=(0, 3, 6), max_new_tokens=8)) for question in questions]
+    requests = [preprocess.request([image], question, Recipe(layers=(0, 3, 6), max_new_tokens=8)) for question in questions]
     for question, sample in zip(questions, engine.extract(requests), strict=True):
         expected = reference(path, question, max_new_tokens=8, layers=(0, 3, 6))
         assert sample.facts["answer_token_ids"] == expected["answer_token_ids"]

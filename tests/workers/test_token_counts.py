@@ -57,7 +57,7 @@ def assert_same_count(model: Path, tmp_path: Path) -> None:
     for asked in ((None, None), (None, 200_000), (3_000_000, 9_000_000)):
         gallery = ImageSource(str(image.parent), (), limits_of(asked, shape), shape.factor, False, False)
         prepared = prepare.image("a.png", image.parent, (), limits_of(asked, info))
-        request = prepare.request(prepared, "", Recipe(layers=(0,), max_new_tokens=0))
+        request = prepare.request([prepared], "", Recipe(layers=(0,), max_new_tokens=0))
         around = len(info.prompt.head_ids) + len(request.suffix_ids)
         assert gallery.tokens(prepared.original_size) == request.num_tokens - around
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from storage.errors import UserError
 from workers.errors import EngineStartError
 
 # What config.json says to what people call it.
@@ -18,12 +19,26 @@ FAMILIES = {
 # Images of these are resized as qwen-vl-utils does, within pixel limits; others' processors size them.
 SIZED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"}
 
+_WITH_IMAGES_ONLY = {
+    "mllama": "its layers that attend to images are left out then, and have no states",
+    "paligemma": "its processor takes no prompt without one",
+}
+
 # What to take in place of a model whose release has code of its own.
 _NATIVE = {
     "molmo": "Molmo 2 is served: allenai/Molmo2-8B",
     "llava_qwen2": "FastVLM is served from a checkpoint that was converted for transformers",
     "phi4mm": "Phi-4 multimodal is served from the checkpoint that was converted for transformers",
 }
+
+
+def refuse_without_image(model_type: str) -> None:
+    """Raise UserError for a family that cannot be asked without an image."""
+    if reason := _WITH_IMAGES_ONLY.get(model_type):
+        raise UserError(
+            f"a {FAMILIES[model_type]} model cannot be asked without an image: {reason}. Remove the questions that have none, "
+            "leave out --blind, or take another --model"
+        )
 
 
 def refuse_blind(config: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def _run_engine(
         for case in cases:
             try:
                 image = preprocess.image(case.path.name, case.path.parent, (case.path.resolve().parent,), limits)
-                requests.append(preprocess.request(image, case.question, one))
+                requests.append(preprocess.request([image], case.question, one))
             except PermanentError as error:
                 raise UserError(error.message) from error
             except TransientError as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from storage.computation import Computation
 from workers.checkpoint.identity import resolve_layers
@@ -27,9 +28,9 @@ from workers.settings import settings
 
 @dataclass(frozen=True, slots=True)
 class TrialCase:
-    """A question as the model is asked it, about an image."""
+    """A question as the model is asked it, about some images."""
 
-    image_id: str
+    images: tuple[str, ...]
     text: str
 
 
@@ -71,18 +72,21 @@ def run_trial(
     info = engine.start()
     loaded = time.monotonic() - begun
     try:
-        style = PromptStyle(computation.system_prompt, computation.chat_template)
-        prompt = info.prompt if style == PromptStyle() else engine.prompt(style)
+        prompts = {
+            number: info.prompt if style == PromptStyle() else engine.prompt(style)
+            for number in sorted({len(case.images) for case in cases})
+            if (style := PromptStyle(computation.system_prompt, computation.chat_template, number))
+        }
         layers = resolve_layers(computation.layers, info.num_hidden_layers)
         recipe = Recipe(**computation.options() | {"layers": layers})
         prepare = Preprocessor(info)
         limits = limits_of((computation.min_pixels, computation.max_pixels), info)
 
         def request(case: TrialCase) -> Request | None:
-            options = {"halp_compat": recipe.halp_compat, "exif_rotation": recipe.exif_rotation}
+            options: dict[str, Any] = {"halp_compat": recipe.halp_compat, "exif_rotation": recipe.exif_rotation}
             try:
-                image = prepare.image(case.image_id, *places, limits, **options)
-                return prepare.request(image, case.text, recipe, prompt)
+                with prepare.hold(case.images, *places, limits, **options) as images:
+                    return prepare.request(images, case.text, recipe, prompts[len(images)])
             except (PermanentError, TransientError):
                 return None
 

@@ -88,7 +88,7 @@ class FakeEngine:
 
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return a prompt whose head is the style's letters; a template may be marked `[error]` or `[hang]`."""
-        if style == PromptStyle():
+        if (style.system, style.template) == (None, None):
             return self.info.prompt
         text = repr((style.system, style.template))
         if "[error]" in text:
@@ -117,15 +117,16 @@ class FakeEngine:
                     raise RuntimeError(f"the question is marked [{mark}]")
 
     def _sample(self, request: Request, batch_size: int) -> Sample:
-        image = request.pixels.tobytes()
+        image = b"".join(one.tobytes() for one in request.images)
         style = request.recipe.system_prompt, request.recipe.chat_template
         question = image + repr(request.suffix_ids if style == (None, None) else (style, request.suffix_ids)).encode()
-        vectors = {
-            VISION_ONLY.name: self._vector(image, "vision_only"),
-            VISION_ENCODER.name: self._vector(image, "vision_encoder"),
-        }
+        vectors = {}
+        if request.images:
+            vectors[VISION_ONLY.name] = self._vector(image, "vision_only")
+            vectors[VISION_ENCODER.name] = self._vector(image, "vision_encoder")
         for layer in request.recipe.layers:
-            vectors[at_layer(VISION_TOKEN.name, layer)] = self._vector(image, f"vision {layer}")
+            if request.images:
+                vectors[at_layer(VISION_TOKEN.name, layer)] = self._vector(image, f"vision {layer}")
             vectors[at_layer(QUERY_TOKEN.name, layer)] = self._vector(question, f"query {layer}")
             for kind in request.recipe.answer_states:
                 vectors[at_layer(answer_field(kind), layer)] = self._vector(question, f"answer {kind} {layer}")

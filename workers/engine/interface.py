@@ -72,12 +72,13 @@ class Recipe(Computation):
 class Request:
     """One question, ready for the model.
 
-    pixels: uint8 [H, W, 3], resized: H and W are multiples of patch size x merge size. Requests of one image hold one array.
-    suffix_ids: token ids of everything after the image tokens.
+    images: of each its pixels, uint8 [H, W, 3], resized: H and W are multiples of patch size x merge size. Requests of one
+        image hold one array.
+    suffix_ids: token ids of everything after the image tokens; without an image, of what differs between questions.
     """
 
-    image_key: str
-    pixels: npt.NDArray[np.uint8]
+    image_key: str  # of the images together, in their order; none: empty
+    images: tuple[npt.NDArray[np.uint8], ...]
     suffix_ids: tuple[int, ...]
     num_tokens: int  # of the whole prompt
     recipe: Recipe

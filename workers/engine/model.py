@@ -24,6 +24,7 @@ from torch import Tensor
 
 from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
+from workers.checkpoint.families import refuse_without_image
 from workers.checkpoint.published import PUBLISHED
 from workers.checkpoint.published import Prompt as PublishedPrompt
 from workers.engine.any_prompt import placeholders, split_any_prompt
@@ -38,7 +39,7 @@ from workers.engine.kernels import PlainAttention
 from workers.engine.loading import MemoryBounds, free_memory, load_checkpoint, model_info
 from workers.engine.models import family_of
 from workers.engine.passes import Passes
-from workers.engine.prefixes import ImagePrefix, Prefixes
+from workers.engine.prefixes import VISION_POSITION, ImagePrefix, Prefixes
 from workers.engine.prompt import PromptParts, PromptStyle
 from workers.engine.proving.proof import (
     Plain,
@@ -48,6 +49,7 @@ from workers.engine.proving.proof import (
     plain_prompts,
     proof_images,
     refuse_difference,
+    refusing,
 )
 from workers.engine.proving.soundness import refuse_no_end
 from workers.errors import EngineStartError, in_a_line
@@ -102,9 +104,9 @@ class ModelEngine:
 
     def _first_prefix(self, recipe: Recipe) -> ImagePrefix:
         """Run an image, packed or else plainly; what shapes the caches have follows from it."""
-        image = proof_images(self._family)[0]
+        images = proof_images(self._family)[:1]
         try:
-            return self._prefixes.run([image], recipe)[0]
+            return self._prefixes.run([images], recipe)[0]
         except torch.OutOfMemoryError:
             raise
         except _FAULTS as error:
@@ -112,7 +114,7 @@ class ModelEngine:
                 raise
             logger.warning("images are run one at a time, which is slower: %s", in_a_line(error))
             self._prefixes.packed = False
-            return self._prefixes.run([image], recipe)[0]
+            return self._prefixes.run([images], recipe)[0]
 
     def _prove(self, plain: Sequence[Plain]) -> None:
         """Compare with transformers' own; where it differs or fails, go a plainer way. Raises EngineStartError.
@@ -149,22 +151,35 @@ class ModelEngine:
             self._prefixes.kept.clear()
             return self.extract(requests)
 
-        return is_invariant(asked_again(plain, self._family, self.info, (0, self.info.num_hidden_layers - 1), 4), extract)
+        return is_invariant(
+            asked_again(plain, self._family, self.info.prompt, self.info, (0, self.info.num_hidden_layers - 1), 4), extract
+        )
 
     def _published_size(self) -> int | None:
         """Return how wide the study's vector of an image is; None: as the tower's, or of a model that it does not have."""
         if self.info.model_type not in PUBLISHED:
             return None
         recipe = Recipe(layers=(0,), max_new_tokens=0, halp_compat=True)
-        inputs = self._family.inputs(self._prefixes.text(recipe), proof_images(self._family)[0])
+        inputs = self._family.inputs(self._prefixes.text(recipe), proof_images(self._family)[:1])
         with torch.inference_mode():
             vectors, _, _ = self._passes.run(inputs, [0], (), recipe)
         size = len(vectors[VISION_ONLY.name])
         return None if size == self.info.vision_hidden_size else size
 
     def prompt(self, style: PromptStyle) -> PromptParts:
-        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so."""
-        return self._family.prompt(style) or split_any_prompt(self._family, style, proof_images(self._family)[0])
+        """Return the prompt of a style. Raises EngineStartError where the template cannot be used so.
+
+        With another number of images than one, what the engine computes is compared with transformers' own first.
+        """
+        family = self._family
+        if style.images == 1:
+            return family.prompt(style) or split_any_prompt(family, style, proof_images(family)[:1])
+        if style.images == 0:
+            refuse_without_image(self.info.model_type)
+        with refusing():
+            parts = split_any_prompt(family, style, proof_images(family, style.images))
+            refuse_difference(plain_prompts(family, style), family, self.info, self.extract, parts)
+        return parts
 
     def free_cache(self) -> None:
         """Free what is kept between batches."""
@@ -183,12 +198,12 @@ class ModelEngine:
                 return [self._whole(request) for request in requests]
         if self._slots is not None and self._generation.plain:
             return self._in_slots(requests)
-        if not self._family.recurrent:
-            return self._shared(requests)
-        # A recurrent state runs through padding: suffixes of one length at a time.
+        # What is kept of several images has another shape. A recurrent state runs through padding: suffixes of one length.
+        recurrent = self._family.recurrent
+        kinds = [(len(request.images), len(request.suffix_ids) if recurrent else 0) for request in requests]
         samples: dict[int, Sample] = {}
-        for length in sorted({len(request.suffix_ids) for request in requests}):
-            chosen = [i for i, request in enumerate(requests) if len(request.suffix_ids) == length]
+        for kind in sorted(set(kinds)):
+            chosen = [i for i, its in enumerate(kinds) if its == kind]
             samples |= zip(chosen, self._shared([requests[i] for i in chosen]))
         return [samples[i] for i in range(len(requests))]
 
@@ -282,17 +297,18 @@ class ModelEngine:
     def _whole(self, request: Request) -> Sample:
         """Run a whole prompt, which shares nothing."""
         family, recipe = self._family, request.recipe
-        made = family.inputs(self._prefixes.text(recipe), request.pixels)
-        inputs = family.extended(family.up_to(made, family.cut(made)), request.suffix_ids)
+        inputs = family.extended(self._prefixes.inputs(recipe, request.images), request.suffix_ids)
         prompt = tuple(inputs["input_ids"][0].tolist())
         end, facts = len(prompt) - 1, self._prefixes.facts(prompt, inputs, 0)
         if recipe.halp_compat:
             grid = facts.get("image_grid_thw")
             patches = facts["num_vision_tokens"] if grid is None else math.prod(grid)
-            where = PublishedPrompt(len(prompt), prompt.index(family.image_id), facts["vision_token_position"], patches)
-            facts["vision_token_position"], end = PUBLISHED[self.info.model_type].place(where)
-        at = [facts["vision_token_position"], end]
-        vectors, batch, final = self._passes.run(inputs, at, (VISION_TOKEN, QUERY_TOKEN), recipe)
+            where = PublishedPrompt(len(prompt), prompt.index(family.image_id), facts[VISION_POSITION], patches)
+            facts[VISION_POSITION], end = PUBLISHED[self.info.model_type].place(where)
+        at, fields = [end], [QUERY_TOKEN]
+        if VISION_POSITION in facts:
+            at, fields = [facts[VISION_POSITION], end], [VISION_TOKEN, QUERY_TOKEN]
+        vectors, batch, final = self._passes.run(inputs, at, fields, recipe)
         batch.extra = family.kept_of(inputs)
         [answer] = self._answer(batch, final, [prompt], recipe)
         facts = {

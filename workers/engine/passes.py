@@ -51,11 +51,15 @@ def watched(family: Family) -> Iterator[Seen]:
             handle.remove()
 
 
-def vision_means(family: Family, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs) -> list[dict[str, Tensor]]:
-    """Return the vision fields of each image, of what `vision_modules` put out."""
+def vision_means(
+    family: Family, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs, prompts: int = 1
+) -> list[dict[str, Tensor]]:
+    """Return the vision fields of each prompt, of what `vision_modules` put out; none where it had no image."""
+    if 0 not in vision:
+        return [{} for _ in range(prompts)]
     merged = vision.get(1, seen.embedded)
     assert merged is not None
-    means = zip(family.merged_means(merged, inputs), family.encoder_means(vision[0], inputs), strict=True)
+    means = zip(family.merged_means(merged, inputs, prompts), family.encoder_means(vision[0], inputs, prompts), strict=True)
     return [{VISION_ONLY.name: merged, VISION_ENCODER.name: encoder} for merged, encoder in means]
 
 
@@ -95,7 +99,8 @@ class Passes:
         batch = Batch.empty([0], self.device)
         masks = dict.fromkeys(kinds) if len(kinds) > 1 else None
         with attending(self._configs, Spans(packed.lengths).attend_causally):
-            vectors, captured, _, _ = self._run(packed.inputs, batch.cache, at, recipe, attention_mask=masks)
+            many = len(packed.lengths)
+            vectors, captured, _, _ = self._run(packed.inputs, batch.cache, at, recipe, many, attention_mask=masks)
         layers = list(captured)
         stacked = torch.stack([captured[layer][0].to(self.device) for layer in layers], dim=1)  # (prompts, layers, D)
         for found, states in zip(vectors, stacked, strict=True):
@@ -103,9 +108,9 @@ class Passes:
         return vectors, batch.rows(packed.lengths, packed.next_positions)
 
     def _run(
-        self, inputs: Inputs, cache: Cache, at: Sequence[int], recipe: Recipe, **more: Any
+        self, inputs: Inputs, cache: Cache, at: Sequence[int], recipe: Recipe, prompts: int = 1, **more: Any
     ) -> tuple[list[dict[str, Tensor]], dict[int, Tensor], Tensor | None, Any]:
-        """Run the model itself over one row. Return the vectors of its images; the kept layers' states at some columns,
+        """Run the model itself over one row. Return the vectors of each prompt's images; kept layers' states at some columns,
         (1, len(at), D); the positions that it gave, if it did; and what came out of its decoder.
         """
         family = self.family
@@ -122,14 +127,17 @@ class Passes:
             out = family.core(**given, **more, past_key_values=cache, use_cache=True)
         if seen.positions is not None and seen.positions.ndim == 3:
             self.axes = 3  # of four, the first is the text's own
-        return self._of_images(vision, seen, inputs, recipe), captured, seen.positions, out
+        return self._of_images(vision, seen, inputs, recipe, prompts), captured, seen.positions, out
 
-    def _of_images(self, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs, recipe: Recipe) -> list[dict[str, Tensor]]:
+    def _of_images(
+        self, vision: Mapping[int, Tensor], seen: Seen, inputs: Inputs, recipe: Recipe, prompts: int
+    ) -> list[dict[str, Tensor]]:
         if recipe.halp_compat:  # one image
             assert seen.embedded is not None
             return [{VISION_ONLY.name: self.family.published_vision(vision[0], seen.embedded, inputs)}]
-        found = vision_means(self.family, vision, seen, inputs)
-        return found if recipe.vision_encoder else [{VISION_ONLY.name: means[VISION_ONLY.name]} for means in found]
+        found = vision_means(self.family, vision, seen, inputs, prompts)
+        left_out = () if recipe.vision_encoder else (VISION_ENCODER.name,)
+        return [{name: mean for name, mean in means.items() if name not in left_out} for means in found]
 
     def step(self, batch: Batch, ids: Tensor, positions: Tensor, lengths: Sequence[int], recipe: Recipe) -> Tensor | None:
         """Run the text decoder on left-padded ids (B, L); extend the batch. Return the last column's final states, (B, D).
@@ -159,7 +167,7 @@ class Passes:
     def capture(self, recipe: Recipe, at: Sequence[int] | Tensor) -> Any:
         """Take the kept layers' outputs at some columns, (B, len(at), D). A copy: a view would keep all of (B, L, D) alive."""
         layers = {i: self.family.layers[i] for i in recipe.layers}
-        columns = at if isinstance(at, Tensor) else torch.tensor(at, device=self.device)
+        columns = at if isinstance(at, Tensor) else torch.tensor(at, dtype=torch.long, device=self.device)
         definition = self._published.layers if recipe.halp_compat and self._published else "output"
         if definition == "input":
             return inputs_of(layers, lambda states: states[:, columns.to(states.device)])

@@ -15,15 +15,15 @@ import numpy.typing as npt
 
 from workers.engine.interface import Request
 
-_NONE: npt.NDArray[np.uint8] = np.empty((0, 0, 3), np.uint8)
+Place = tuple[int, tuple[int, ...]]  # an image's offset and shape
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Requests without their pixels, and of each where those lie: the offset and the shape."""
+    """Requests without their images, and of each where those lie."""
 
     requests: tuple[Request, ...]
-    places: tuple[tuple[int, tuple[int, ...]], ...]
+    places: tuple[tuple[Place, ...], ...]
     size: int
     memory: int  # in which of the memories
 
@@ -42,19 +42,19 @@ class PixelMemory:
         offsets: dict[int, int] = {}
         images: list[npt.NDArray[np.uint8]] = []
         size = 0
-        for request in requests:
-            if id(request.pixels) not in offsets:
-                offsets[id(request.pixels)] = size
-                images.append(request.pixels)
-                size += request.pixels.nbytes
+        for image in (image for request in requests for image in request.images):
+            if id(image) not in offsets:
+                offsets[id(image)] = size
+                images.append(image)
+                size += image.nbytes
         if size:
             os.posix_fallocate(self.descriptor, 0, size)  # now, with an error: a write beyond the machine's memory is a signal
             with mmap.mmap(self.descriptor, size) as memory:
                 for image in images:
                     begin = offsets[id(image)]
                     memory[begin : begin + image.nbytes] = image.tobytes()
-        places = tuple((offsets[id(request.pixels)], request.pixels.shape) for request in requests)
-        return Sent(tuple(replace(request, pixels=_NONE) for request in requests), places, size, self.number)
+        places = tuple(tuple((offsets[id(image)], image.shape) for image in request.images) for request in requests)
+        return Sent(tuple(replace(request, images=()) for request in requests), places, size, self.number)
 
     def take(self, sent: Sent) -> list[Request]:
         """Return the requests with their pixels, which lie in the memory: they are good until the batch is answered."""
@@ -63,9 +63,10 @@ class PixelMemory:
         memory = mmap.mmap(self.descriptor, sent.size, access=mmap.ACCESS_COPY)
         images = {
             (offset, shape): np.frombuffer(memory, np.uint8, int(np.prod(shape)), offset).reshape(shape)
-            for offset, shape in set(sent.places)
+            for offset, shape in {place for places in sent.places for place in places}
         }
-        return [replace(request, pixels=images[place]) for request, place in zip(sent.requests, sent.places, strict=True)]
+        found = (tuple(images[place] for place in places) for places in sent.places)
+        return [replace(request, images=its) for request, its in zip(sent.requests, found, strict=True)]
 
     def clear(self) -> None:
         """Give the memory back to the machine."""

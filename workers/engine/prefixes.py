@@ -18,10 +18,12 @@ from workers.engine.models.base import Family, Inputs
 from workers.engine.passes import Passes
 from workers.engine.prompt import PromptStyle
 
+VISION_POSITION = "vision_token_position"  # of the last image token, where there is one
+
 
 @dataclass(slots=True)
 class ImagePrefix:
-    """[head | image] of a prompt, run once for all questions of the image."""
+    """[head | images] of a prompt, run once for all questions about the same; of those without an image, what they share."""
 
     row: Row
     ids: tuple[int, ...]
@@ -47,50 +49,55 @@ class Prefixes:
         self.at_once = 1  # tokens
         self._texts: dict[PromptStyle, str] = {}
 
-    def text(self, recipe: Recipe) -> str:
-        """Return a recipe's rendered constant prompt."""
-        style = PromptStyle(recipe.system_prompt, recipe.chat_template)
+    def inputs(self, recipe: Recipe, *rows: Sequence[np.ndarray]) -> Inputs:
+        """Return the inputs of what prompts about some images begin with: for a row of images each, as many in each."""
+        whole = self._family.inputs(self.text(recipe, len(rows[0])), *rows)
+        return self._family.up_to(whole, self._family.cut(whole)) if rows[0] else whole
+
+    def text(self, recipe: Recipe, images: int = 1) -> str:
+        """Return a recipe's rendered constant prompt; without an image, what stands before the question in it."""
+        style = PromptStyle(recipe.system_prompt, recipe.chat_template, images)
         if style not in self._texts:
-            self._texts[style] = constant_prompt(self._family.processor, style)[0]
+            self._texts[style] = constant_prompt(self._family.processor, style)
         return self._texts[style]
 
     def of(self, requests: Sequence[Request], recipe: Recipe) -> tuple[dict[str, ImagePrefix], set[str]]:
         """Return the prefix of every image in the batch, and which of them had to be computed now."""
-        pixels = {request.image_key: request.pixels for request in requests}
+        images = {request.image_key: request.images for request in requests}
         settings = recipe.layers, recipe.max_new_tokens == 0, self.text(recipe)
-        found = {key: prefix for key in pixels if (prefix := self.kept.get((key, *settings))) is not None}
-        missing = sorted(pixels.keys() - found.keys(), key=lambda key: (pixels[key].size, key))
-        for chunk in self._chunks(missing, pixels):
-            for key, prefix in zip(chunk, self.run([pixels[key] for key in chunk], recipe), strict=True):
+        found = {key: prefix for key in images if (prefix := self.kept.get((key, *settings))) is not None}
+        order = {key: (len(its), sum(image.size for image in its), key) for key, its in images.items()}
+        missing = sorted(images.keys() - found.keys(), key=order.__getitem__)
+        for chunk in self._chunks(missing, images):
+            for key, prefix in zip(chunk, self.run([images[key] for key in chunk], recipe), strict=True):
                 found[key] = prefix
                 self.kept.put((key, *settings), prefix)
-        return {key: found[key] for key in pixels}, set(missing)
+        return {key: found[key] for key in images}, set(missing)
 
-    def _chunks(self, keys: Sequence[str], pixels: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
-        """Cut images into chunks that are run at once, within a number of tokens."""
-        chunk: list[str] = []
-        tokens = 0
-        for key in keys:
-            size = self._tokens(pixels[key]) if self.packed else self.at_once
-            if chunk and tokens + size > self.at_once:
-                yield chunk
-                chunk, tokens = [], 0
-            chunk.append(key)
-            tokens += size
-        if chunk:
+    def _chunks(self, keys: Sequence[str], images: Mapping[str, Sequence[np.ndarray]]) -> Iterator[list[str]]:
+        """Cut questions' images into chunks that are run at once: as many images of each, within a number of tokens."""
+        for _, several in itertools.groupby(keys, lambda key: len(images[key])):
+            chunk: list[str] = []
+            tokens = 0
+            for key in several:
+                size = sum(map(self._tokens, images[key])) if self.packed else self.at_once
+                if chunk and tokens + size > self.at_once:
+                    yield chunk
+                    chunk, tokens = [], 0
+                chunk.append(key)
+                tokens += size
             yield chunk
 
-    def run(self, pixels: Sequence[np.ndarray], recipe: Recipe) -> list[ImagePrefix]:
-        """Run [head | image] of some images."""
-        family = self._family
-        whole = family.inputs(self.text(recipe), *pixels)
-        inputs = family.up_to(whole, family.cut(whole))
-        return self._together(inputs, recipe) if self.packed else [self._one(inputs, recipe)]
+    def run(self, rows: Sequence[Sequence[np.ndarray]], recipe: Recipe) -> list[ImagePrefix]:
+        """Run [head | images] of some questions' images."""
+        inputs = self.inputs(recipe, *rows)
+        return self._together(inputs, recipe) if self.packed and rows[0] else [self._one(inputs, recipe)]
 
     def _one(self, inputs: Inputs, recipe: Recipe) -> ImagePrefix:
         ids = tuple(inputs["input_ids"][0].tolist())
         facts = self.facts(ids, inputs, 0)
-        vectors, batch, _ = self._passes.run(inputs, [facts["vision_token_position"]], (VISION_TOKEN,), recipe)
+        at = [facts[VISION_POSITION]] if VISION_POSITION in facts else []
+        vectors, batch, _ = self._passes.run(inputs, at, (VISION_TOKEN,)[: len(at)], recipe)
         [row] = batch.rows([len(ids)], batch.next_position.tolist())
         return ImagePrefix(row, ids, facts, vectors, self._family.kept_of(inputs))
 
@@ -100,7 +107,7 @@ class Prefixes:
         begins = [0, *itertools.accumulate(packed.lengths)]
         prompts = [tuple(row[begin:end]) for begin, end in itertools.pairwise(begins)]
         facts = [self.facts(ids, inputs, i) for i, ids in enumerate(prompts)]
-        columns = [begin + of["vision_token_position"] for begin, of in zip(begins, facts)]
+        columns = [begin + of[VISION_POSITION] for begin, of in zip(begins, facts)]
         vectors, rows = self._passes.run_packed(packed, columns, VISION_TOKEN, recipe)
         return [ImagePrefix(*parts, None) for parts in zip(rows, prompts, facts, vectors, strict=True)]
 
@@ -110,8 +117,13 @@ class Prefixes:
         return int(np.prod(pixels.shape[:2])) // factor**2
 
     def facts(self, ids: Sequence[int], inputs: Inputs, row: int) -> dict[str, Any]:
-        """Return what is known of the image in a prompt."""
+        """Return what is known of the images in a prompt."""
+        number = ids.count(self._family.image_id)
+        if not number:
+            return {"num_vision_tokens": 0}
         last = len(ids) - 1 - ids[::-1].index(self._family.image_id)
-        facts = {"vision_token_position": last, "num_vision_tokens": ids.count(self._family.image_id)}
-        grid = inputs.get("image_grid_thw")
-        return facts if grid is None else facts | {"image_grid_thw": grid[row].tolist()}
+        facts = {VISION_POSITION: last, "num_vision_tokens": number}
+        if (grid := inputs.get("image_grid_thw")) is None:
+            return facts
+        sizes = grid.view(len(inputs["input_ids"]), -1, 3)[row].tolist()
+        return facts | {"image_grid_thw": sizes[0] if len(sizes) == 1 else sizes}

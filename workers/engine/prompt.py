@@ -37,11 +37,12 @@ class PromptStyle:
 
     system: str | None = None
     template: str | None = None  # Jinja
+    images: int = 1  # before the question
 
 
 @dataclass(frozen=True, slots=True)
 class PromptParts:
-    """Token ids before the image tokens, between them and the question, and after the question; the template's digest.
+    """Token ids before and between images, between them and the question, and after the question; the template's digest.
 
     Where the template's own words touch the question, with no special token between, they are tokenised with it: `lead` and
     `trail`. `stripped`: the template drops the blanks at the question's ends. `anchor`: a text before them that is tokenised
@@ -101,14 +102,15 @@ def _cut(processor: Any, style: PromptStyle) -> tuple[str, tuple[str, str, str]]
 
 def render(processor: Any, style: PromptStyle, question: str) -> str:
     """Render the template over the messages, the system prompt as a string or, where that gets lost, as a list."""
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    content: list[dict[str, str]] = [{"type": "image"}] * style.images
+    user = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
     options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     if style.template is not None:
         options["chat_template"] = style.template
     if style.system is None:
         return str(processor.apply_chat_template([user], **options))
-    for content in (style.system, [{"type": "text", "text": style.system}]):
-        messages = [{"role": "system", "content": content}, user]
+    for system in (style.system, [{"type": "text", "text": style.system}]):
+        messages = [{"role": "system", "content": system}, user]
         rendered = str(processor.apply_chat_template(messages, **options))
         if style.system.strip() in rendered:
             return rendered
@@ -156,7 +158,8 @@ def _are_the_prompt(processor: Any, style: PromptStyle, parts: PromptParts) -> b
 
 def whose(style: PromptStyle) -> str:
     """Say which template a style has."""
-    return "the checkpoint's chat template" if style == PromptStyle() else "the chat template with the run's settings"
+    own = (style.system, style.template) == (None, None)
+    return "the checkpoint's chat template" if own else "the chat template with the run's settings"
 
 
 class QuestionTokenizer:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
 from storage.computation import Computation
 from storage.errors import ReplacedError, UserError
+from storage.question import DIGESTS
 from storage.runs.run import Run
 from storage.sample import Sample
 from storage.settings import AS_ASKED, LAST_POSITIONS, ModelFacts, RunSettings
@@ -32,6 +34,7 @@ from workers.errors import (
 )
 from workers.extract.batcher import MAX_CRASHES_ALONE, Crashes, DynamicBatcher, engine_crashed
 from workers.extract.certificate import Certifier
+from workers.extract.loading import PreparedImage
 from workers.extract.preprocess import Preprocessor, limits_of
 from workers.monitor.metrics import measured
 from workers.settings import WorkerSettings
@@ -47,6 +50,7 @@ class OpenRun:
     run: Run
     facts: ModelFacts
     prompt: PromptParts
+    images: int  # that the prompt has
     recipe: Recipe
 
 
@@ -92,7 +96,7 @@ class Extractor:
         self._roots = config.data_roots
         self._runs: dict[tuple[str, str], OpenRun] = {}
         self._prompts: dict[PromptStyle, PromptParts | RunRefusedError] = {}
-        self._lock = threading.Lock()
+        self._lock, self._prompting = threading.Lock(), threading.Lock()
 
     def open_run(self, run_dir: str, run_id: str) -> OpenRun:
         """Open a run that a message names, once. Raises RunRefusedError; TransientError while its files are not there.
@@ -123,27 +127,23 @@ class Extractor:
         crashes = _CrashesInFiles(opened.run, part, sequence, self._worker)
         if crashes.alone is not None and crashes.alone >= MAX_CRASHES_ALONE:  # a worker was killed before it could say so
             raise engine_crashed(f"the engine died {crashes.alone} times")
+        named = () if settings.blind else question.images
+        prompt = opened.prompt if len(named) == opened.images else self._prompt_about(settings, len(named))
         with self.preprocess.hold(
-            question.image_id,
+            named,
             opened.run.images.images_dir,
             opened.run.images.image_roots,
             (facts.min_pixels, facts.max_pixels),
             halp_compat=settings.halp_compat,
             exif_rotation=settings.exif_rotation,
-        ) as image:
+        ) as images:
             text = asked(settings.prompt, question, columns=settings.prompt_columns)
-            request = self.preprocess.request(image, text, opened.recipe, opened.prompt)
+            request = self.preprocess.request(images, text, opened.recipe, prompt)
             sample = self._compute(settings.run_id, request, crashes)
             _refuse_unfinite(sample)
             if not settings.exact and not settings.halp_compat:
                 sample = self._certifier.add(opened.run, part, request, sample)
-        provenance = {
-            **self.info.environment,
-            "image_sha256": image.sha256,
-            "image_size": list(image.original_size),
-            "resized_size": list(image.resized_size),
-        }
-        return replace(sample, facts=sample.facts | provenance)
+        return replace(sample, facts=sample.facts | self.info.environment | _provenance(images))
 
     def _compute(self, run_id: str, request: Request, crashes: Crashes) -> Sample:
         return self._batcher.submit((run_id, request.recipe), request, crashes).result(_RESULT_TIMEOUT)
@@ -155,29 +155,39 @@ class Extractor:
 
     def _agree(self, run: Run) -> OpenRun:
         try:
-            prompt = self._prompt(prompt_style(run.settings))
+            images = 0 if run.settings.blind else 1
+            prompt = self._prompt(prompt_style(run.settings, images))
             facts = self._facts(run, prompt)
-            opened = OpenRun(run, facts, prompt, _recipe(run.settings, facts))
+            opened = OpenRun(run, facts, prompt, images, _recipe(run.settings, facts))
         except RunRefusedError as error:
             run.note_refusal(self._worker, str(error))
             raise
         run.withdraw_refusal(self._worker)
         return opened
 
+    def _prompt_about(self, settings: RunSettings, images: int) -> PromptParts:
+        """Return the prompt of a run's question about another number of images than its others. Raises PermanentError."""
+        try:
+            return self._prompt(prompt_style(settings, images))
+        except RunRefusedError as error:
+            what = f"{images} images" if images else "no image"
+            raise PermanentError("images_refused", f"the model cannot be asked about {what}: {error}") from error
+
     def _prompt(self, style: PromptStyle) -> PromptParts:
-        """Return the prompt of a run's style; what was refused once is not tried again, as it may cost the engine's time."""
+        """Return the prompt of a style; what was refused once is not tried again, as it may cost the engine's time."""
         if style == PromptStyle():
             return self.info.prompt
-        if style not in self._prompts:
-            try:
-                self._prompts[style] = self.engine.prompt(style)
-            except RunRefusedError as error:
-                self._prompts[style] = error
-            except EngineDiedError as error:  # a template that does not end
-                self._prompts[style] = RunRefusedError(f"the run's chat template cannot be rendered: {error}")
-            except EngineStartError as error:
-                raise TransientError(str(error)) from error
-        found = self._prompts[style]
+        with self._prompting:
+            if style not in self._prompts:
+                try:
+                    self._prompts[style] = self.engine.prompt(style)
+                except RunRefusedError as error:
+                    self._prompts[style] = error
+                except EngineDiedError as error:  # a template that does not end
+                    self._prompts[style] = RunRefusedError(f"the run's chat template cannot be rendered: {error}")
+                except EngineStartError as error:
+                    raise TransientError(str(error)) from error
+            found = self._prompts[style]
         if isinstance(found, RunRefusedError):
             raise found
         return found
@@ -231,9 +241,22 @@ class Extractor:
         return facts
 
 
-def prompt_style(settings: Computation) -> PromptStyle:
-    """Return what a computation has rendered otherwise than the checkpoint would."""
-    return PromptStyle(settings.system_prompt, settings.chat_template)
+def prompt_style(settings: Computation, images: int) -> PromptStyle:
+    """Return what a computation has rendered otherwise than the checkpoint would, about so many images."""
+    return PromptStyle(settings.system_prompt, settings.chat_template, images)
+
+
+def _provenance(images: Sequence[PreparedImage]) -> dict[str, Any]:
+    """Return what is recorded of a question's images: of several their digests in one text, and lists of sizes."""
+    if not images:
+        return {}
+    sizes, resized = ([list(size) for size in found] for found in zip(*((i.original_size, i.resized_size) for i in images)))
+    one = len(images) == 1
+    return {
+        "image_sha256": DIGESTS.join(image.sha256 for image in images),
+        "image_size": sizes[0] if one else sizes,
+        "resized_size": resized[0] if one else resized,
+    }
 
 
 def _recipe(settings: RunSettings, facts: ModelFacts) -> Recipe:

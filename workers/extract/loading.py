@@ -48,6 +48,18 @@ class PreparedImage:
         return self.pixels.shape[1], self.pixels.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedImages:
+    """The images of a question, in their order."""
+
+    images: tuple[PreparedImage, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they hold."""
+        return sum(image.nbytes for image in self.images)
+
+
 def load_image(
     path: str | Path, factor: int | None, limits: Limits, *, halp_compat: bool = False, exif_rotation: bool = False
 ) -> PreparedImage:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from storage.images.lookup import OutsideRootError, resolve_image
+from storage.question import MAX_IMAGES
 from workers.engine.interface import ModelInfo, Recipe, Request
 from workers.engine.prompt import PromptParts, QuestionTokenizer
 from workers.errors import PermanentError, TransientError
 from workers.extract.image_cache import ImageCache
-from workers.extract.loading import Limits, PreparedImage, load_apart, load_quick
+from workers.extract.loading import Limits, PreparedImage, PreparedImages, load_image, load_quick
 
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
@@ -28,41 +29,68 @@ class Preprocessor:
         self._tokenize = QuestionTokenizer(info.tokenizer_json, info.placeholders)
         self._prompt = info.prompt
         self._factor = info.factor
-        self._images: ImageCache[PreparedImage] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
+        self._limit = min(MAX_PROMPT, info.max_position_embeddings)
+        self._images: ImageCache[PreparedImages] = ImageCache(_IMAGE_BYTES, _IDLE_IMAGE_BYTES)
 
     @contextmanager
     def hold(
         self,
-        image_id: str,
+        image_ids: Sequence[str],
         images_dir: str | Path,
         roots: tuple[str | Path, ...],
         limits: Limits,
         *,
         halp_compat: bool = False,
         exif_rotation: bool = False,
-    ) -> Iterator[PreparedImage]:
-        """Yield an image within pixel limits (minimum, maximum), which takes its memory until the block ends.
+    ) -> Iterator[tuple[PreparedImage, ...]]:
+        """Yield a question's images within pixel limits (minimum, maximum), which take their memory until the block ends.
 
         Raises PermanentError, TransientError.
         """
-        try:
-            location = resolve_image(image_id, images_dir, roots)
-        except OutsideRootError as error:
-            raise PermanentError("image_outside_root", str(error)) from error
-        except OSError as error:
-            raise TransientError(f"{image_id!r} cannot be looked up: {error.strerror}") from error
-
+        if not image_ids:
+            yield ()
+            return
+        self._refuse_too_many(len(image_ids), 0)
+        locations = [_place(image_id, images_dir, roots) for image_id in image_ids]
         options = {"halp_compat": halp_compat, "exif_rotation": exif_rotation}
-        with self._images.hold(
-            (location, *limits, halp_compat, exif_rotation),
-            lambda: load_quick(location, self._factor, limits, **options),
-            lambda: load_apart(location, self._factor, limits, **options),
-        ) as image:
-            yield image
 
-    def image(self, *arguments: Any, **options: Any) -> PreparedImage:
-        """Return what `hold` yields, to a caller that bounds its memory itself."""
-        with self.hold(*arguments, **options) as image:
+        def quick() -> PreparedImages | None:
+            return self._loaded(load_quick(location, self._factor, limits, **options) for location in locations)
+
+        def apart() -> PreparedImages:
+            found = self._loaded(load_image(location, self._factor, limits, **options) for location in locations)
+            assert found is not None
+            return found
+
+        # All of a question at once: one that held some and waited for room for others would wait for its like.
+        with self._images.hold((*locations, *limits, halp_compat, exif_rotation), quick, apart) as found:
+            yield found.images
+
+    def _loaded(self, images: Iterable[PreparedImage | None]) -> PreparedImages | None:
+        """Return images as far as all of them are there. Raises PermanentError once they are too long a prompt together."""
+        found: list[PreparedImage] = []
+        for image in images:
+            if image is None:
+                return None
+            found.append(image)
+            if len(found) > 1:
+                self._refuse_too_many(len(found), self._tokens(found))
+        return PreparedImages(tuple(found))
+
+    def _refuse_too_many(self, images: int, tokens: int) -> None:
+        if images > MAX_IMAGES or tokens > self._limit:
+            raise PermanentError(
+                "prompt_too_long",
+                f"{images} images of the question are {tokens} tokens; the model takes {self._limit}, and at most {MAX_IMAGES} "
+                "images. Name fewer, or lower --max-pixels",
+            )
+
+    def _tokens(self, images: Iterable[PreparedImage]) -> int:
+        return sum(self._info.image_tokens(*image.pixels.shape[:2]) for image in images)
+
+    def image(self, image_id: str, *arguments: Any, **options: Any) -> PreparedImage:
+        """Return one image as `hold` yields it, to a caller that bounds its memory itself."""
+        with self.hold([image_id], *arguments, **options) as [image]:
             return image
 
     def loading_since(self) -> float | None:
@@ -71,27 +99,36 @@ class Preprocessor:
 
     def request(
         self,
-        image: PreparedImage,
+        images: Sequence[PreparedImage],
         question: str,
         recipe: Recipe,
         prompt: PromptParts | None = None,
     ) -> Request:
-        """Return the engine request of a question about an image. Raises PermanentError: the prompt is too long.
+        """Return the engine request of a question about images. Raises PermanentError: the prompt is too long.
 
-        `prompt` None is that of the checkpoint's own template; another one's head is the recipe's too.
+        `prompt` None is that of the checkpoint's own template with one image; another one's head is the recipe's too.
         """
         prompt = prompt or self._prompt
         suffix = prompt.suffix(self._tokenize, question, recipe.special_tokens)
-        tokens = self._info.image_tokens(*image.pixels.shape[:2])
+        tokens = self._tokens(images)
         total = len(prompt.head_ids) + tokens + len(suffix)
-        limit = min(MAX_PROMPT, self._info.max_position_embeddings)
-        if total > limit:
+        if total > self._limit:
             raise PermanentError(
                 "prompt_too_long",
-                f"the prompt has {total} tokens, {tokens} of them from the image; the model takes {limit}. "
+                f"the prompt has {total} tokens, {tokens} of them from images; the model takes {self._limit}. "
                 "Shorten the question or lower --max-pixels",
             )
-        return Request(image.key, image.pixels, suffix, total, recipe, self._info.held_tokens)
+        key, pixels = " ".join(image.key for image in images), tuple(image.pixels for image in images)
+        return Request(key, pixels, suffix, total, recipe, self._info.held_tokens)
+
+
+def _place(image_id: str, images_dir: str | Path, roots: tuple[str | Path, ...]) -> str:
+    try:
+        return resolve_image(image_id, images_dir, roots)
+    except OutsideRootError as error:
+        raise PermanentError("image_outside_root", str(error)) from error
+    except OSError as error:
+        raise TransientError(f"{image_id!r} cannot be looked up: {error.strerror}") from error
 
 
 class HasLimits(Protocol):

@@ -257,7 +257,7 @@ class _Feeder:
                     argsrepr="()",
                     kwargsrepr=str(arguments)[:_MAX_REPR],  # Celery's own takes a third of the time of feeding
                     task_id=f"{self._run.run_id}-{self._run.label(piece.part)}-{sequence}-{self._feeding}",
-                    queue=declaration(self._queues.lane(self._run.run_id, question.image_id)),
+                    queue=declaration(self._queues.lane(self._run.run_id, question.lane_key)),
                     producer=producer,
                     declare=(),  # a lane is a Redis list: nothing to declare, and that took a fifth of the time
                     retry=False,  # the batch is sent as a whole later; here it would only wrap each message

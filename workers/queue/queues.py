@@ -49,9 +49,9 @@ class ModelQueues:
         """The lanes."""
         return tuple(f"{self.prefix}.{lane:03d}" for lane in range(LANES))
 
-    def lane(self, run_id: str, image_id: str) -> str:
-        """Return the lane of an image's questions in a run."""
-        number = int.from_bytes(hashlib.sha256(f"{run_id}\0{image_id}".encode()).digest()[:4]) % LANES
+    def lane(self, run_id: str, key: str) -> str:
+        """Return the lane of the questions in a run that have one `lane_key`: those of an image."""
+        number = int.from_bytes(hashlib.sha256(f"{run_id}\0{key}".encode()).digest()[:4]) % LANES
         return f"{self.prefix}.{number:03d}"
 
     def in_order_of(self, worker: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def waiting(
 
     The lanes come first: what is taken from one meanwhile is found with its worker.
     """
-    lanes = {queues.lane(run.run_id, run.questions(part)[s].image_id) for part, wanted in missing.items() for s in wanted}
+    lanes = {queues.lane(run.run_id, run.questions(part)[s].lane_key) for part, wanted in missing.items() for s in wanted}
     labels = {run.label(part): part for part in missing}
     # The task's id, in JSON or in JSON's JSON. Its end, of the feeding, is missing where an older version fed.
     pattern = re.compile(rf'"{re.escape(run.run_id)}-(\d+)-(\d+)(?:-[0-9a-f]{{6}})?\\?"'.encode())

@@ -93,22 +93,39 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
+def image_names(text: str) -> list[Image]:
+    """Return the images that a text names: none where it is empty, several in a list."""
+    if not text:
+        return []
+    inner = text.strip()
+    if inner[:1] + inner[-1:] == "[]":
+        for spelling in (inner, inner.replace("'", '"')):
+            try:
+                found = json.loads(spelling)
+            except (ValueError, RecursionError):
+                continue
+            if all(isinstance(one, str) for one in found):
+                return list(found)
+    return [text]
+
+
 def as_images(value: Any) -> list[Image]:
     """Return the images that a cell of a typed table holds: paths, bytes, or Hugging Face's `{bytes, path}`; or a list.
 
-    Raises RowFault where it holds something else.
+    A text may be a list of paths in JSON, or as Python prints it. Raises RowFault where it holds something else.
     """
     if isinstance(value, (list, tuple)):
-        return [image for one in value for image in as_images(one)]
-    if value is None or value == "":
-        return []
-    if isinstance(value, (str, Embedded, Same)):
+        return [image for one in value for image in ([one] if isinstance(one, str) else as_images(one))]
+    if value is None or isinstance(value, str):
+        return image_names(value or "")
+    if isinstance(value, (Embedded, Same)):
         return [value]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return [Embedded(bytes(value))]
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
-        if value.get("bytes"):
-            return [Embedded(bytes(value["bytes"]), as_text(value.get("path")))]
-        if isinstance(value.get("path"), str):
-            return as_images(value["path"])
+        data, path = value.get("bytes"), value.get("path")
+        if data or (data is path is None):
+            return [Embedded(bytes(data), as_text(path))] if data else []
+        if isinstance(path, str):
+            return [path]
     raise RowFault(f"the image is {type(value).__name__}, neither a path nor an image's bytes: name its file, or embed it")

@@ -78,12 +78,15 @@ class Family:
     def _decoder(self) -> Any:
         return decoder_of(self.model)
 
-    def inputs(self, text: str, *images: np.ndarray) -> Inputs:
-        """Return what the processor makes of a rendered prompt and an image, uint8 [H, W, 3]; a row for each image.
+    def inputs(self, text: str, *rows: Sequence[np.ndarray]) -> Inputs:
+        """Return what the processor makes of a rendered prompt and a row of images, uint8 [H, W, 3], or of several as long.
 
         On the host, pixels perhaps not: what is asked of it here is not asked of a GPU.
         """
-        made = self.processor(text=[text] * len(images), images=list(images), **self._processing(len(images)))
+        several = len(rows[0]) > 1
+        images = [list(row) for row in rows] if several else [image for row in rows for image in row]
+        given = {"images": images} if images else {}
+        made = self.processor(text=[text] * len(rows), **given, **self._processing(len(rows)))
         return {name: values for name, values in made.items() if name != "labels"}
 
     def _processing(self, rows: int) -> dict[str, Any]:
@@ -234,22 +237,22 @@ class Family:
     def speed_up(self) -> None:
         """Change modules so that they compute the same faster; plain forwards of transformers come before it."""
 
-    def encoder_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Return the mean (E,) of the tower's output for each image."""
+    def encoder_means(self, out: Tensor, inputs: Inputs, prompts: int) -> list[Tensor]:
+        """Return the mean (E,) of the tower's output for the images of each prompt."""
         return [self.encoder_mean(out, inputs)]
 
-    def merged_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Return the mean (D,) of the embeddings of each image, of (1, L, D)."""
+    def merged_means(self, out: Tensor, inputs: Inputs, prompts: int) -> list[Tensor]:
+        """Return the mean (D,) of the embeddings of the images of each prompt, which lie in one row, of (1, L, D)."""
         [where] = (inputs["input_ids"][0] == self.image_id).nonzero(as_tuple=True)
-        of_images = torch.split(out[0, where.to(out.device)], self.tokens_of(inputs))
-        return [states.float().mean(0).to(out.dtype) for states in of_images]
+        of_prompts = torch.split(out[0, where.to(out.device)], self.tokens_of(inputs, prompts))
+        return [states.float().mean(0).to(out.dtype) for states in of_prompts]
 
-    def tokens_of(self, inputs: Inputs) -> list[int]:
-        """Return how many tokens each image is."""
+    def tokens_of(self, inputs: Inputs, prompts: int) -> list[int]:
+        """Return how many image tokens each prompt has."""
         return [int((inputs["input_ids"] == self.image_id).sum())]
 
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
-        """Return the mean (E,) of the tower's output: over patches, tiles and, where it has one, the class token."""
+        """Return the mean (E,) of the tower's output: over patches, tiles, images and, where it has one, the class token."""
         return out.flatten(0, -2).mean(0)
 
     def projector(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workers.engine.models import base
@@ -20,5 +21,5 @@ class Family(base.Family):
         return self.core.vision_tower
 
     def encoder_mean(self, out: Tensor, inputs: Inputs) -> Tensor:
-        """Return the mean (E,) over the places of the last map, (1, E, rows, columns)."""
-        return out[0].flatten(1).mean(1)
+        """Return the mean (E,) over the places of the last maps, (images, E, rows, columns)."""
+        return torch.cat([*out.flatten(2)], dim=1).mean(1)

@@ -45,6 +45,6 @@ class Family(base.Family):
         """Return the module whose output the text attends to."""
         return self.core.multi_modal_projector
 
-    def merged_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
+    def merged_means(self, out: Tensor, inputs: Inputs, prompts: int) -> list[Tensor]:
         """Return the mean (D,) of what the text attends to: the same tiles, projected."""
         return [self.encoder_mean(out, inputs)]

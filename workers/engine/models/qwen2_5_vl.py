@@ -18,9 +18,9 @@ class Family(qwen_vl.Family):
 
     AUTO = Qwen2_5_VLForConditionalGeneration
 
-    def prompt(self, style: PromptStyle) -> PromptParts:
-        """Return the prompt of a style, by its template, whose shape is known."""
-        return split_prompt(self.processor, style)
+    def prompt(self, style: PromptStyle) -> PromptParts | None:
+        """Return the prompt of a style with one image, by its template, whose shape is known."""
+        return split_prompt(self.processor, style) if style.images == 1 else None
 
     def cut(self, inputs: Inputs) -> int:
         """Return where an image's part of a prompt ends: the token that closes an image is of what follows."""

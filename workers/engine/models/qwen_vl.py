@@ -62,6 +62,9 @@ class Family(base.Family):
     @contextmanager
     def entering(self, inputs: Inputs) -> Iterator[Inputs]:
         """Have the tower take what follows from the sizes of images as it was computed here."""
+        if "image_grid_thw" not in inputs:
+            yield self.on_device(inputs)
+            return
         visual, grid = self.core.visual, inputs["image_grid_thw"].cpu()
 
         def with_sizes(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -91,10 +94,10 @@ class Family(base.Family):
         patches = visual.spatial_merge_size**2 * base.active_values(visual.blocks[0])
         return max(super().active_bytes, int(self.model.dtype.itemsize * patches))
 
-    def tokens_of(self, inputs: Inputs) -> list[int]:
-        """Return how many tokens each image is."""
+    def tokens_of(self, inputs: Inputs, prompts: int) -> list[int]:
+        """Return how many image tokens each prompt has."""
         merged = self.core.visual.spatial_merge_size**2
-        return [patches // merged for patches in inputs["image_grid_thw"].prod(dim=1).tolist()]
+        return [patches // merged for patches in _patches(inputs, prompts)]
 
     def speed_up(self) -> None:
         """Embed patches by a matrix product, see to all windows at once, and have a GPU cut pixels into patches."""
@@ -121,10 +124,15 @@ class Family(base.Family):
         else:
             logger.warning("images are processed on the CPU: %s makes others of them", device)
 
-    def encoder_means(self, out: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Return the mean (E,) over each image's patches."""
-        sizes: list[int] = inputs["image_grid_thw"].prod(dim=1).tolist()
-        return [patches.mean(0) for patches in torch.split(out.flatten(0, -2), sizes)]
+    def encoder_means(self, out: Tensor, inputs: Inputs, prompts: int) -> list[Tensor]:
+        """Return the mean (E,) over the patches of each prompt's images."""
+        return [patches.mean(0) for patches in torch.split(out.flatten(0, -2), _patches(inputs, prompts))]
+
+
+def _patches(inputs: Inputs, prompts: int) -> list[int]:
+    """Return how many patches the images of each prompt have; each has as many images."""
+    found: list[int] = inputs["image_grid_thw"].prod(dim=1).view(prompts, -1).sum(dim=1).tolist()
+    return found
 
 
 def of_sizes(visual: Any, grid: Tensor) -> dict[str, Tensor]:

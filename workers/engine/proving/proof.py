@@ -46,6 +46,7 @@ class Plain:
     """One prompt by transformers alone: its ids, its vectors, those under another attention kernel; its first token."""
 
     image: int
+    images: int
     question: str
     ids: tuple[int, ...]
     vectors: Vectors
@@ -53,11 +54,12 @@ class Plain:
     log_probabilities: npt.NDArray[np.float32]  # (V,), of the first token
 
 
-def proof_images(family: Family) -> list[npt.NDArray[np.uint8]]:
-    """Return two images of noise in blocks, uint8 [H, W, 3]."""
+def proof_images(family: Family, number: int = 2) -> list[npt.NDArray[np.uint8]]:
+    """Return images of noise in blocks, uint8 [H, W, 3]."""
     block = family.factor or _BLOCK
     made = []
-    for seed, shape in enumerate(_SHAPES):
+    for seed in range(number):
+        shape = _SHAPES[seed % len(_SHAPES)]
         blocks = np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
         made.append(blocks.repeat(block, axis=0).repeat(block, axis=1))
     return made
@@ -66,7 +68,7 @@ def proof_images(family: Family) -> list[npt.NDArray[np.uint8]]:
 def most_image_tokens(family: Family, text: str, prompt: PromptParts) -> int:
     """Return the most tokens that an image of one of several shapes becomes."""
     images = (np.zeros((height, width, 3), np.uint8) for height, width in _TRIED)
-    return max(family.cut(family.inputs(text, image)) for image in images) - len(prompt.head_ids)
+    return max(family.cut(family.inputs(text, [image])) for image in images) - len(prompt.head_ids)
 
 
 @contextmanager
@@ -84,30 +86,37 @@ def refusing() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def plain_prompts(family: Family) -> list[Plain]:
-    """Run each question over each image by transformers' own forward. Raises EngineStartError where it cannot."""
+def plain_prompts(family: Family, style: PromptStyle = PromptStyle()) -> list[Plain]:
+    """Run each question over two sets of images by transformers' own forward. Raises EngineStartError where it cannot."""
     found = []
-    for number, image in enumerate(proof_images(family)):
+    for number, images in enumerate(_sets(family, style.images)):
         for question in QUESTIONS:
             with refusing():
-                inputs = family.inputs(render(family.processor, PromptStyle(), question), image)
+                inputs = family.inputs(render(family.processor, style, question), images)
                 vectors, scores = _forward(family, inputs)
                 other = vectors
                 if family.model.dtype != torch.float32:
                     with PlainAttention():
                         other, _ = _forward(family, inputs)
-            found.append(Plain(number, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
+            found.append(Plain(number, style.images, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
     return found
 
 
+def _sets(family: Family, number: int) -> list[tuple[npt.NDArray[np.uint8], ...]]:
+    """Return two sets of so many images each."""
+    images = proof_images(family, number + 1)
+    return [tuple(images[:number]), tuple(images[1 : number + 1])]
+
+
 def asked_again(
-    plain: Sequence[Plain], family: Family, info: ModelInfo, layers: tuple[int, ...], max_new_tokens: int
+    plain: Sequence[Plain], family: Family, parts: PromptParts, info: ModelInfo, layers: tuple[int, ...], max_new_tokens: int
 ) -> list[Request]:
     """Return the prompts as the engine is asked them."""
-    images, tokenize = proof_images(family), QuestionTokenizer(info.tokenizer_json, info.placeholders)
-    recipe = Recipe(layers=layers, max_new_tokens=max_new_tokens)
-    suffixes = (info.prompt.suffix(tokenize, one.question) for one in plain)
-    return [Request(str(one.image), images[one.image], suffix, len(one.ids), recipe) for one, suffix in zip(plain, suffixes)]
+    tokenize = QuestionTokenizer(info.tokenizer_json, info.placeholders)
+    recipe, sets = Recipe(layers=layers, max_new_tokens=max_new_tokens), _sets(family, plain[0].images)
+    suffixes = (parts.suffix(tokenize, one.question) for one in plain)
+    keys = (f"proof {one.images} {one.image}" if one.images else "" for one in plain)
+    return [Request(key, sets[one.image], suffix, len(one.ids), recipe) for one, key, suffix in zip(plain, keys, suffixes)]
 
 
 def is_invariant(requests: Sequence[Request], extract: Callable[[Sequence[Request]], list[Sample]]) -> bool:
@@ -127,10 +136,14 @@ def _same_bits(one: Sample, other: Sample) -> bool:
 
 
 def refuse_difference(
-    plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]]
-) -> None:
-    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others."""
-    requests = asked_again(plain, family, info, resolve_layers(None, info.num_hidden_layers), 1)
+    plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]],
+    parts: PromptParts | None = None,
+) -> None:  # fmt: skip
+    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others.
+
+    `parts`: of the prompts' style; None: the checkpoint's own.
+    """
+    requests = asked_again(plain, family, parts or info.prompt, info, resolve_layers(None, info.num_hidden_layers), 1)
     for sample, one in zip(extract(requests), plain, strict=True):
         if sample.facts["seq_len"] != len(one.ids):
             raise EngineStartError(
@@ -161,9 +174,10 @@ def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float
     ):
         out = family.model(**family.on_device(inputs))
     family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
-    last = int((inputs["input_ids"][0] == family.image_id).nonzero()[-1])
-    vectors = by_layer(VISION_TOKEN, {i: captured[i][0, last] for i in layers})  # (1, L, D) -> (D,)
-    vectors |= by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})
+    vectors = by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})  # (1, L, D) -> (D,)
+    where = (inputs["input_ids"][0] == family.image_id).nonzero()
+    if len(where):
+        vectors |= by_layer(VISION_TOKEN, {i: captured[i][0, int(where[-1])] for i in layers})
     vectors |= vision_means(family, vision, seen, inputs)[0]
     scores: npt.NDArray[np.float32] = out.logits[0, -1].float().log_softmax(-1).cpu().numpy()
     return {name: vector.float().cpu().numpy() for name, vector in vectors.items()}, scores
