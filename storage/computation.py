@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["bfloat16", "float32"]
 Layers = tuple[int, ...] | Literal["all"] | None
-AnswerState = Literal["first", "last", "mean"]
+AnswerState = Literal["first", "last", "mean", "all"]
 SpecialTokens = Literal["text", "parse"]
 QUESTION = "{question}"  # where the question stands in a prompt
 
@@ -48,7 +48,7 @@ class Computation(BaseModel):
     )
     answer_states: tuple[AnswerState, ...] = Field(
         (),
-        description="States of the answer's own tokens to keep, as in last,mean: first, last, mean. [default: none]",
+        description="States of the answer's own tokens to keep, as in last,mean: first, last, mean, all. [default: none]",
     )
     repetition_penalty: float | None = Field(
         None, ge=0.01, description="Of generated and prompt tokens. [default: the checkpoint's]"

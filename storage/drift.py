@@ -58,16 +58,16 @@ class _Certified:
 class _Moments:
     """Mean and spread of a field, summed up sample by sample."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, width: int) -> None:
         self._count = 0
-        self._sum, self._squares = np.zeros(shape), np.zeros(shape)
+        self._sum, self._squares = np.zeros(width), np.zeros(width)
 
     def add(self, vector: npt.NDArray[Any]) -> None:
         with np.errstate(invalid="ignore"):  # a vector that is not finite is for `storage verify` to report
-            values = vector.astype(np.float64)
-        self._count += 1
-        self._sum += values
-        self._squares += values * values
+            values = vector.astype(np.float64).reshape(-1, vector.shape[-1])  # of answers, a row for each token
+        self._count += len(values)
+        self._sum += values.sum(axis=0)
+        self._squares += (values * values).sum(axis=0)
 
     def spread(self) -> npt.NDArray[np.float64]:
         """Return the standard deviation of each dimension."""
@@ -80,7 +80,7 @@ class DriftMeter:
 
     def __init__(self) -> None:
         self._count = 0
-        self._moments: dict[tuple[str, tuple[int, ...]], _Moments] = {}
+        self._moments: dict[tuple[str, int], _Moments] = {}
         self._certified: _Certified | None = None
         self._reasons: dict[str, str] = {}
 
@@ -90,7 +90,8 @@ class DriftMeter:
         self._count += 1
         if self._count <= _SPREAD_SAMPLES:
             for name, vector in vectors.items():
-                self._moments.setdefault((name, vector.shape), _Moments(vector.shape)).add(vector)
+                width = vector.shape[-1]
+                self._moments.setdefault((name, width), _Moments(width)).add(vector)
         if not sample.facts.keys() & {_ANSWER, _ABSENT, _FAILED}:
             return sample
         facts = dict(sample.facts)
@@ -113,8 +114,8 @@ class DriftMeter:
         agree = certified.sample.answer == certified.exact_answer
         fields = {}
         for name, vector in certified.sample.vectors.items():
-            moments = self._moments.get((name, vector.shape))
-            spread = np.zeros(vector.shape) if moments is None else moments.spread()
+            moments = self._moments.get((name, vector.shape[-1]))
+            spread = np.zeros(vector.shape[-1]) if moments is None else moments.spread()
             drift, floor = (_z_score(found, certified.exact[name], spread) for found in (vector, certified.other_kernel[name]))
             if FIELDS.get(split_layer(name)[0], VISION_ONLY).of_answer:  # of another answer it is no drift
                 drift = drift if agree else None
@@ -132,9 +133,9 @@ class DriftMeter:
 
 def _z_score(vector: npt.NDArray[Any], exact: npt.NDArray[Any], spread: npt.NDArray[np.float64]) -> dict[str, float] | None:
     varying = spread > 0
-    if not varying.any():
+    if not varying.any() or vector.shape != exact.shape:  # of answers of other lengths
         return None
-    errors = np.abs(vector.astype(np.float64) - exact.astype(np.float64))[varying] / spread[varying]
+    errors = np.abs(vector.astype(np.float64) - exact.astype(np.float64))[..., varying] / spread[varying]
     return {"rms": float(np.sqrt((errors**2).mean())), "max": float(errors.max())}
 
 

@@ -22,6 +22,7 @@ class Field:
     words: str
     of_image: bool  # the same for all questions of an image, unless the published positions are asked for
     of_answer: bool = False  # read after generation
+    ragged: bool = False  # a vector for each token of the answer: [T, D]
 
 
 VISION_ONLY = Field("vision_only_representation", "vision only", of_image=True)
@@ -29,13 +30,17 @@ VISION_ENCODER = Field("vision_encoder_representation", "vision encoder", of_ima
 VISION_TOKEN = Field("vision_token_representation", "vision token", of_image=True)
 QUERY_TOKEN = Field("query_token_representation", "query token", of_image=False)
 ANSWER_TOKEN = "answer_token_representation"
-ANSWER_STATES = ("first", "last", "mean")  # of an answer's tokens
-_OF_ANSWERS = tuple(Field(f"{ANSWER_TOKEN}/{kind}", f"answer {kind}", of_image=False, of_answer=True) for kind in ANSWER_STATES)
+EVERY = "all"
+ANSWER_STATES = ("first", "last", "mean", EVERY)  # of an answer's tokens
+_OF_ANSWERS = tuple(
+    Field(f"{ANSWER_TOKEN}/{kind}", f"answer {kind}", of_image=False, of_answer=True, ragged=kind == EVERY)
+    for kind in ANSWER_STATES
+)
 FIELDS = {field.name: field for field in (VISION_ONLY, VISION_ENCODER, VISION_TOKEN, QUERY_TOKEN, *_OF_ANSWERS)}
 
 
 def answer_field(kind: str) -> str:
-    """Return the name of the field of an answer's first or last token, or of the mean over its tokens."""
+    """Return the name of the field of an answer's first or last token, of the mean over its tokens, or of all of them."""
     return f"{ANSWER_TOKEN}/{kind}"
 
 
@@ -60,6 +65,12 @@ def is_of_image(name: str) -> bool:
     """Tell whether a vector is of a question's image: a question without one has none."""
     field, _ = split_layer(name)
     return field in FIELDS and FIELDS[field].of_image
+
+
+def is_ragged(name: str) -> bool:
+    """Tell whether a question has of it a vector for each token of its answer, [T, D]."""
+    field, _ = split_layer(name)
+    return field in FIELDS and FIELDS[field].ragged
 
 
 def at_layer(name: str, layer: int | None) -> str:

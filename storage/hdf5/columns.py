@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.errors import ADVICE, DamagedError, UserError
-from storage.fields import is_of_image
+from storage.fields import is_of_image, is_ragged
 from storage.hdf5.chunks import CODEC, Planes, join_planes, read_planes
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.trouble import named
@@ -28,17 +28,32 @@ _SLACK = 1024  # bytes by which a chunk may be longer than its values: of a defl
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One field of a part: where each question's vector lies. Holds no open file."""
+    """One field of a part: where each question's vector lies, or those of its answer's tokens. Holds no open file."""
 
     path: File
     field: str
     ids: list[str]  # of the questions that have it, in key order
     width: int
     index: Index | None  # None: a part without an index, whose datasets are read one by one
+    lengths: list[int] | None = None  # of the answers in tokens, where each has a vector
 
     def read(self) -> Vectors:
-        """Return all rows, [N, D]. Raises UserError for a row of another width, DamagedError where bytes were changed."""
-        return self.read_rows(range(len(self.ids)))
+        """Return all rows, [N, D], or all tokens. Raises UserError for another width, DamagedError where bytes were changed."""
+        rows = range(len(self.ids))
+        return self.read_rows(rows) if self.lengths is None else np.concatenate(list(self.read_each(rows)))
+
+    def read_each(self, rows: Sequence[int]) -> Iterator[Vectors]:
+        """Yield the vectors of some answers' tokens, each [T, D]."""
+        assert self.lengths is not None and self.index is not None
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            chunks = read_runs(self.path, self.index[list(some)])
+            for row in some:
+                planes = self._planes(chunks, row, self.index[row])
+                yield join_planes([planes], self._size(row)).reshape(self.lengths[row], self.width)
+
+    def _size(self, row: int) -> int:
+        return self.width if self.lengths is None else self.width * self.lengths[row]
 
     def read_rows(self, rows: Sequence[int]) -> Vectors:
         """Return some rows, [len(rows), D]."""
@@ -59,8 +74,8 @@ class Column:
                 vector = part.question(group_key(self.ids[row])).vector(self.field)
                 if vector is None:
                     raise UserError(f"{self._where(row)}: there is no {self.field}")
-                if vector.width != self.width:
-                    raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: ({vector.width},)")
+                if vector.shape != (self.width,):
+                    raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: {vector.shape}")
                 values[place] = vector.read()
 
     def _read_chunks(self, values: Vectors, places: Sequence[int], rows: Sequence[int], index: Index) -> None:
@@ -79,7 +94,7 @@ class Column:
         if CODEC.crc32(chunks[offset]) != crc:
             raise DamagedError(f"{self._where(row)}: {self.field} is damaged (CRC-32); {ADVICE}")
         try:
-            return read_planes(chunks[offset], self.width)
+            return read_planes(chunks[offset], self._size(row))
         except ValueError as error:
             raise UserError(f"{self._where(row)}: {self.field} is not of width {self.width}: {error}") from error
 
@@ -104,11 +119,26 @@ def column_of(part: Part, field: str) -> Column:
     first = part.question(group_key(ids[0])).vector(field)
     if first is None:
         raise UserError(f"{part.path}, question {ids[0]}: there is no {field}")
-    part.allow_vectors(len(ids), first.width, field)
+    width, lengths = first.shape[-1], _lengths(part, field, ids, index) if is_ragged(field) else None
+    part.allow_vectors(len(ids) if lengths is None else sum(lengths), width, field)
     # A chunk is inflated whole: one that is longer than its values would take a thousand times its length.
-    if index is not None and int(index[:, 1].max()) > 4 * first.width + first.width // 64 + _SLACK:
-        raise part.refusal(COLUMN + field, f"names longer chunks than {first.width:,} values need")
-    return Column(part.path, field, ids, first.width, index)
+    most = width * max(lengths or [1])
+    if index is not None and int(index[:, 1].max()) > 4 * most + most // 64 + _SLACK:
+        raise part.refusal(COLUMN + field, f"names longer chunks than {most:,} values need")
+    return Column(part.path, field, ids, width, index, lengths)
+
+
+def _lengths(part: Part, field: str, ids: Sequence[str], index: Index | None) -> list[int]:
+    """Return how many tokens each answer has."""
+    if index is None:
+        raise UserError(f"{part.path}: {field} has no column index: read it with h5py, as docs/format.md says")
+    found = []
+    for question in ids:
+        vector = part.question(group_key(question)).vector(field)
+        if vector is None:
+            raise DamagedError(f"{part.path}, question {question}: {field} is in the column index alone; {ADVICE}")
+        found.append(vector.shape[0])
+    return found
 
 
 def _refuse_lost(part: Part, field: str, row: int) -> None:

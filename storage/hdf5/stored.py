@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5d, h5g, h5o, h5s, h5t, h5z
 
-from storage.fields import in_order
+from storage.fields import in_order, is_ragged
 from storage.hdf5.trouble import named
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TEXTS = ("question", "image_id", "answer", "ground_truth_answer")
 _MOST_VALUES = 1 << 16  # of a vector; language models are up to 16,384 wide
+_MOST_VALUES_OF_TOKENS = 1 << 27  # of an answer: half a gigabyte
 _MOST_LINKS = 4096  # of a question or a field; models have some hundred layers
 _DEEPEST = 3  # `answer_token_representation/last/layer_21`
 _FILTERS = {h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE}
@@ -27,17 +29,22 @@ _SLACK = 1024  # bytes by which stored values may be more than the values: of a 
 
 @dataclass(frozen=True, slots=True)
 class StoredVector:
-    """A vector of a question, before it is read."""
+    """A vector of a question, or one for each token of its answer, before it is read."""
 
     part: Part
     where: str
     node: Any
-    width: int
+    shape: tuple[int, ...]  # [D], or [T, D]
     dtype: np.dtype[Any]
 
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
     def read(self) -> npt.NDArray[Any]:
-        """Return the values, [D]."""
-        values = np.empty(self.width, self.dtype)
+        """Return the values, [D] or [T, D]."""
+        values = np.empty(self.shape, self.dtype)
         with named(self.part.path):
             if not self.node.get_storage_size():
                 raise self.part.refusal(self.where, "has no values in the file")
@@ -89,7 +96,7 @@ class StoredQuestion:
             for step in steps:
                 where += f"/{step}"
                 node = self._part.child(node, step, where) if isinstance(node, h5g.GroupID) else None
-            return self._vector(node, where) if isinstance(node, h5d.DatasetID) else None
+            return self._vector(node, where, _dimensions(field)) if isinstance(node, h5d.DatasetID) else None
 
     def _text(self, name: str) -> str | None:
         where = f"{self._key}/{name}"
@@ -112,7 +119,7 @@ class StoredQuestion:
             node = h5o.open(group, name.encode())
             if isinstance(node, h5g.GroupID):
                 yield from self._fields(node, f"{prefix}{name}/", depth + 1)
-            elif isinstance(node, h5d.DatasetID) and len(self._shape(node, where + name)) == 1:
+            elif isinstance(node, h5d.DatasetID) and len(self._shape(node, where + name)) == _dimensions(prefix + name):
                 yield prefix + name
 
     def _shape(self, node: Any, where: str) -> tuple[int, ...]:
@@ -122,20 +129,26 @@ class StoredQuestion:
             raise self._part.refusal(where, "has its values in another place")
         return node.shape or ()
 
-    def _vector(self, node: Any, where: str) -> StoredVector:
+    def _vector(self, node: Any, where: str, dimensions: int) -> StoredVector:
         refusal, properties, shape = self._part.refusal, node.get_create_plist(), self._shape(node, where)
         if any(properties.get_filter(n)[0] not in _FILTERS for n in range(properties.get_nfilters())):
             raise refusal(where, "is stored by other filters than gzip and shuffle")
         kind = node.get_type()
-        if len(shape) != 1:
-            raise refusal(where, f"has {len(shape)} dimensions, not one")
+        if len(shape) != dimensions:
+            raise refusal(where, f"has {len(shape)} dimensions, not {('one', 'two')[dimensions - 1]}")
         if kind.get_class() not in {h5t.FLOAT, h5t.INTEGER} or kind.get_size() not in {1, 2, 4, 8}:
             raise refusal(where, "holds something else than numbers")
-        [width], chunk = shape, properties.get_chunk()[0] if properties.get_layout() == h5d.CHUNKED else 1
-        room = -(-width // chunk) * chunk
-        if not 0 < width <= _MOST_VALUES or room > 2 * _MOST_VALUES:
-            raise refusal(where, f"has {width:,} values in chunks of {chunk:,}; a vector has up to {_MOST_VALUES:,}")
+        chunks = properties.get_chunk() if properties.get_layout() == h5d.CHUNKED else (1,) * dimensions
+        size, room = math.prod(shape), math.prod(-(-length // chunk) * chunk for length, chunk in zip(shape, chunks))
+        most = _MOST_VALUES if dimensions == 1 else _MOST_VALUES_OF_TOKENS
+        if not 0 < size <= most or shape[-1] > _MOST_VALUES or room > 2 * most:
+            chunk = " x ".join(f"{length:,}" for length in chunks)
+            raise refusal(where, f"has {size:,} values in chunks of {chunk}; a vector has up to {_MOST_VALUES:,}")
         # A chunk is inflated whole, whatever it has been declared to hold.
         if node.get_storage_size() > 2 * room * kind.get_size() + _SLACK:
             raise refusal(where, "takes more space than its values need")
-        return StoredVector(self._part, where, node, width, node.dtype)
+        return StoredVector(self._part, where, node, shape, node.dtype)
+
+
+def _dimensions(field: str) -> int:
+    return 2 if is_ragged(field) else 1

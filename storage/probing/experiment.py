@@ -15,7 +15,7 @@ import pandas as pd
 
 from storage.answers import is_right
 from storage.errors import UserError
-from storage.fields import in_order
+from storage.fields import in_order, is_ragged
 from storage.probing.baselines import baseline_scores
 from storage.probing.finding import Finding, best_on_test, find, too_few
 from storage.probing.groups import image_groups
@@ -176,7 +176,7 @@ def _split(questions: _Questions, settings: ProbeSettings) -> Split:
 
 
 def _fields(directory: Path | str) -> list[str]:
-    fields = {field for found in Source(directory).read(OpenPart.fields) for field in found}
+    fields = {field for found in Source(directory).read(OpenPart.fields) for field in found if not is_ragged(field)}
     if not fields:
         raise UserError(f"{directory}: its parts hold no question")
     return sorted(fields, key=in_order)

@@ -98,7 +98,7 @@ def compare(first: str | Path, second: str | Path, *, progress: bool = False) ->
         if name not in a.columns or name not in b.columns:
             not_compared[name] = f"only in the {'first' if name in a.columns else 'second'}"
             continue
-        widths = sorted({c.width for side in (a, b) for c in side.columns[name] if c is not None})
+        widths = sorted({c.width for side in (a, b) for c in side.columns[name] if c is not None and c.ids})
         if len(widths) > 1:
             not_compared[name] = f"of different widths: {', '.join(map(str, widths))}"
         elif (difference := _field_difference(name, a, b)) is not None:
@@ -203,15 +203,15 @@ def _field_difference(field: str, a: _Side, b: _Side) -> FieldDifference | None:
     found: list[tuple[Worst, float]] = []  # with the largest z
     equal = 0
     for ids, x, y in _pairs(field, a, b):
-        equal += int((x.view(np.uint32) == y.view(np.uint32)).all(axis=1).sum())
+        equal += int((x.view(np.uint32) == y.view(np.uint32)).all(axis=(1, 2)).sum())
         wide_x, wide_y = x.astype(np.float64), y.astype(np.float64)
         errors = np.abs(wide_x - wide_y)
-        norms = np.linalg.norm(wide_x, axis=1) * np.linalg.norm(wide_y, axis=1)
-        cosines = np.divide((wide_x * wide_y).sum(axis=1), norms, out=np.ones(len(ids)), where=norms > 0)
-        z = errors[:, varying] / spread[varying]
+        norms = np.linalg.norm(wide_x, axis=2) * np.linalg.norm(wide_y, axis=2)
+        cosines = np.divide((wide_x * wide_y).sum(axis=2), norms, out=np.ones(norms.shape), where=norms > 0)
+        z = errors[..., varying] / spread[varying]
         for row, question in enumerate(ids):
             rms = float(np.sqrt((z[row] ** 2).mean())) if varying.any() else None
-            worst = Worst(question, rms, float(cosines[row]), float(errors[row].max()))
+            worst = Worst(question, rms, float(cosines[row].min()), float(errors[row].max()))
             found.append((worst, float(z[row].max(initial=0.0))))
     if not found:
         return None
@@ -231,36 +231,41 @@ def _field_difference(field: str, a: _Side, b: _Side) -> FieldDifference | None:
 
 
 def _spread(columns: list[Column]) -> npt.NDArray[np.float64]:
-    """Return each dimension's standard deviation over all questions, a part in memory at a time."""
-    total, number = np.zeros(columns[0].width), 0
-    for column in columns:
-        total += column.read().sum(axis=0, dtype=np.float64)
-        number += len(column.ids)
-    mean, squares = total / number, np.zeros(columns[0].width)
-    for column in columns:
+    """Return each dimension's standard deviation over all questions, or tokens, a part in memory at a time."""
+    width = max(column.width for column in columns)
+    there = [column for column in columns if column.ids]
+    total, number = np.zeros(width), 0
+    for column in there:
+        values = column.read()
+        total += values.sum(axis=0, dtype=np.float64)
+        number += len(values)
+    mean, squares = total / max(1, number), np.zeros(width)
+    for column in there:
         squares += ((column.read() - mean) ** 2).sum(axis=0)
-    spread: npt.NDArray[np.float64] = np.sqrt(squares / number)
+    spread: npt.NDArray[np.float64] = np.sqrt(squares / max(1, number))
     return spread
 
 
 def _pairs(field: str, a: _Side, b: _Side) -> Iterator[tuple[list[str], Vectors, Vectors]]:
-    """Yield the vectors of the questions that both have, by the parts of the first."""
+    """Yield the vectors of the questions that both have, by the parts of the first: [N, 1, D], or of all tokens [1, T, D]."""
     there = {
-        question: (part, row)
-        for part, column in enumerate(b.columns[field])
-        for row, question in enumerate([] if column is None else column.ids)
+        question: (column, row) for column in b.columns[field] if column is not None for row, question in enumerate(column.ids)
     }
     for column in a.columns[field]:
         rows = [] if column is None else [row for row, question in enumerate(column.ids) if question in there]
         if column is None or not rows:
             continue
         ids = [column.ids[row] for row in rows]
+        if column.lengths is not None:
+            for question, ours in zip(ids, column.read_each(rows), strict=True):
+                of, row = there[question]
+                if ours.shape == (theirs := next(of.read_each([row]))).shape:  # else the answers are others
+                    yield [question], ours[None], theirs[None]
+            continue
         other = np.empty((len(ids), column.width), np.float32)
         places: dict[int, list[int]] = {}
         for place, question in enumerate(ids):
-            places.setdefault(there[question][0], []).append(place)
-        for part, some in places.items():
-            of_part = b.columns[field][part]
-            assert of_part is not None
-            of_part.read_into(other, some, [there[ids[place]][1] for place in some])
-        yield ids, column.read_rows(rows), other
+            places.setdefault(id(there[question][0]), []).append(place)
+        for some in places.values():
+            there[ids[some[0]]][0].read_into(other, some, [there[ids[place]][1] for place in some])
+        yield ids, column.read_rows(rows)[:, None], other[:, None]

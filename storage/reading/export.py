@@ -20,7 +20,7 @@ from storage.fields import at_layer
 from storage.hdf5.columns import Vectors
 from storage.reading.load import Located, load_frame, locate
 from storage.reading.source import Source
-from storage.reading.stack import Layered, Layers
+from storage.reading.stack import Layered, Layers, lengths_of
 from storage.screen.console import Console
 from storage.stores.store import DirectoryStore, sync
 
@@ -103,8 +103,8 @@ def _no_formula(cell: Any) -> Any:
 def _write_npz(path: Path, found: Located, progress: bool) -> None:
     with zipfile.ZipFile(path, "x") as archive:
         _write_npy(archive, "vectors", np.dtype(np.float32), _shape(found), _chunks(found, progress))
-        if (layers := _layers(found)) is not None:
-            _write_npy(archive, "layers", layers.dtype, layers.shape, [layers])
+        for name, numbers in _numbers(found).items():
+            _write_npy(archive, name, numbers.dtype, numbers.shape, [numbers])
         for name, texts in _texts(found).items():
             kind = np.dtype((np.str_, max(map(len, texts), default=1) or 1))
             pieces = (np.array(texts[start : start + 1000], kind) for start in range(0, len(texts), 1000))
@@ -127,8 +127,7 @@ def _write_safetensors(path: Path, found: Located, progress: bool) -> None:
     """Write the format of https://github.com/huggingface/safetensors: the header's length, the header, the values."""
     texts = {name: json.dumps(values, ensure_ascii=False) for name, values in _texts(found).items()}
     shape = _shape(found)
-    layers = _layers(found)
-    at = {} if layers is None else {"layers": json.dumps(layers.tolist())}
+    at = {name: json.dumps(numbers.tolist()) for name, numbers in _numbers(found).items()}
     header = {
         "__metadata__": {"field": found.field, **at, **texts},
         "vectors": {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * math.prod(shape))},
@@ -155,21 +154,26 @@ def _parquet(source: str | Path, field: str | None, layer: Layers, progress: boo
         return lambda path: parquet.write_table(answers, path)
     found = _locate(source, field, layer, progress)
     table = _table(pa, found.frame)
-    layers = _layers(found)
+    layers = _numbers(found).get("layers")
     names = ["vector"] if layers is None else [f"vector_layer_{k}" for k in layers]
-    kind = pa.list_(pa.float32(), found.stack.shape[-1])
+    one = pa.list_(pa.float32(), found.stack.shape[-1])
+    kind = one if lengths_of(found.stack, ()) is None else pa.list_(one)
     schema = pa.schema([*table.schema, *(pa.field(name, kind) for name in names)], {"field": found.field})
 
     def write(path: Path) -> None:
         start = 0
         with parquet.ParquetWriter(path, schema) as writer:
-            for vectors in _chunks(found, progress):
-                rows = table.slice(start, len(vectors))
+            for number, vectors in _some(found, progress):
+                rows = table.slice(start, number)
                 for place, name in enumerate(names):
                     values = pa.array(vectors.reshape(len(vectors), len(names), -1)[:, place].reshape(-1))
-                    rows = rows.append_column(name, pa.FixedSizeListArray.from_arrays(values, type=kind))
-                writer.write_table(rows.replace_schema_metadata(schema.metadata), row_group_size=len(vectors))
-                start += len(vectors)
+                    column = pa.FixedSizeListArray.from_arrays(values, type=one)
+                    if (lengths := lengths_of(found.stack, found.rows[start : start + number])) is not None:
+                        ends = np.cumsum([0, *lengths], dtype=np.int32)
+                        column = pa.ListArray.from_arrays(pa.array(ends), column)
+                    rows = rows.append_column(name, column)
+                writer.write_table(rows.replace_schema_metadata(schema.metadata), row_group_size=number)
+                start += number
 
     return write
 
@@ -196,19 +200,31 @@ def _name(field: str, layer: Layers) -> str:
 
 def _chunks(found: Located, progress: bool) -> Iterator[Vectors]:
     """Yield all vectors in order, as many at once as memory is meant for."""
-    number = max(1, _AT_ONCE // (4 * max(1, math.prod(found.stack.shape))))
+    return (vectors for _, vectors in _some(found, progress))
+
+
+def _some(found: Located, progress: bool) -> Iterator[tuple[int, Vectors]]:
+    """Yield the vectors of some questions, or of all their answers' tokens behind one another, and how many questions."""
+    lengths = lengths_of(found.stack, found.rows)
+    number = max(1, _AT_ONCE // (4 * max(lengths or [1]) * max(1, math.prod(found.stack.shape))))
     starts = range(0, len(found.rows), number)
     for start in track(starts, "exporting", console=Console(stderr=True), disable=not progress, transient=True):
-        yield found.stack.read(found.rows[start : start + number])
+        rows = found.rows[start : start + number]
+        vectors: Any = found.stack.read(rows)
+        yield len(rows), vectors if lengths is None else np.concatenate(vectors)
 
 
 def _shape(found: Located) -> tuple[int, ...]:
-    return len(found.rows), *found.stack.shape
+    lengths = lengths_of(found.stack, found.rows)
+    return len(found.rows) if lengths is None else sum(lengths), *found.stack.shape
 
 
-def _layers(found: Located) -> npt.NDArray[np.int64] | None:
-    """Return the layers of the vectors' second axis; None where they have none."""
-    return np.array(found.stack.layers, np.int64) if isinstance(found.stack, Layered) else None
+def _numbers(found: Located) -> dict[str, npt.NDArray[np.int64]]:
+    """Return what says how the vectors are to be read: the layers of the second axis, the tokens of each question."""
+    numbers = {"layers": np.array(found.stack.layers, np.int64)} if isinstance(found.stack, Layered) else {}
+    if (lengths := lengths_of(found.stack, found.rows)) is not None:
+        numbers["num_answer_tokens"] = np.array(lengths, np.int64)
+    return numbers
 
 
 def _texts(found: Located) -> dict[str, list[str]]:

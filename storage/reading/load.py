@@ -16,7 +16,7 @@ from storage.hdf5.memory import uncollected
 from storage.hdf5.rows import Columns
 from storage.naming import part_number
 from storage.reading.source import OpenPart, Paths, Source
-from storage.reading.stack import Layered, Layers, Stack, at_layers, layered
+from storage.reading.stack import AnyStack, Layers, at_layers, layered
 
 Order = Literal["plan", "csv", "file"]
 # The first columns of a frame, where a part has them; the CSV's other columns and the remaining attributes follow.
@@ -35,16 +35,19 @@ class Loaded:
 
     field: str
     ids: list[str]
-    vectors: Vectors  # float32 [N, D]; of several layers [N, L, D]
+    vectors: Vectors  # float32 [N, D]; of several layers [N, L, D]; of all tokens of answers a list, of each [T, D]
     frame: pd.DataFrame
     missing: int  # planned questions whose part is not published yet
 
     def __repr__(self) -> str:
         """Return what there is and how large, not the values."""
-        shape = ", ".join(map(str, self.vectors.shape))
+        if isinstance(self.vectors, list):
+            shape, dtype = f"{len(self.vectors)}, tokens, {', '.join(map(str, self.vectors[0].shape[1:]))}", "float32"
+        else:
+            shape, dtype = ", ".join(map(str, self.vectors.shape)), self.vectors.dtype
         missing = f", missing={self.missing}" if self.missing else ""
         columns = len(self.frame.columns)
-        return f"Loaded({self.field!r}, vectors={self.vectors.dtype} [{shape}], frame={columns} columns{missing})"
+        return f"Loaded({self.field!r}, vectors={dtype} [{shape}], frame={columns} columns{missing})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Located:
 
     field: str
     ids: list[str]
-    stack: Stack | Layered
+    stack: AnyStack
     rows: list[int]
     frame: pd.DataFrame
     missing: int
@@ -69,7 +72,7 @@ class StoredSample:
     answer: str
     ground_truth_answer: str
     attributes: dict[str, Any]  # csv_row, positions, finish_reason, …, and the CSV's other columns
-    vectors: dict[str, npt.NDArray[np.float32]]  # HALP field to [D]
+    vectors: dict[str, npt.NDArray[np.float32]]  # HALP field to [D]; of all of an answer's tokens to [T, D]
 
     def __repr__(self) -> str:
         """Return the texts and the names of the vectors, not their values."""
@@ -92,7 +95,8 @@ def load(
     """Return one field of a run's directory, of a directory of parts, of a file, or of a list of these; each may be a URL.
 
     field: `vision_only_representation`, or `query_token_representation` with its `layer`, or with several: `layer=[0, 14]`.
-    token: of `answer_token_representation`: `first`, `last` or `mean`.
+    token: of `answer_token_representation`: `first`, `last`, `mean`, or `all`, of which the vectors are a list: [T, D] of each
+        question, a row for each of its `num_answer_tokens` tokens.
     order: `plan` as the run was planned; `csv` by the CSV's rows; `file` as a loop over the files and their keys gives
         them. Without a plan, `plan` is `file`.
     columns: of the frame; all if None. With none at all (`[]`) the questions' texts and attributes are not read, which
@@ -105,7 +109,7 @@ def load(
     opened = Source(source)
     opened.warn_if_unfinished()
     found = locate(opened, of_token(field, token), layer, order=order, columns=columns, progress=progress)
-    vectors = found.stack.read(found.rows, progress=progress)
+    vectors: Any = found.stack.read(found.rows, progress=progress)
     return Loaded(found.field, found.ids, vectors, found.frame, found.missing)
 
 
@@ -154,7 +158,8 @@ def iter_chunks(
     for found, frame in opened.read(lambda part: _found(part, names, frame_of)):
         name, stack = layered(field, layer, [found])
         ids = found[0].ids
-        yield Loaded(name, ids, stack.read(range(len(ids))), selected(frame, columns), opened.missing())
+        vectors: Any = stack.read(range(len(ids)))
+        yield Loaded(name, ids, vectors, selected(frame, columns), opened.missing())
 
 
 def load_frame(
@@ -183,7 +188,9 @@ def iter_samples(source: Paths) -> Iterator[StoredSample]:
             vectors: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in some]
             for column, place in zip(columns, places, strict=True):
                 having = [k for k, question in enumerate(ids) if question in place]
-                for k, vector in zip(having, column.read_rows([place[ids[k]] for k in having]), strict=True):
+                wanted = [place[ids[k]] for k in having]
+                read = column.read_rows(wanted) if column.lengths is None else column.read_each(wanted)
+                for k, vector in zip(having, read, strict=True):
                     vectors[k][column.field] = vector
             for k, row in enumerate(some):
                 texts = {name: rows[name][row] if name in rows else "" for name in _SAMPLE_TEXTS}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -49,23 +51,62 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenStack:
+    """The columns of a field that has a vector for each token of an answer, in file order. May be forked and pickled."""
+
+    columns: list[Column]
+    starts: list[int]
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one token: [D]."""
+        return (self.width,)
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Return how many tokens some answers have."""
+        return [of[row] for column, row in map(self._place, rows) if (of := column.lengths) is not None]
+
+    def read(self, rows: Sequence[int], *, progress: bool = False) -> Any:
+        """Return a list of some answers' vectors, [T, D] of each."""
+        shown = track(rows, "reading", console=Console(stderr=True), disable=not progress, transient=True)
+        return [next(column.read_each([row])) for column, row in map(self._place, shown)]
+
+    def _place(self, row: int) -> tuple[Column, int]:
+        number = bisect_right(self.starts, row) - 1
+        return self.columns[number], row - self.starts[number]
+
+
+@dataclass(frozen=True, slots=True)
 class Layered:
     """The stacks of a field at several layers, read together."""
 
     layers: list[int]
-    stacks: list[Stack]
+    stacks: list[Stack] | list[TokenStack]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of one row: [L, D]."""
         return len(self.stacks), self.stacks[0].width
 
-    def read(self, rows: Sequence[int], *, progress: bool = False) -> Vectors:
-        """Return some rows, [len(rows), L, D]."""
+    def read(self, rows: Sequence[int], *, progress: bool = False) -> Any:
+        """Return some rows, [len(rows), L, D]; or of answers' tokens a list, [T, L, D] of each."""
+        if isinstance(self.stacks[0], TokenStack):
+            found = [stack.read(rows, progress=progress) for stack in self.stacks]
+            return [np.stack(layers, axis=1) for layers in zip(*found, strict=True)]
         vectors = np.empty((len(rows), *self.shape), np.float32)
         for place, stack in enumerate(self.stacks):
             stack.read_into(vectors[:, place], rows, progress=progress)
         return vectors
+
+
+AnyStack = Stack | TokenStack | Layered
+
+
+def lengths_of(stack: AnyStack, rows: Sequence[int]) -> list[int] | None:
+    """Return how many tokens some answers have, where each has a vector; None where each question has one."""
+    one = stack.stacks[0] if isinstance(stack, Layered) else stack
+    return one.lengths(rows) if isinstance(one, TokenStack) else None
 
 
 def at_layers(name: str, layer: Layers) -> list[str]:
@@ -76,7 +117,7 @@ def at_layers(name: str, layer: Layers) -> list[str]:
     return names
 
 
-def layered(field: str, layer: Layers, parts: list[list[Column]]) -> tuple[str, Stack | Layered]:
+def layered(field: str, layer: Layers, parts: list[list[Column]]) -> tuple[str, AnyStack]:
     """Return the name and the stack of what was asked for: `parts` has the columns of each part, one for each layer."""
     names = at_layers(field, layer)
     stacks = [stacked([columns[place] for columns in parts]) for place in range(len(names))]
@@ -85,10 +126,11 @@ def layered(field: str, layer: Layers, parts: list[list[Column]]) -> tuple[str, 
     return field, Layered([int(k) for k in layer], stacks)
 
 
-def stacked(columns: list[Column]) -> Stack:
+def stacked(columns: list[Column]) -> Any:
     """Return the stack of some columns of one field. Raises UserError where their widths differ."""
     widths = sorted({column.width for column in columns if column.ids})
     if len(widths) > 1:
         raise UserError(f"{columns[0].field} has several widths in these files: {', '.join(map(str, widths))}")
     starts = [0, *accumulate(len(column.ids) for column in columns)]
-    return Stack(columns, starts, widths[0] if widths else 0)
+    kind = TokenStack if any(column.lengths is not None for column in columns) else Stack
+    return kind(columns, starts, widths[0] if widths else 0)

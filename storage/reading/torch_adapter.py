@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.reading.load import locate, of_token, selected
 from storage.reading.source import Paths, Source
-from storage.reading.stack import Layered, Layers, Stack
+from storage.reading.stack import AnyStack, Layers
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Rows:
     """Where each row lies and what is known of it. No open file: it may be forked and pickled."""
 
-    stack: Stack | Layered
+    stack: AnyStack
     items: list[dict[str, Any]]  # question_id and the chosen columns
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ class _Rows:
         import torch
 
         wanted = [range(len(self.items))[number] for number in numbers]  # from the end if negative; IndexError
-        vectors = torch.from_numpy(self.stack.read(wanted))
+        vectors = map(torch.from_numpy, self.stack.read(wanted))
         return [self.items[number] | {"vector": vector} for number, vector in zip(wanted, vectors, strict=True)]
 
 
@@ -36,9 +36,9 @@ def torch_dataset(
 ) -> Dataset[dict[str, Any]]:  # fmt: skip
     """Return a torch dataset of one field, in file order. `source`, `field`, `layer` and `token` are those of `storage.load`.
 
-    An item is a dict: `vector` (float32 [D], or [L, D] of several layers), `question_id`, and `columns` of the frame. Vectors
-    stay on the disk until asked for; several DataLoader workers may read at once, forked or spawned (an object store needs
-    spawned ones).
+    An item is a dict: `vector` (float32 [D]; [L, D] of several layers; with token `all` [T, D]), `question_id`, and `columns`
+    of the frame. Vectors stay on the disk until asked for; several DataLoader workers may read at once, forked or spawned (an
+    object store needs spawned ones).
     """
     opened = Source(source)
     opened.warn_if_unfinished()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import DamagedError, LayoutError, ObjectStoreError
+from storage.fields import EVERY, is_ragged
 from storage.hdf5.chunks import CODEC, decode_chunk
 from storage.hdf5.columns import Index, read_index
 from storage.hdf5.identify import identify_part
@@ -195,11 +196,12 @@ def _problems(question: StoredQuestion, texts: dict[str, str], model: ModelFacts
     if model is None:
         yield "the run has vectors, but no record of the model (.run/model.json)", False
         return
+    tokens = int(question.attributes().get("num_answer_tokens", 0)) if EVERY in model.answer_states else 0
     for name, width in model.field_widths(images=bool(texts.get("image_id"))).items():
         if (vector := question.vector(name)) is None:
             yield f"{name} is missing", True
-        elif vector.width != width or vector.dtype != np.float32:
-            yield f"{name} is {vector.dtype} ({vector.width},), not float32 ({width},)", True
+        elif vector.shape != (shape := (tokens, width) if is_ragged(name) else (width,)) or vector.dtype != np.float32:
+            yield f"{name} is {vector.dtype} {vector.shape}, not float32 {shape}", True
         elif not np.isfinite(vector.read()).all():
             yield f"{name} has values that are not finite: {_NOT_FINITE}", False
 
@@ -222,7 +224,7 @@ def _index_problems(question: StoredQuestion, rows: dict[str, Index], file: Any)
                 yield f"{field} is damaged (CRC-32)"
                 continue
             try:
-                values = decode_chunk(chunk, vector.width).T.tobytes()
+                values = decode_chunk(chunk, vector.size).T.tobytes()
             except ValueError as error:
                 yield f"{field} is damaged: {error}"
                 continue

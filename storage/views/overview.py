@@ -121,9 +121,10 @@ def _table(title: str, header: list[str]) -> Table:
 
 
 def _field(columns: list[Column]) -> FieldOverview:
-    norms = np.concatenate([np.linalg.norm(column.read().astype(np.float64), axis=1) for column in columns])
+    norms = np.concatenate([np.linalg.norm(column.read().astype(np.float64), axis=1) for column in columns if column.ids])
+    questions = sum(len(column.ids) for column in columns)
     numbers = (float(x) for x in (norms.mean(), norms.std(), norms.min(), norms.max()))
-    return FieldOverview(columns[0].field, columns[0].width, len(norms), *numbers)
+    return FieldOverview(columns[0].field, columns[0].width, questions, *numbers)
 
 
 def _look(part: OpenPart) -> tuple[int, dict[str, Any], list[dict[str, Any]], list[Column]]:

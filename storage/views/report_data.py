@@ -19,6 +19,7 @@ from PIL import Image
 from storage.answers import is_right
 from storage.errors import DamagedError, UserError
 from storage.evenly import spread
+from storage.fields import is_ragged
 from storage.hdf5.layout import Part, open_part
 from storage.hdf5.part import read_certificate
 from storage.hdf5.stored import TEXTS, StoredQuestion
@@ -163,7 +164,7 @@ def _read_vectors(data: ReportData, file: Part, rows: dict[str, list[npt.NDArray
     for key in spread(file.keys, number):
         question = file.question(key)
         stored = {name: question.vector(name) for name in rows}
-        vectors = {name: v.read() for name, v in stored.items() if v is not None and v.width == widths.get(name)}
+        vectors = {name: v.read() for name, v in stored.items() if v is not None and v.shape == (widths.get(name),)}
         if len(vectors) == len(rows):
             for name, vector in vectors.items():
                 rows[name].append(vector)
@@ -198,7 +199,7 @@ def _count_question(data: ReportData, question: StoredQuestion) -> None:
 
 def _fields(run: Run) -> list[str]:
     facts = run.model_facts()
-    return [] if facts is None else list(facts.field_widths())
+    return [] if facts is None else [name for name in facts.field_widths() if not is_ragged(name)]
 
 
 def _show(data: ReportData, file: Part, number: int) -> None:

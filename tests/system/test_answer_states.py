@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 import storage
 from tests.support.processes import command, write_csv
@@ -30,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> tuple[P
         for n in range(120)
     ]
     table = write_csv(place / "t.csv", rows)
-    for name, more in (("off", ()), ("on", ("--answer-states", "mean, last"))):
+    for name, more in (("off", ()), ("on", ("--answer-states", "mean, last")), ("every", ("--answer-states", "all"))):
         call = (
             "producer",
             "run",
@@ -65,8 +69,6 @@ def test_the_files(runs: tuple[Path, Path]) -> None:
 
 
 def test_a_lost_vector_is_found(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
     part = next(copy.glob("*.h5"))
     with h5py.File(part, "r+") as file:
@@ -133,10 +135,83 @@ def test_probing(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert "read after it is generated" not in command(*call, runs[0]).stdout
 
 
+def test_all_tokens(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """[T, D] of each question, T of its own: in the file, and in whatever reads it."""
+    every, field = runs[0].parent / "every", "answer_token_representation"
+    bare: dict[str, np.ndarray] = {}
+    with h5py.File(next(every.glob("*.h5"))) as part:
+        for key, question in part.items():
+            bare[key] = question[f"{field}/all/layer_2"][()]
+            assert bare[key].shape == (question.attrs["num_answer_tokens"], 8)
+            assert question[f"{field}/all/layer_2"].chunks == bare[key].shape
+    assert {len(found) for found in bare.values()} == {1, 2, 3, 4}
+    assert command("storage", "verify", every, "--deep").returncode == 0
+
+    loaded = storage.load(every, field, 2, token="all")
+    assert repr(loaded).startswith(f"Loaded('{field}/all/layer_2', vectors=float32 [120, tokens, 8]")
+    assert loaded.ids == loaded.frame["question_id"].tolist()
+    for question, vectors in zip(loaded.ids, loaded.vectors, strict=True):
+        np.testing.assert_array_equal(vectors, bare[question])
+    several = storage.load(every, field, [2, 0], token="all")
+    assert [v.shape for v in several.vectors] == [(len(bare[q]), 2, 8) for q in several.ids]
+    np.testing.assert_array_equal(several.vectors[7][:, 0], bare[several.ids[7]])
+    assert all(len(chunk.vectors) == len(chunk.ids) for chunk in storage.iter_chunks(every, field, 2, token="all"))
+    data = storage.torch_dataset(every, field, 2, token="all")
+    np.testing.assert_array_equal(data[3]["vector"].numpy(), bare[data[3]["question_id"]])
+    for sample in storage.iter_samples(every):
+        np.testing.assert_array_equal(sample.vectors[f"{field}/all/layer_2"], bare[sample.question_id])
+
+    whole = np.concatenate([bare[q] for q in loaded.ids])
+    options = ("--field", f"{field}/all", "--layer", "2", "--output")
+    for to in ("npz", "safetensors", "parquet"):
+        exported = command("storage", "export", every, "--to", to, *options, tmp_path / f"v.{to}")
+        assert exported.returncode == 0, exported.stderr
+    npz = np.load(tmp_path / "v.npz")
+    np.testing.assert_array_equal(npz["vectors"], whole)
+    assert npz["num_answer_tokens"].tolist() == [len(bare[q]) for q in loaded.ids]
+    with safe_open(tmp_path / "v.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor("vectors"), whole)
+        assert json.loads(file.metadata()["num_answer_tokens"]) == npz["num_answer_tokens"].tolist()
+    table = pq.read_table(tmp_path / "v.parquet")
+    for question, vectors in zip(table["question_id"].to_pylist(), table["vector"].to_pylist(), strict=True):
+        np.testing.assert_array_equal(np.array(vectors, np.float32), bare[question])
+
+    overview = json.loads(command("storage", "inspect", every, "--json").stdout)
+    assert {f["questions"] for f in overview["fields"]} == {120}
+    difference = json.loads(command("storage", "diff", every, every, "--json").stdout)
+    [same] = [f for f in difference["fields"] if f["field"] == f"{field}/all/layer_2"]
+    assert (same["compared"], same["equal"]) == (120, 120)
+    with h5py.File(next(every.glob("*.h5"))) as part:
+        assert json.loads(part.attrs["drift"])["fields"][f"{field}/all/layer_2"]["drift"]["max"] == 0.0
+    assert command("storage", "report", every).returncode == 0
+    labels = write_csv(tmp_path / "l.csv", [{"question_id": f"q{n}", "wrong": str(n % 3 == 0)} for n in range(120)])
+    assert command("storage", "probe", every, "--labels", labels, "--no-mlp").returncode == 0
+    body = json.loads((every / "probe.json").read_text())
+    assert not any("answer" in scored["name"] for scored in body["probes"])
+
+
+def test_tokens_of_another_number_are_found(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs[0].parent / "every", tmp_path / "copy"))
+    part = next(copy.glob("*.h5"))
+    with h5py.File(part, "r+") as file:
+        [key] = [k for k in file if file[k].attrs["num_answer_tokens"] == 3][:1]
+        file[key].attrs["num_answer_tokens"] = 2
+    sidecar = next((copy / ".run").rglob("*001*.json"))
+    body = json.loads(sidecar.read_text())
+    body |= {"size": part.stat().st_size, "sha256": sha256(part.read_bytes()).hexdigest()}
+    sidecar.write_text(json.dumps(body))
+    found = command("storage", "verify", copy)
+    assert found.returncode == 1
+    assert f"question {key}: answer_token_representation/all/layer_0 is float32 (3, 8), not float32 (2, 8)" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--answer-states", "last,middle"), "--answer-states last,middle: there is no 'middle'; there are first, last, mean"),
+        (
+            ("--answer-states", "last,middle"),
+            "--answer-states last,middle: there is no 'middle'; there are first, last, mean, all",
+        ),
         (("--answer-states", "last", "--max-new-tokens", "0"), "--answer-states: with --max-new-tokens 0 there is no answer"),
         (("--answer-states", "last", "--halp-compat"), "--halp-compat keeps what was published: leave out --answer-states"),
     ],

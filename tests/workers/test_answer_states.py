@@ -20,7 +20,7 @@ from workers.engine.interface import EngineSpec, Recipe, Request
 from workers.engine.model import ModelEngine
 from workers.extract.preprocess import Preprocessor
 
-KINDS, LAYERS, LENGTH = ("first", "last", "mean"), (0, 3, 6), 12
+KINDS, LAYERS, LENGTH = ("first", "last", "mean", "all"), (0, 3, 6), 12
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def expected(model: Path, path: Path, question: str, answer: list[int], ends: li
     reference = Reference(model)
     plain: Qwen2_5_VLForConditionalGeneration = reference.model
     inputs = dict(reference.inputs(path, question))
-    own = answer[:-1] if len(answer) > 1 and answer[-1] in ends else answer
+    own = len(answer) - (len(answer) > 1 and answer[-1] in ends)
     begin = inputs["input_ids"].shape[1]
-    for name, more in (("input_ids", own), ("attention_mask", [1] * len(own)), ("mm_token_type_ids", [0] * len(own))):
+    for name, more in (("input_ids", answer), ("attention_mask", [1] * len(answer)), ("mm_token_type_ids", [0] * len(answer))):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name], torch.tensor([more])], dim=1)
     states: dict[int, torch.Tensor] = {}
@@ -74,7 +74,8 @@ def expected(model: Path, path: Path, question: str, answer: list[int], ends: li
     found = {}
     for layer, of in states.items():
         tokens = of[0, begin:].numpy() if of.ndim == 3 else of[begin:].numpy()
-        for kind, value in (("first", tokens[0]), ("last", tokens[-1]), ("mean", tokens.mean(0))):
+        kinds = (("first", tokens[0]), ("last", tokens[own - 1]), ("mean", tokens[:own].mean(0)), ("all", tokens))
+        for kind, value in kinds:
             found[f"answer_token_representation/{kind}/layer_{layer}"] = value
     return found
 
@@ -129,7 +130,13 @@ def test_refilled_slots_keep_their_own(
 
 def test_other_kinds_and_layers_in_turn(engine: ModelEngine, model: Path, pairs: list[tuple[Path, str]]) -> None:
     """What is kept may change from batch to batch."""
-    for settings in ({"answer_states": ("mean",), "layers": (6,)}, {"answer_states": ()}, {"answer_states": ("last",)}, {}):
+    for settings in (
+        {"answer_states": ("mean",), "layers": (6,)},
+        {"answer_states": ()},
+        {"answer_states": ("last",)},
+        {"answer_states": ("all",)},
+        {},
+    ):
         samples = engine.extract(asked(engine, pairs[:5], **settings))
         kinds, layers = settings.get("answer_states", KINDS), settings.get("layers", LAYERS)
         names = {f"answer_token_representation/{kind}/layer_{layer}" for kind in kinds for layer in layers}

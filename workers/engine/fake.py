@@ -18,12 +18,13 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, answer_field, at_layer
+from storage.fields import EVERY, QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, answer_field, at_layer
 from storage.sample import Sample
 from storage.settings import LAST_BLOCK
 from workers.engine.interface import EngineSpec, ModelInfo, Request
@@ -120,7 +121,7 @@ class FakeEngine:
         image = b"".join(one.tobytes() for one in request.images)
         style = request.recipe.system_prompt, request.recipe.chat_template
         question = image + repr(request.suffix_ids if style == (None, None) else (style, request.suffix_ids)).encode()
-        vectors = {}
+        vectors, length = {}, 1 + hashlib.sha256(question).digest()[0] % 4
         if request.images:
             vectors[VISION_ONLY.name] = self._vector(image, "vision_only")
             vectors[VISION_ENCODER.name] = self._vector(image, "vision_encoder")
@@ -129,12 +130,15 @@ class FakeEngine:
                 vectors[at_layer(VISION_TOKEN.name, layer)] = self._vector(image, f"vision {layer}")
             vectors[at_layer(QUERY_TOKEN.name, layer)] = self._vector(question, f"query {layer}")
             for kind in request.recipe.answer_states:
-                vectors[at_layer(answer_field(kind), layer)] = self._vector(question, f"answer {kind} {layer}")
-        facts = {
+                tokens = [self._vector(question, f"answer {kind} {layer} {n}") for n in range(length)]
+                vectors[at_layer(answer_field(kind), layer)] = np.stack(tokens) if kind == EVERY else tokens[0]
+        facts: dict[str, Any] = {
             "finish_reason": "eos",
             "batch_size": batch_size,
             "image_prefix": "shared" if request.image_key in self._images else "computed",
         }
+        if EVERY in request.recipe.answer_states:
+            facts["num_answer_tokens"] = length
         self._images[request.image_key] = None
         if len(self._images) > _KEPT_IMAGES:
             self._images.popitem(last=False)

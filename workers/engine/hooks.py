@@ -83,7 +83,7 @@ def to_host(found: Sequence[Mapping[str, Tensor]]) -> list[dict[str, np.ndarray]
         pinned = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
         joined = pinned.copy_(joined)
     parts = iter(np.split(as_array(joined), np.cumsum([len(vector) for vector in vectors])[:-1]))
-    return [{name: next(parts) for name in one} for one in found]
+    return [{name: next(parts).reshape(vector.shape) for name, vector in one.items()} for one in found]
 
 
 def as_array(values: Tensor) -> np.ndarray:

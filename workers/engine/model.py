@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storage.fields import QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
+from storage.fields import EVERY, QUERY_TOKEN, VISION_ENCODER, VISION_ONLY, VISION_TOKEN, by_layer
 from storage.sample import Sample
 from workers.checkpoint.families import refuse_without_image
 from workers.checkpoint.published import PUBLISHED
@@ -78,7 +78,7 @@ class ModelEngine:
         recipe = Recipe(layers=(0,), max_new_tokens=1)
         first = self._first_prefix(recipe)
         row = first.row
-        per_token = max(1, row.growing_bytes // row.length)
+        per_token = self._token_bytes = max(1, row.growing_bytes // row.length)
         bounds = MemoryBounds.within(free_memory(self._device), self._device.type, per_token, family.active_bytes)
         self._prefixes.kept.max_bytes, self._prefixes.at_once = bounds.prefix_bytes, bounds.prefill_tokens
         self.info = model_info(
@@ -212,7 +212,9 @@ class ModelEngine:
         slots, recipe = self._slots, requests[0].recipe
         assert slots is not None
         longest = max(request.num_tokens for request in requests) + recipe.max_new_tokens
-        number = max(1, min(len(requests), _MOST_SLOTS, self.info.max_batch_tokens // longest))
+        number = max(1, min(len(requests), _MOST_SLOTS, self.info.max_batch_tokens // (longest + self._states_weight(recipe))))
+        if EVERY in recipe.answer_states and number < len(requests):  # each holds what it is answered with, to the end
+            return [*self._in_slots(requests[:number]), *self._in_slots(requests[number:])]
         penalty = self._generation.penalty if recipe.repetition_penalty is None else recipe.repetition_penalty
         waiting = list(range(len(requests)))
         made: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
@@ -252,6 +254,13 @@ class ModelEngine:
             else:
                 answers |= {i: Answer() for i in slots.leave()}
         return self._samples([(*made[i], answers[i]) for i in range(len(requests))])
+
+    def _states_weight(self, recipe: Recipe) -> int:
+        """Return what states of all of an answer's tokens take, while they are gathered and when they are copied, in tokens."""
+        if EVERY not in recipe.answer_states:
+            return 0
+        states = recipe.max_new_tokens * len(recipe.layers) * self.info.hidden_size * self._family.model.dtype.itemsize
+        return int(3 * states // self._token_bytes)
 
     def _shared_facts(
         self, prefix: ImagePrefix, prompt: Sequence[int], request: Request, number: int, computed: set[str]
@@ -335,15 +344,15 @@ class ModelEngine:
 
         keep = None
         if recipe.answer_states:
-            width = self._family.text.hidden_size
-            keep = AnswerStates(recipe.answer_states, recipe.layers, len(prompts), width, self._device)
+            shape = len(prompts), recipe.max_new_tokens, self._family.text.hidden_size, self._family.model.dtype
+            keep = AnswerStates(recipe.answer_states, recipe.layers, *shape, self._device)
         vocabulary = self._family.model.get_output_embeddings().out_features
         rules = self._generation.rules(prompts, vocabulary, recipe.repetition_penalty, recipe.max_new_tokens, self._device)
         ends, longest = self._generation.ends, recipe.max_new_tokens
         head = self._family.scores
         answers = decode(batch, last, rules=rules, head=head, forward=forward, eos=ends, max_new_tokens=longest, keep=keep)
         if keep is not None:
-            found = keep.vectors(torch.arange(len(prompts), device=self._device), self._family.model.dtype)
+            found = keep.vectors(torch.arange(len(prompts), device=self._device))
             for answer, vectors in zip(answers, found, strict=True):
                 answer.vectors = vectors
         return answers

@@ -68,11 +68,13 @@ def decode(
         entropies = torch.special.entr(distribution.exp()).sum(-1).tolist() if step == 0 else []
         for row, entropy in zip(alive, entropies):
             answers[row].entropy = entropy
-        kept = set()  # sequences whose last token is run for its own states
+        own, fed = set(), set()  # sequences whose last token is the answer's own; whose last token is run for its states
         for row, token, log_probability, end in zip(alive, tokens.tolist(), taken.tolist(), torch.isin(tokens, ends).tolist()):
             if row in running:
                 if keep is not None and (not end or step == 0):
-                    kept.add(row)
+                    own.add(row)
+                if keep is not None and (row in own or keep.every):
+                    fed.add(row)
                 answers[row].ids.append(token)
                 answers[row].log_probabilities.append(log_probability)
                 if end:
@@ -80,7 +82,7 @@ def decode(
                     running.discard(row)
         if step + 1 == max_new_tokens:
             running = set()
-        if not (wanted := running | kept):
+        if not (wanted := running | fed):
             break
         if len(alive) - len(wanted) >= max(1, _DROP_SHARE * len(alive)):
             chosen = torch.tensor([i for i, row in enumerate(alive) if row in wanted], device=last.device)
@@ -91,8 +93,8 @@ def decode(
         rules.append(tokens)
         last, states = forward(batch, tokens)
         if keep is not None:
-            rows, mask = (torch.tensor(v, device=last.device) for v in (alive, [row in kept for row in alive]))
-            keep.add(rows, states, mask)
+            masks = ([row in its for row in alive] for its in (own, fed))
+            keep.add(*(torch.tensor(alive, device=last.device), states), *(torch.tensor(m, device=last.device) for m in masks))
         if not running:
             break
     return answers

@@ -22,7 +22,8 @@ class SlotState:
     alive: Tensor  # (S,)
     count: Tensor  # (S,) tokens of the answer
     ended: Tensor  # (S,) by an end token
-    kept: Tensor  # (S,) whether the last token is one whose states are kept
+    own: Tensor  # (S,) whether the last token is the answer's own, and no end token; of an answer of one, that
+    fed: Tensor  # (S,) whether there is a last token that was not there before
     tokens: Tensor  # (S, T)
     log_probabilities: Tensor  # (S, T)
     entropy: Tensor  # (S,) of the first token
@@ -46,7 +47,8 @@ class SlotState:
             alive=zeros(number, dtype=torch.bool),
             count=zeros(number),
             ended=zeros(number, dtype=torch.bool),
-            kept=zeros(number, dtype=torch.bool),
+            own=zeros(number, dtype=torch.bool),
+            fed=zeros(number, dtype=torch.bool),
             tokens=zeros(number, answer),
             log_probabilities=zeros(number, answer, dtype=torch.float32),
             entropy=zeros(number, dtype=torch.float32),

@@ -103,8 +103,9 @@ class Slots:
         self._state.penalty.fill_(penalty)
         have = None if self._kept is None else (self._kept.kinds, self._kept.layers)
         if have != ((tuple(kinds), tuple(layers)) if kinds else None):
-            width = self._family.text.hidden_size
-            self._kept = AnswerStates(kinds, layers, self._kv.number, width, self._device) if kinds else None
+            longest, width, dtype = self._state.tokens.shape[1], self._family.text.hidden_size, self._family.model.dtype
+            shape = self._kv.number, longest, width, dtype
+            self._kept = AnswerStates(kinds, layers, *shape, self._device) if kinds else None
             self._graph = self._graph if self._graph is False else None  # of a step that kept others
 
     def take(
@@ -181,7 +182,10 @@ class Slots:
         running = [slot for slot, owner in enumerate(self._owners) if owner is not None]
         self._choose(self._rows(running))
         alive: list[bool] = self._state.alive.tolist()
-        run: list[bool] = alive if self._kept is None else self._state.kept.tolist()
+        wanted = self._state.alive
+        if self._kept is not None:
+            wanted = self._state.fed if self._kept.every else self._state.own
+        run: list[bool] = wanted.tolist()
         if running := [slot for slot in running if run[slot]]:
             rows = self._rows(running)
             whole = running == list(range(len(rows)))
@@ -246,7 +250,8 @@ class Slots:
         count = count + alive
         state.count[rows] = count
         state.alive[rows] = alive & ~ends & (count < state.limit[rows])
-        state.kept[rows] = alive & (~ends | (count == 1))
+        state.own[rows] = alive & (~ends | (count == 1))
+        state.fed[rows] = alive
         state.seen[rows, chosen] = True
         state.chosen[rows] = chosen
         self._fresh = False
@@ -267,7 +272,7 @@ class Slots:
         modules = {layer: self._family.layers[layer] for layer in kept.layers}
         with outputs(modules, lambda out: out[0]) as states:  # (1, n, D) to (n, D)
             state.last[rows] = self._forward(plan, state.chosen[rows], positions)
-        kept.add(rows, [states[layer] for layer in kept.layers], state.kept[rows])
+        kept.add(rows, [states[layer] for layer in kept.layers], state.own[rows], state.fed[rows])
 
     def _answers(self, ended: Sequence[int]) -> dict[int, Answer]:
         """Read answers, all in one copy, and free their slots."""
@@ -275,7 +280,7 @@ class Slots:
         parts = (state.count, state.ended, state.entropy, state.tokens, state.log_probabilities)
         read = torch.cat([part[where].double().view(len(ended), -1) for part in parts], dim=1).tolist()
         found, longest = {}, state.tokens.shape[1]
-        kept = self._kept.vectors(where, self._family.model.dtype) if self._kept is not None else [{} for _ in ended]
+        kept = self._kept.vectors(where) if self._kept is not None else [{} for _ in ended]
         for slot, (count, by_token, entropy, *rest), vectors in zip(ended, read, kept, strict=True):
             owner, self._owners[slot] = self._owners[slot], None
             assert owner is not None
