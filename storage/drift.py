@@ -64,7 +64,7 @@ class _Moments:
 
     def add(self, vector: npt.NDArray[Any]) -> None:
         with np.errstate(invalid="ignore"):  # a vector that is not finite is for `storage verify` to report
-            values = vector.astype(np.float64).reshape(-1, vector.shape[-1])  # of answers, a row for each token
+            values = np.atleast_2d(vector.astype(np.float64))  # of answers, a row for each token
         self._count += len(values)
         self._sum += values.sum(axis=0)
         self._squares += (values * values).sum(axis=0)
