@@ -79,6 +79,7 @@ tools:
 	$(call debian,ip,iproute2)
 	$(call debian,chromium,chromium)
 	$(call debian,prometheus,prometheus)
+	$(call debian,amtool,prometheus-alertmanager)
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.prometheus import MONITORING, promtool
+from tests.support.prometheus import MONITORING, checker
 
 RULES = {
     rule["alert"]: rule
@@ -132,7 +132,7 @@ def judged(directory: Path, case: Case, rules: str | None = None) -> subprocess.
     }
     path = directory / "test.yml"
     path.write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [group]}))
-    return promtool("test", "rules", path)
+    return checker("promtool", "test", "rules", path)
 
 
 @pytest.mark.parametrize("name", CASES)

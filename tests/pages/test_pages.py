@@ -215,7 +215,7 @@ class Scene:
                 return answers(line.rpartition(" ")[2])
             if line.startswith("celery "):  # it says little by itself
                 return bool(redis.Redis.from_url(self.broker).keys("halp:worker:celery@*"))
-            return bool(re.search(r" ready\.|Ready to accept connections|Server is ready", log.read_text()))
+            return bool(re.search(r" ready\.|Ready to accept connections|Server is ready|Listening on", log.read_text()))
 
         wait_for(ready, 90, f"{line} is ready: {log}")
 
@@ -329,10 +329,11 @@ def on_many_machines(scene: Scene, lines: list[str]) -> None:
 def watched_by_prometheus(scene: Scene, lines: list[str]) -> None:
     """Ports of our own in the commands and in targets.yml; then both are scraped."""
     required("prometheus")
+    required("prometheus-alertmanager")
     shutil.copytree(ROOT / "deploy", scene.directory / "deploy")
     targets = scene.directory / "deploy" / "monitoring" / "targets.yml"
     server = f"127.0.0.1:{free_port()}"
-    scene.replaced["localhost:9090"] = server
+    scene.replaced |= {"localhost:9090": server, "localhost:9093": f"127.0.0.1:{free_port()}"}
     for port in ("9700", "9701"):
         ours = free_port()
         scene.replaced[f"HALP_METRICS_PORT={port} "] = f"HALP_METRICS_PORT={ours} "

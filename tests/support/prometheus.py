@@ -1,4 +1,4 @@
-"""Debian's Prometheus: its checker of files, and a server of one's own."""
+"""Debian's Prometheus and Alertmanager: their checkers of files, and servers of one's own."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
 def required(program: str) -> str:
     """Return where a program is. A machine without it skips, unless it is CI."""
     if (found := shutil.which(program)) is None:
+        missing = f"there is no {program}: apt-get install prometheus prometheus-alertmanager"
         if os.environ.get("CI"):
-            pytest.fail(f"there is no {program}: apt-get install prometheus")
-        pytest.skip(f"there is no {program}: apt-get install prometheus")
+            pytest.fail(missing)
+        pytest.skip(missing)
     return found
 
 
-def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run promtool to its end."""
-    line = [required("promtool"), *map(str, arguments)]
+def checker(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run promtool or amtool to its end."""
+    line = [required(program), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -47,23 +48,41 @@ def hasten(rules: str) -> str:
 
 
 class Prometheus:
-    """A server with the files of deploy/monitoring/ in a directory of its own, these targets, and times for a test to wait."""
+    """Servers with the files of deploy/monitoring/ in a directory of their own, these targets, and times for a test to wait."""
 
-    def __init__(self, directory: Path, targets: list[str]) -> None:
+    def __init__(self, directory: Path, targets: list[str], mail: str) -> None:
         shutil.copytree(MONITORING, directory)
-        config = (directory / "prometheus.yml").read_text()
-        assert config.count(": 15s") == 2
-        (directory / "prometheus.yml").write_text(config.replace(": 15s", ": 1s"))
+        self._directory = directory
+        self._address, manager = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        self._replace("prometheus.yml", {": 15s": ": 1s", "localhost:9093": manager})
+        self._replace("alertmanager.yml", {": 30s": ": 1s", ": 5m": ": 2s", "localhost:25": mail})
         (directory / "rules.yml").write_text(hasten((directory / "rules.yml").read_text()))
-        (directory / "targets.yml").write_text(json.dumps([{"targets": targets}]))
-        self._address = f"127.0.0.1:{free_port()}"
-        arguments = [
-            f"--config.file={directory / 'prometheus.yml'}", f"--storage.tsdb.path={directory / 'data'}",
-            f"--web.listen-address={self._address}",
+        self.scrape(targets)
+        self._processes = [
+            self._start("prometheus", self._address, "--config.file=prometheus.yml", "--storage.tsdb.path=data"),
+            self._start(
+                "prometheus-alertmanager", manager, "--config.file=alertmanager.yml", "--storage.path=manager",
+                "--cluster.listen-address=",
+            ),
         ]  # fmt: skip
-        with (directory / "log").open("wb") as log:
-            program = [required("prometheus"), *arguments]
-            self._process = subprocess.Popen(program, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _replace(self, name: str, words: dict[str, str]) -> None:
+        text = (self._directory / name).read_text()
+        for old, new in words.items():
+            assert old in text
+            text = text.replace(old, new)
+        (self._directory / name).write_text(text)
+
+    def _start(self, program: str, address: str, *arguments: str) -> subprocess.Popen[bytes]:
+        line = [required(program), *arguments, f"--web.listen-address={address}"]
+        with (self._directory / f"{program}.log").open("wb") as log:
+            return subprocess.Popen(
+                line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self._directory, start_new_session=True
+            )
+
+    def scrape(self, targets: list[str]) -> None:
+        """Scrape these from now on."""
+        (self._directory / "targets.yml").write_text(json.dumps([{"targets": targets}]))
 
     def ask(self, path: str, **parameters: str) -> Any:
         """Return what the HTTP API answers. Raises HTTPError with what is wrong with an expression."""
@@ -88,6 +107,7 @@ class Prometheus:
             return False
 
     def end(self) -> None:
-        """Stop it."""
-        self._process.kill()
-        self._process.wait(10)
+        """Stop them."""
+        for process in self._processes:
+            process.kill()
+            process.wait(10)
