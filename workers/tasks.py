@@ -39,6 +39,7 @@ from workers.errors import (
 from workers.extract import attempts, retried
 from workers.extract.extractor import open_run_in_roots
 from workers.extract.patience import goes_on, note_refusal, retry_write
+from workers.monitor.metrics import count_unbegun
 from workers.monitor.troubles import troubles
 from workers.queue.app import app, model_queues
 from workers.queue.feed import notify_collector
@@ -171,6 +172,7 @@ def _dropped(task: Task, why: str) -> Exception:
     Of a `Reject` Celery 5.7 tells Flower a failure, and logs a traceback each (https://github.com/celery/celery/issues/4222).
     Of an `Ignore` it tells nothing.
     """
+    count_unbegun("dropped")
     if task.request.id is not None:  # as of whoever calls it directly
         with suppress(OperationalError, RedisError, OSError):  # the question is dropped, whether or not that is seen
             task.send_event("task-revoked", retry=False, terminated=False, signum=None, expired=False)
@@ -189,6 +191,7 @@ def _pass_on(task: Task, error: Exception) -> Exception:
     passed = task.request.get("halp_passed")
     passed = passed if type(passed) is int else 0
     if passed < MAX_PASSES:
+        count_unbegun("refused" if isinstance(error, RunRefusedError) else "passed_on")
         app.send_task(
             EXTRACT, kwargs=task.request.kwargs, task_id=task.request.id, retries=task.request.retries,
             countdown=min(_LONGEST_PASS, settings().visibility_timeout / 2, 1.5**passed) * random.uniform(0.5, 1.0),

@@ -39,6 +39,7 @@ import workers.cli
 from storage.runs.pack import pack
 from tests.support.builders import make_facts, make_failure, make_questions, make_run, make_sample
 from tests.support.processes import BIN, environment, wait_for, write_csv
+from tests.support.prometheus import required
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
 FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}
-PAGES = ["README.md", "docs/operations.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md", "docs/tables.md"]
+PAGES = [
+    "README.md", "docs/operations.md", "docs/monitoring.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md",
+    "docs/tables.md",
+]  # fmt: skip
 ELSEWHERE = {
     "make demo": "test_demo.py::test_the_demo_answers_real_questions",
     "make test": "it runs this",
@@ -211,7 +215,7 @@ class Scene:
                 return answers(line.rpartition(" ")[2])
             if line.startswith("celery "):  # it says little by itself
                 return bool(redis.Redis.from_url(self.broker).keys("halp:worker:celery@*"))
-            return bool(re.search(r" ready\.|Ready to accept connections", log.read_text()))
+            return bool(re.search(r" ready\.|Ready to accept connections|Server is ready|Listening on", log.read_text()))
 
         wait_for(ready, 90, f"{line} is ready: {log}")
 
@@ -320,6 +324,30 @@ def on_many_machines(scene: Scene, lines: list[str]) -> None:
         else:
             scene.run(line)
     assert (scene.directory / "output" / ".run" / "summary.json").exists()
+
+
+def watched_by_prometheus(scene: Scene, lines: list[str]) -> None:
+    """Ports of our own in the commands and in targets.yml; then both are scraped."""
+    required("prometheus")
+    required("prometheus-alertmanager")
+    shutil.copytree(ROOT / "deploy", scene.directory / "deploy")
+    targets = scene.directory / "deploy" / "monitoring" / "targets.yml"
+    server = f"127.0.0.1:{free_port()}"
+    scene.replaced |= {"localhost:9090": server, "localhost:9093": f"127.0.0.1:{free_port()}"}
+    for port in ("9700", "9701"):
+        ours = free_port()
+        scene.replaced[f"HALP_METRICS_PORT={port} "] = f"HALP_METRICS_PORT={ours} "
+        targets.write_text(targets.read_text().replace(f"localhost:{port}", f"localhost:{ours}"))
+    scene.keep_running("redis-server &")
+    scene.variables["HALP_BROKER_URL"] = scene.broker
+    for line in lines:
+        scene.keep_running(line)
+
+    def states() -> list[str]:
+        with urllib.request.urlopen(f"http://{server}/api/v1/targets", timeout=10) as answer:
+            return [target["health"] for target in json.load(answer)["data"]["activeTargets"]]
+
+    wait_for(lambda: states() == ["up", "up"], 60, "both are scraped")
 
 
 def on_three_failures(scene: Scene, lines: list[str]) -> None:
@@ -468,6 +496,7 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("README.md", "On many machines"): on_many_machines,
     ("docs/operations.md", "Questions that fail"): on_three_failures,
     ("docs/operations.md", "GPU memory"): before_a_run,
+    ("docs/monitoring.md", "Three commands"): watched_by_prometheus,
     ("docs/object-stores.md", "Runs and images in an object store"): in_an_object_store,
     ("docs/object-stores.md", "Reading"): reading_an_object_store,
     ("docs/halp.md", "Vectors"): on_published_files,

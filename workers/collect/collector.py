@@ -24,10 +24,10 @@ from storage.runs.pack import pack
 from storage.runs.run import Run, part_names
 from storage.runs.stalls import forget_retries
 from workers.collect.scanner import Scanner
-from workers.monitor.metrics import after_sweep
+from workers.monitor.run_metrics import MOST_RUNS, after_sweep
 from workers.monitor.troubles import sentence, troubles
 from workers.queue.broker import trouble
-from workers.queue.feed import feed, queue_lengths
+from workers.queue.feed import broker_memory, feed, queue_lengths
 from workers.queue.home import CopyError
 from workers.settings import settings
 
@@ -94,17 +94,15 @@ class Collector:
 
     def _show_metrics(self, seconds: float) -> None:
         runs = self._scanner.runs
-        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in runs.items()}
+        shown = dict(list(runs.items())[:MOST_RUNS])
+        self._books = {location: self._books.get(location, Bookkeeper(run)) for location, run in shown.items()}
         accounts = []
-        for location, run in runs.items():
+        for location, run in shown.items():
             try:
                 accounts.append((run, self._books[location].account()))
             except Exception as error:  # noqa: BLE001  (its sweep says what is wrong)
                 logger.debug("no metrics of %s: %s", location, error)
-        try:
-            after_sweep(seconds, accounts, queue_lengths)
-        except (OSError, OperationalError, RedisError) as error:
-            logger.warning("metrics are not up to date: %s", error)
+        after_sweep(seconds, len(runs), accounts, troubles.sentences(), queue_lengths, broker_memory)
 
 
 def collect_run(run: Run, ended: Callable[[str], None] = lambda _: None) -> bool:

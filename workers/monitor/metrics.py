@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from celery import bootsteps, signals
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
-from storage.runs.account import Account
-from storage.runs.run import Run
 from storage.sample import COMPUTED_AT, ENGINE_SECONDS, Sample
-from storage.stores.location import is_url
 from workers.engine.interface import Request
 from workers.errors import PermanentError
 from workers.queue.queues import EXTRACT
@@ -28,6 +24,8 @@ REGISTRY = CollectorRegistry()
 _questions = Counter(
     "halp_questions", "Attempts at questions that this worker ended, by how they ended.", ["state"], registry=REGISTRY
 )
+for _state in ("written", "failed", "retried", "finished_before", "dropped", "refused", "passed_on"):
+    _questions.labels(_state)  # from the beginning: a rate does not see a counter that begins with its first event
 _failures = Counter("halp_failures", "Questions that failed for good, by reason.", ["reason"], registry=REGISTRY)
 _batch_size = Histogram(
     "halp_batch_size", "Questions in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), registry=REGISTRY
@@ -45,11 +43,7 @@ _prefixes = Counter(
     ["kind"],
     registry=REGISTRY,
 )
-_run_questions = Gauge("halp_run_questions", "Questions of an unfinished run.", ["run", "state"], registry=REGISTRY)
-_run_parts = Gauge("halp_run_parts", "Parts of an unfinished run.", ["run", "state"], registry=REGISTRY)
-_queued = Gauge("halp_queued_questions", "Questions in the queues of a run's model.", ["queue"], registry=REGISTRY)
-_free = Gauge("halp_disk_free_bytes", "Bytes that are free where a run writes.", ["run"], registry=REGISTRY)
-_sweep_seconds = Histogram(
+sweep_seconds = Histogram(
     "halp_sweep_seconds",
     "Seconds that a sweep over all unfinished runs took.",
     buckets=(0.01, 0.05, 0.25, 1, 5, 30, 120),
@@ -109,6 +103,11 @@ def _count_retry(sender: Any, **_: Any) -> None:
         _questions.labels("retried").inc()
 
 
+def count_unbegun(state: str) -> None:
+    """Count a question that is given back unbegun, of which Celery tells nothing: `dropped`, `refused` or `passed_on`."""
+    _questions.labels(state).inc()
+
+
 @signals.task_failure.connect  # type: ignore[untyped-decorator]
 def _count_failure(sender: Any, exception: BaseException, **_: Any) -> None:
     if sender.name == EXTRACT:
@@ -150,19 +149,3 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
         return samples
 
     return run
-
-
-def after_sweep(seconds: float, runs: Iterable[tuple[Run, Account]], queued: Callable[[Run], dict[str, int]]) -> None:
-    """Show what a collector knows after a sweep; `queued` returns the lengths of the queues of a run's model."""
-    _sweep_seconds.observe(seconds)
-    for gauge in (_run_questions, _run_parts, _queued, _free):
-        gauge.clear()
-    for run, account in runs:
-        for state in ("written", "failed", "staged", "outstanding"):
-            _run_questions.labels(run.location, state).set(getattr(account, state))
-        _run_parts.labels(run.location, "published").set(account.parts_published)
-        _run_parts.labels(run.location, "outstanding").set(account.parts_planned - account.parts_published)
-        for queue, number in queued(run).items():
-            _queued.labels(queue).set(number)
-        if not is_url(run.location):
-            _free.labels(run.location).set(shutil.disk_usage(run.location).free)

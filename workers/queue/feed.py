@@ -284,3 +284,11 @@ def broker_trouble() -> str | None:
     if 0 < memory["maxmemory"] <= memory["used_memory"]:
         return f"{address} {trouble(OperationalError('OOM'))}"
     return None
+
+
+def broker_memory() -> dict[str, int]:
+    """Return the bytes that the broker has `used`, and its `limit` where it says one: maxmemory, or its machine's memory."""
+    with redis_client() as client:
+        memory = client.info("memory")
+    limit = memory["maxmemory"] or memory.get("total_system_memory", 0)
+    return {"used": memory["used_memory"]} | ({"limit": limit} if limit else {})
