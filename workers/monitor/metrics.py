@@ -46,6 +46,13 @@ _prefixes = Counter(
     registry=REGISTRY,
 )
 _run_questions = Gauge("halp_run_questions", "Questions of an unfinished run.", ["run", "state"], registry=REGISTRY)
+# Without a label: it is there, and 0, where there is no run, and a scaler that reads one number of the page finds it. KEDA's
+# takes the first sample of a name, and did not find one with several labels: https://github.com/kedacore/keda/issues/6077.
+_outstanding = Gauge(
+    "halp_outstanding_questions",
+    "Questions that workers have to compute, of all runs that are neither finished nor cancelled.",
+    registry=REGISTRY,
+)
 _run_parts = Gauge("halp_run_parts", "Parts of an unfinished run.", ["run", "state"], registry=REGISTRY)
 _queued = Gauge("halp_queued_questions", "Questions in the queues of a run's model.", ["queue"], registry=REGISTRY)
 _free = Gauge("halp_disk_free_bytes", "Bytes that are free where a run writes.", ["run"], registry=REGISTRY)
@@ -155,6 +162,8 @@ def measured(run_batch: Callable[[Sequence[Request]], list[Sample]]) -> Callable
 def after_sweep(seconds: float, runs: Iterable[tuple[Run, Account]], queued: Callable[[Run], dict[str, int]]) -> None:
     """Show what a collector knows after a sweep; `queued` returns the lengths of the queues of a run's model."""
     _sweep_seconds.observe(seconds)
+    runs = list(runs)
+    _outstanding.set(sum(account.outstanding for run, account in runs if not run.is_cancelled()))
     for gauge in (_run_questions, _run_parts, _queued, _free):
         gauge.clear()
     for run, account in runs:
