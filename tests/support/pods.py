@@ -240,11 +240,10 @@ class Pod:
 def node(
     directory: Path, objects: tuple[Object, ...], secrets: dict[str, dict[str, str]], *, network: bool = True
 ) -> Iterator[Node]:
-    """Give a node for pods. Without bubblewrap, or where it may not make namespaces, the test is left out, but not in CI."""
-    trial = ["bwrap", "--unshare-user", "--unshare-net", "--dev-bind", "/", "/", "true"]
+    """Give a node for pods. Without root or bubblewrap the test is left out, but not in CI."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
-    if (missing or subprocess.run(trial, capture_output=True, check=False).returncode) and not os.environ.get("CI"):
-        pytest.skip(f"pods need {', '.join(_NEEDED)}, and the right to make namespaces")
+    if (missing or os.geteuid() != 0) and not os.environ.get("CI"):
+        pytest.skip(f"pods need root, and {', '.join(_NEEDED)}")  # root, to enter one: bubblewrap nests users' namespaces
     here = Node(directory, objects, secrets, network=network)
     try:
         yield here
