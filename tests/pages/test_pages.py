@@ -70,7 +70,7 @@ ELSEWHERE = {
     "aws s3 sync s3://bucket/runs/first output/ --exclude '.run/*'": "AWS's own program",
     'eval "$(aws configure export-credentials --format env)"': "AWS's own program",
     **{
-        line: "test_kubernetes_pods.py::test_the_page_runs_what_it_shows"
+        line: "test_kubernetes_pods.py::test_every_line_of_the_page_that_reaches_a_pod_is_run_above"
         for line in shell_lines(PAGE.read_text())
         if POD.search(line)
     },
