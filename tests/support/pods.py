@@ -180,8 +180,8 @@ class Pod:
     def stop(self) -> int:
         """End it as the kubelet does; return the exit code, or -9 where its grace was too short."""
         assert self._sandbox is not None
-        [command] = psutil.Process(self._sandbox.pid).children()  # of the first process, which reaps
-        command.send_signal(signal.SIGTERM)
+        children = psutil.Process(self._sandbox.pid).children()  # of the first process, which reaps: orphans come to it
+        min(children, key=psutil.Process.create_time).send_signal(signal.SIGTERM)
         try:
             return self.wait(self._spec["terminationGracePeriodSeconds"])
         except subprocess.TimeoutExpired:
