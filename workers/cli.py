@@ -162,6 +162,9 @@ def flower(
 @app.command()
 def health(
     name: Annotated[str | None, typer.Option(help="Look at this worker only, as it was named with --name.")] = None,
+    without_broker: Annotated[
+        bool, typer.Option("--without-broker", help="Leave the broker out: to start a worker again mends no Redis.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -169,13 +172,17 @@ def health(
 
     Example: workers health
     """
-    from workers.monitor.health import checks
+    from workers.monitor.health import check_of_broker, checks_of_processes
     from workers.monitor.presence import present_here
     from workers.queue.feed import broker_trouble
     from workers.settings import settings
 
     here = present_here(settings().runtime_dir)
-    found = checks([p for p in here if name in (None, p.name.partition("@")[0])], broker_trouble(), settings())
+    chosen = [presence for presence in here if name in (None, presence.name.partition("@")[0])]
+    if without_broker:
+        found = checks_of_processes(chosen, settings())
+    else:
+        found = [check_of_broker(broker_trouble()), *checks_of_processes(chosen, settings())]
     healthy = all(check.healthy for check in found)
     if as_json:
         echo_json({"healthy": healthy, "checks": [asdict(check) for check in found]})

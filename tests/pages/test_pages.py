@@ -38,6 +38,7 @@ import storage.cli
 import workers.cli
 from storage.runs.pack import pack
 from tests.support.builders import make_facts, make_failure, make_questions, make_run, make_sample
+from tests.support.manifests import PAGE, shell_lines
 from tests.support.processes import BIN, environment, wait_for, write_csv
 from tests.support.prometheus import required
 from tests.support.s3_server import S3Server
@@ -48,9 +49,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
 FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}
 PAGES = [
-    "README.md", "docs/operations.md", "docs/monitoring.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md",
-    "docs/tables.md",
-]  # fmt: skip
+    *("README.md", "docs/operations.md", "docs/monitoring.md", "docs/object-stores.md", "docs/kubernetes.md"),
+    *("docs/halp.md", "docs/probing.md", "docs/tables.md"),
+]
+POD = re.compile(r"kubectl -n halp (exec|create secret generic halp) ")
 ELSEWHERE = {
     "make demo": "test_demo.py::test_the_demo_answers_real_questions",
     "make test": "it runs this",
@@ -68,6 +70,11 @@ ELSEWHERE = {
     "python run_qwen25vl_extraction.py --vqa-dataset vqa.csv --images-dir images/ --output-dir output/": "the reference script",
     "aws s3 sync s3://bucket/runs/first output/ --exclude '.run/*'": "AWS's own program",
     'eval "$(aws configure export-credentials --format env)"': "AWS's own program",
+    **{
+        line: "test_kubernetes_pods.py::test_every_line_of_the_page_that_reaches_a_pod_is_run_above"
+        for line in shell_lines(PAGE.read_text())
+        if POD.search(line)
+    },
 }
 RUN = "producer run vqa.csv --images-dir images/ --output-dir output/"
 CHECK = "producer check vqa.csv --images-dir images/"

