@@ -67,7 +67,7 @@ def test_a_run(tmp_path: Path) -> None:
     questions = {("halp_run_questions", name, state): getattr(ACCOUNT, state)
                  for state in ("written", "failed", "staged", "outstanding")}  # fmt: skip
     assert found == questions | {
-        ("halp_unfinished_runs",): 1,
+        ("halp_unfinished_runs",): 1, ("halp_outstanding_questions",): ACCOUNT.outstanding,
         ("halp_run_parts", name, "published"): 1, ("halp_run_parts", name, "outstanding"): 3,
         ("halp_run_cancelled", name): 0, ("halp_run_waits", "/elsewhere"): 1, ("halp_queued_questions", "q"): 3,
         ("halp_redis_memory_bytes", "used"): 10, ("halp_redis_memory_bytes", "limit"): 100,
