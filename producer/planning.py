@@ -19,6 +19,7 @@ from producer.options import RunOptions
 from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
 from storage.errors import UserError
+from storage.fields import widths
 from storage.hdf5.identify import Verdict, identify_part
 from storage.naming import model_slug, part_name
 from storage.question import Question
@@ -26,6 +27,7 @@ from storage.runs.plan import write_generation
 from storage.runs.repair import repair
 from storage.runs.run import Run, is_run, part_names
 from storage.runs.verify import Finding
+from storage.sample import refuse_too_large
 from storage.screen.terminal import amount, echo, one_line
 from storage.settings import RunSettings
 from storage.stores.location import is_url, resolve_location
@@ -40,6 +42,7 @@ from workers.checkpoint.identity import (
     resolve_layers,
 )
 from workers.checkpoint.published import refuse_unpublished
+from workers.checkpoint.shapes import shape_of
 from workers.errors import EngineStartError
 from workers.settings import settings as process_settings
 
@@ -202,7 +205,12 @@ def _check_model(options: RunOptions, questions: Sequence[Question]) -> None:
         what = f"{len(odd.images)} images" if odd.images else "no image"
         raise UserError(f"--halp-compat: question {short(odd.question_id)} has {what}: the published scripts take one")
     if config is not None and config.num_hidden_layers is not None:
-        resolve_layers(options.computation.layers, config.num_hidden_layers)
+        layers = resolve_layers(options.computation.layers, config.num_hidden_layers)
+        if (shape := shape_of(options.model)) is not None:
+            states = options.computation.answer_states
+            refuse_too_large(
+                widths(shape.hidden_size, shape.vision_hidden_size, layers, answer_states=states), options.computation
+            )
     if (
         options.computation.min_pixels is not None
         and options.computation.max_pixels is not None

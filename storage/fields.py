@@ -89,6 +89,11 @@ def split_layer(name: str) -> tuple[str, int | None]:
     return (field, int(layer)) if layer.isdecimal() else (name, None)
 
 
+def values_of(widths: Mapping[str, int], tokens: int) -> int:
+    """Return how many numbers a question's vectors have, with an answer of so many tokens."""
+    return sum(width * (tokens if is_ragged(name) else 1) for name, width in widths.items())
+
+
 def in_order(name: str) -> tuple[str, int]:
     """Return what sorts vectors by field and then by layer: `layer_7` comes before `layer_14`."""
     field, layer = split_layer(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from storage.errors import DamagedError
+from storage.computation import Computation
+from storage.errors import DamagedError, UserError
+from storage.fields import values_of
 from storage.identity import Identity
 from storage.settings import faults
 
@@ -54,6 +57,17 @@ ENGINE_SECONDS = "engine_seconds"  # a fact: a question's share of its batch's t
 _FAILURE = TypeAdapter(Failure)
 MAX_STAGED = 1 << 28  # bytes of a staged file: a sample of 72B with all its layers and its certificate has 16 MB
 _FIELD = re.compile(r"(exact/|exact_other_kernel/)?[A-Za-z_]{1,64}(/[a-z]{1,16})?(/layer_\d{1,5})?")
+
+
+def refuse_too_large(widths: Mapping[str, int], asked: Computation) -> None:
+    """Raise UserError where a question's result could be larger than what is read again."""
+    itemsize = 2 if asked.dtype == "bfloat16" else 4
+    needed = 3 * itemsize * values_of(widths, asked.max_new_tokens)  # one with the exact results for a certificate
+    if needed > MAX_STAGED:
+        raise UserError(
+            f"--answer-states all: an answer of {asked.max_new_tokens:,} tokens may take {needed >> 20:,} MB at so many "
+            f"layers, where a result of {MAX_STAGED >> 20:,} MB is read again: fewer --layers, or a smaller --max-new-tokens"
+        )
 
 
 def encode_sample(sample: Sample, identity: Identity | None = None) -> bytes:

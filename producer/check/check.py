@@ -28,7 +28,7 @@ from producer.planning import images_dir_of, names_files, refuse_faults
 from producer.show.progress import Phases, silent
 from producer.wording import takes_columns
 from storage.evenly import spread
-from storage.fields import is_of_image, is_ragged, widths
+from storage.fields import is_of_image, values_of, widths
 from storage.question import Question
 from storage.stores.location import is_url, resolve_location
 from storage.wording import asked
@@ -228,16 +228,15 @@ def _disk(options: RunOptions, shape: Shape, asked: Sequence[Question], embedded
         vision_only=shape.vision_hidden_size if asked_of.halp_compat else None,
         answer_states=asked_of.answer_states,
     )
-    found = {name: width * (asked_of.max_new_tokens if is_ragged(name) else 1) for name, width in found.items()}  # at most
-    of_image = sum(width for name, width in found.items() if is_of_image(name))
+    each, of_image = values_of(found, asked_of.max_new_tokens), sum(w for name, w in found.items() if is_of_image(name))
     # In compat mode the vision position moves with the question's length.
     shared = len(set(seeing)) if options.order == "image" and not asked_of.halp_compat else len(seeing)
-    numbers = shared * of_image + questions * (sum(found.values()) - of_image)
+    numbers = shared * of_image + questions * (each - of_image)
     width = 2 if asked_of.dtype == "bfloat16" else 4
     staged = min(questions, options.checkpoint_interval + settings().queue_limit)
     return Disk(
         parts=round(numbers * _BYTES_PER_NUMBER[asked_of.dtype]) + questions * _BYTES_PER_QUESTION,
-        staging=staged * sum(found.values()) * width,
+        staging=staged * each * width,
         images=embedded,
         free=_free(options.output_dir),
     )

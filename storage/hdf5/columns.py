@@ -38,19 +38,22 @@ class Column:
     lengths: list[int] | None = None  # of the answers in tokens, where each has a vector
 
     def read(self) -> Vectors:
-        """Return all rows, [N, D], or all tokens. Raises UserError for another width, DamagedError where bytes were changed."""
-        rows = range(len(self.ids))
-        return self.read_rows(rows) if self.lengths is None else np.concatenate(list(self.read_each(rows)))
+        """Return all rows, [N, D]. Raises UserError for a row of another width, DamagedError where bytes were changed."""
+        return self.read_rows(range(len(self.ids)))
+
+    def pieces(self) -> Iterator[Vectors]:
+        """Yield all vectors, some at a time: all rows at once, or the tokens of an answer."""
+        if self.lengths is not None:
+            yield from self.read_each(range(len(self.ids)))
+        elif self.ids:
+            yield self.read()
 
     def read_each(self, rows: Sequence[int]) -> Iterator[Vectors]:
         """Yield the vectors of some answers' tokens, each [T, D]."""
         assert self.lengths is not None and self.index is not None
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            some = rows[start : start + _ROWS_AT_ONCE]
-            chunks = read_runs(self.path, self.index[list(some)])
-            for row in some:
-                planes = self._planes(chunks, row, self.index[row])
-                yield join_planes([planes], self._size(row)).reshape(self.lengths[row], self.width)
+        for row in rows:
+            planes = self._planes(read_runs(self.path, self.index[[row]]), row, self.index[row])
+            yield join_planes([planes], self._size(row)).reshape(self.lengths[row], self.width)
 
     def _size(self, row: int) -> int:
         return self.width if self.lengths is None else self.width * self.lengths[row]

@@ -4,6 +4,8 @@ A column is one field over all questions: `query_token_representation/layer_21`.
 of the file when it is written. So a column's chunks follow one another, and a reader of one layer reads one run of the file, if
 nothing else takes bytes in between: the datasets' headers, which arise at the same time, have a block set aside for them.
 The column index says where each chunk came to lie, as the file itself reports it.
+
+States of all of an answer's tokens are megabytes for each question: they are written as they come, each by itself.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import numpy.typing as npt
 from h5py import h5d, h5o, h5p, h5s, h5t
 
 from storage.errors import DamagedError
+from storage.fields import is_ragged
 from storage.hdf5.chunks import CODEC, encode_chunk, raw
 from storage.hdf5.columns import Index, read_runs
 from storage.hdf5.objects import create_group
 
+_AT_ONCE = 1 << 26  # bytes of chunks that are looked at together
 _HEADER_SIZE = 300  # of a dataset's object header with its share of the group's; measured
 
 
@@ -36,6 +40,7 @@ class _Chunk:
     offset: int = 0
     size: int = 0
     crc: int = 0
+    placed: bool = False  # it is in the file already
 
 
 class Placement:
@@ -52,7 +57,8 @@ class Placement:
             create_group(group, parent)
         for field, vector in vectors.items():
             try:
-                self._columns.setdefault(field, {})[key] = self._chunk(field, raw(vector))
+                column = self._columns.setdefault(field, {})
+                column[key] = _written(group, field, raw(vector)) if is_ragged(field) else self._chunk(field, raw(vector))
             except ValueError as error:
                 raise ValueError(f"{field}: {error}") from error
         self._keys.append(key)
@@ -84,11 +90,20 @@ def _parents(field: str) -> Iterator[str]:
     return ("/".join(steps[:number]) for number in range(1, len(steps) + 1))
 
 
+def _written(group: Any, field: str, vectors: npt.NDArray[Any]) -> _Chunk:
+    """Write a question's vectors now."""
+    data = encode_chunk(vectors)
+    dataset = h5d.create(group, field.encode(), h5t.IEEE_F32LE, *_layout(vectors.shape))
+    dataset.write_direct_chunk((0,) * vectors.ndim, data)
+    place = dataset.get_chunk_info(0)
+    return _Chunk(vectors.shape, b"", offset=place.byte_offset, size=place.size, crc=CODEC.crc32(data), placed=True)
+
+
 def _write_column(file: Any, field: str, keys: list[str], column: dict[str, _Chunk]) -> Index:
     distinct: list[_Chunk] = []
     dataset = None
     for key in keys:
-        if (chunk := column.get(key)) is None:
+        if (chunk := column.get(key)) is None or chunk.placed:
             continue
         path = f"{key}/{field}".encode()
         if chunk.path:
@@ -125,13 +140,15 @@ def _locate(file: Any, chunks: list[_Chunk], last: Any) -> None:
 def check_placed(path: Path, columns: dict[str, Index]) -> None:
     """Read every chunk by its row of the index. Raises OSError where the file does not hold it there."""
     for field, index in columns.items():
-        try:
-            chunks = read_runs(path, index)
-        except DamagedError as error:
-            raise OSError(f"{path}: a chunk of {field} is beyond the end") from error
-        for offset, _, crc in np.unique(index, axis=0).tolist():
-            if CODEC.crc32(chunks[offset]) != crc:
-                raise OSError(f"{path}: a chunk of {field} is not at byte {offset}")
+        rows = np.unique(index, axis=0)
+        for some in np.split(rows, np.flatnonzero(np.diff(np.cumsum(rows[:, 1]) // _AT_ONCE)) + 1):
+            try:
+                chunks = read_runs(path, some)
+            except DamagedError as error:
+                raise OSError(f"{path}: a chunk of {field} is beyond the end") from error
+            for offset, _, crc in some.tolist():
+                if CODEC.crc32(chunks[offset]) != crc:
+                    raise OSError(f"{path}: a chunk of {field} is not at byte {offset}")
 
 
 @lru_cache(maxsize=64)

@@ -233,15 +233,13 @@ def _field_difference(field: str, a: _Side, b: _Side) -> FieldDifference | None:
 def _spread(columns: list[Column]) -> npt.NDArray[np.float64]:
     """Return each dimension's standard deviation over all questions, or tokens, a part in memory at a time."""
     width = max(column.width for column in columns)
-    there = [column for column in columns if column.ids]
     total, number = np.zeros(width), 0
-    for column in there:
-        values = column.read()
+    for values in (piece for column in columns for piece in column.pieces()):
         total += values.sum(axis=0, dtype=np.float64)
         number += len(values)
     mean, squares = total / max(1, number), np.zeros(width)
-    for column in there:
-        squares += ((column.read() - mean) ** 2).sum(axis=0)
+    for values in (piece for column in columns for piece in column.pieces()):
+        squares += ((values - mean) ** 2).sum(axis=0)
     spread: npt.NDArray[np.float64] = np.sqrt(squares / max(1, number))
     return spread
 

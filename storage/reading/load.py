@@ -182,8 +182,9 @@ def iter_samples(source: Paths) -> Iterator[StoredSample]:
         names = [name for name in rows if name not in _SAMPLE_TEXTS]
         places = [{question: place for place, question in enumerate(column.ids)} for column in columns]
         number = len(rows["question_id"])
-        for start in range(0, number, _SAMPLES_AT_ONCE):
-            some = range(start, min(start + _SAMPLES_AT_ONCE, number))
+        at_once = _SAMPLES_AT_ONCE if all(column.lengths is None for column in columns) else 1
+        for start in range(0, number, at_once):
+            some = range(start, min(start + at_once, number))
             ids = rows["question_id"][some.start : some.stop]
             vectors: list[dict[str, npt.NDArray[np.float32]]] = [{} for _ in some]
             for column, place in zip(columns, places, strict=True):

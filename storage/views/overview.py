@@ -121,7 +121,9 @@ def _table(title: str, header: list[str]) -> Table:
 
 
 def _field(columns: list[Column]) -> FieldOverview:
-    norms = np.concatenate([np.linalg.norm(column.read().astype(np.float64), axis=1) for column in columns if column.ids])
+    norms = np.concatenate(
+        [np.linalg.norm(piece.astype(np.float64), axis=1) for column in columns for piece in column.pieces()]
+    )
     questions = sum(len(column.ids) for column in columns)
     numbers = (float(x) for x in (norms.mean(), norms.std(), norms.min(), norms.max()))
     return FieldOverview(columns[0].field, columns[0].width, questions, *numbers)

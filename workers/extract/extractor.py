@@ -14,7 +14,7 @@ from storage.computation import Computation
 from storage.errors import ReplacedError, UserError
 from storage.question import DIGESTS
 from storage.runs.run import Run
-from storage.sample import Sample
+from storage.sample import Sample, refuse_too_large
 from storage.settings import AS_ASKED, LAST_POSITIONS, ModelFacts, RunSettings
 from storage.stores.location import is_within, resolve_location
 from storage.wording import asked
@@ -233,6 +233,10 @@ class Extractor:
                 info.repetition_penalty if settings.repetition_penalty is None else settings.repetition_penalty
             ),
         )
+        try:
+            refuse_too_large(facts.field_widths(), settings)
+        except UserError as error:
+            raise RunRefusedError(str(error)) from error
         recorded = run.pin_model(facts)
         if recorded != facts:
             ours, theirs = facts.model_dump(), recorded.model_dump()
