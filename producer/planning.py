@@ -19,7 +19,7 @@ from producer.options import RunOptions
 from producer.show.progress import Phases, counted, silent
 from producer.wording import takes_columns
 from storage.errors import UserError
-from storage.fields import widths
+from storage.fields import EVERY, widths
 from storage.hdf5.identify import Verdict, identify_part
 from storage.naming import model_slug, part_name
 from storage.question import Question
@@ -205,12 +205,12 @@ def _check_model(options: RunOptions, questions: Sequence[Question]) -> None:
         what = f"{len(odd.images)} images" if odd.images else "no image"
         raise UserError(f"--halp-compat: question {short(odd.question_id)} has {what}: the published scripts take one")
     if config is not None and config.num_hidden_layers is not None:
-        layers = resolve_layers(options.computation.layers, config.num_hidden_layers)
-        if (shape := shape_of(options.model)) is not None:
-            states = options.computation.answer_states
-            refuse_too_large(
-                widths(shape.hidden_size, shape.vision_hidden_size, layers, answer_states=states), options.computation
-            )
+        resolve_layers(options.computation.layers, config.num_hidden_layers)
+    if EVERY in options.computation.answer_states and (shape := shape_of(options.model)) is not None:
+        asked = options.computation
+        layers = resolve_layers(asked.layers, shape.num_hidden_layers)
+        sizes = widths(shape.hidden_size, shape.vision_hidden_size, layers, answer_states=asked.answer_states)
+        refuse_too_large(sizes, asked)
     if (
         options.computation.min_pixels is not None
         and options.computation.max_pixels is not None

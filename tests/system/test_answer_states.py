@@ -215,7 +215,7 @@ def test_tokens_of_another_number_are_found(runs: tuple[Path, Path], tmp_path: P
         (("--answer-states", "last", "--max-new-tokens", "0"), "--answer-states: with --max-new-tokens 0 there is no answer"),
         (
             ("--answer-states", "all", "--layers", "all", "--model", "Qwen/Qwen2.5-VL-72B-Instruct", "--allow-missing"),
-            "--answer-states all: an answer of 200 tokens may take 751 MB at so many layers, where a result of 256 MB is read",
+            "--answer-states all: an answer of 200 tokens may take 757 MB at so many layers, where a result of 256 MB is read",
         ),
         (("--answer-states", "last", "--halp-compat"), "--halp-compat keeps what was published: leave out --answer-states"),
     ],
