@@ -1,0 +1,119 @@
+"""The batch file on a real Slurm of two nodes: tasks that are cancelled, preempted and out of time, and a run that is whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.runs.account import Bookkeeper
+from storage.runs.run import Run
+from tests.support.clusters import assert_whole, finished, some_staged, table_of
+from tests.support.processes import BIN, wait_for
+from tests.support.slurm import NODES, Slurm, missing
+
+FILE = Path(__file__).parents[2] / "deploy" / "slurm" / "halp.sbatch"
+QUESTIONS = 1000
+
+
+@pytest.fixture
+def slurm() -> Iterator[Slurm]:
+    if absent := missing():
+        assert not os.environ.get("CI"), f"no {', '.join(absent)}: make tools"
+        pytest.skip(f"no {', '.join(absent)}: make tools")
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # of a short name: munge's socket is in it
+    directory.chmod(0o711)
+    cluster = Slurm(directory)
+    try:
+        cluster.start()
+        yield cluster
+        assert cluster.processes_of_jobs() == []
+    finally:
+        cluster.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_a_signal_of_each_kind_is_in_the_file() -> None:
+    """Slurm's own comments are read up to the first command: an option below it would do nothing."""
+    lines = FILE.read_text().splitlines()
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert options
+    assert max(options) < first_command
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, photographs: Path, small_model: Path) -> None:
+    table, rows = table_of(tmp_path / "vqa.csv", QUESTIONS)
+    images, output = tmp_path / "images", tmp_path / "output"
+    images.mkdir()
+    for number, path in zip(range(40), sorted(photographs.iterdir()) * 4):
+        shutil.copy(path, images / f"{number}.png")
+    call = [
+        FILE, table, "--images-dir", images, "--output-dir", output, "--model", small_model, "--checkpoint-interval", 50,
+    ]  # fmt: skip
+
+    def submit(*options: object, engine: str) -> str:
+        return slurm.submit(
+            *options, *call, cwd=tmp_path,
+            HALP_ENGINE=engine, HALP_MAX_BATCH_SIZE="2", HALP_VISIBILITY_TIMEOUT="20",
+            PATH=f"{BIN}:{slurm.variables['PATH']}", OMP_NUM_THREADS="1",
+        )  # fmt: skip
+
+    def log(task: str) -> str:
+        path = tmp_path / f"halp-{task}.log"
+        return path.read_text() if path.exists() else ""
+
+    def done() -> int:
+        account = Bookkeeper(Run.open(output)).account()
+        return account.written + account.staged
+
+    def restarted(task: str) -> bool:
+        return slurm.detail(task, "Restarts") not in ("", "0") and slurm.detail(task, "JobState") == "RUNNING"
+
+    # Two tasks, and a third, submitted later, that joins them and has a minute. None of it can be finished in this phase.
+    job = submit("--array=1-2", "--nodelist", NODES[0], engine="fake:3")
+    wait_for(lambda: some_staged(output), 120, "the run begins")
+    late = submit("--array=1", "--time=1", "--signal=B:USR1@10", "--nodelist", NODES[1], engine="fake:3")
+    wait_for(lambda: slurm.states(f"{late}_1").get(f"{late}_1") == "RUNNING", 60, "the third task begins")
+    leader, other = sorted((f"{job}_1", f"{job}_2"), key=lambda task: "serves the run at" not in log(task))
+    assert "serves the run at" in log(leader)
+    assert "serves the run at" not in log(other)
+
+    # The one that serves the others is cancelled: another takes its place.
+    slurm.ask("scancel", leader)
+    wait_for(lambda: leader not in slurm.states(job), 60, "a cancelled task ends")
+    assert "Stopped. What is finished is kept" in log(leader)
+    wait_for(lambda: "serves the run at" in log(other) + log(f"{late}_1"), 60, "another task serves the run")
+
+    # More important work takes the other one's node; Slurm queues it again.
+    before = done()
+    urgent = slurm.submit("--partition=high", "--exclusive", "--nodelist", NODES[0], "--wrap", "sleep 1", cwd=tmp_path)
+    wait_for(lambda: restarted(other), 120, "a preempted task begins again")
+    assert "DUE TO PREEMPTION" in log(other)
+    assert slurm.states(urgent) == {}
+    wait_for(lambda: done() > before, 120, "the run goes on")
+
+    # The third one's minute is over: it ends in order, and queues itself again.
+    wait_for(lambda: restarted(f"{late}_1"), 180, "a task that was out of time begins again")
+    assert "DUE TO TIME LIMIT" not in log(f"{late}_1")
+    assert len(re.findall("Stopped. What is finished is kept", log(f"{late}_1"))) == 1
+
+    # All is cancelled, and submitted again.
+    slurm.ask("scancel", job, late)
+    wait_for(lambda: slurm.states(job) == slurm.states(late) == {}, 60, "every task ends")
+    wait_for(lambda: slurm.processes_of_jobs() == [], 60, "no process is left behind")
+    before = done()
+    assert 0 < before < QUESTIONS
+    again = submit("--array=1-2", engine="fake:0")
+    wait_for(lambda: finished(output), 180, "the run is finished")
+    wait_for(lambda: slurm.states(again) == {}, 60, "its tasks end with it")
+    assert {slurm.detail(f"{again}_{task}", "ExitCode") for task in (1, 2)} == {"0:0"}
+    assert slurm.processes_of_jobs() == []
+    assert_whole(output, rows, images)
