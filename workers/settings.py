@@ -23,7 +23,7 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # lengths leave few rows at the end of a batch. max_batch_tokens bounds what a batch takes of the memory.
 _GPU_BATCH_SIZE = 128
 _CPU_BATCH_SIZE = 32
-_NOWHERE = "redis://nowhere-yet:6379/0"
+_NOWHERE = "redis://see-halp-broker-url-file:6379/0"  # in messages, until there is one
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux's driver; Windows' for Linux
 
 

@@ -66,14 +66,16 @@ class SharedServer:
         Raises UserError where one serves that this machine cannot reach.
         """
         newest = max(_numbers(self._run), default=0)
+        gone = newest == 0
         if self._own is not None:
             if newest == self._number and self._own.alive:
                 with suppress(OSError):
                     os.utime(self._run.store.address(_key(self._number)))
                 return True
             echo(f"{socket.gethostname()} no longer serves the run", err=True)
+            gone = newest == self._number  # its server has died
             self._stop_serving()
-        if newest == 0 or self._is_gone(newest):
+        if gone or self._is_gone(newest):
             self._serve(newest + 1)
         return self._own is not None
 
