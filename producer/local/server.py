@@ -47,9 +47,14 @@ class EmbeddedServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def url(self) -> str:
+        """The broker URL for this machine."""
+        return f"redis+socket://{self._socket}?virtual_host=0"
+
+    @property
     def variables(self) -> dict[str, str]:
         """What names the server to this machine's processes."""
-        return {"HALP_BROKER_URL": f"redis+socket://{self._socket}?virtual_host=0"}
+        return {"HALP_BROKER_URL": self.url}
 
     @property
     def alive(self) -> bool:

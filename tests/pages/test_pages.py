@@ -40,13 +40,22 @@ from storage.runs.pack import pack
 from tests.support.builders import make_facts, make_failure, make_questions, make_run, make_sample
 from tests.support.processes import BIN, environment, wait_for, write_csv
 from tests.support.s3_server import S3Server
+from tests.support.slurm import cluster
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
-FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}
-PAGES = ["README.md", "docs/operations.md", "docs/object-stores.md", "docs/halp.md", "docs/probing.md", "docs/tables.md"]
+FOREIGN = {"aws", "celery", "docker", "eval", "hf", "make", "pip", "python", "sbatch", "scancel", "squeue"}
+PAGES = [
+    "README.md",
+    "docs/operations.md",
+    "docs/object-stores.md",
+    "docs/halp.md",
+    "docs/probing.md",
+    "docs/slurm.md",
+    "docs/tables.md",
+]
 ELSEWHERE = {
     "make demo": "test_demo.py::test_the_demo_answers_real_questions",
     "make test": "it runs this",
@@ -461,6 +470,20 @@ def on_a_finished_run(scene: Scene, lines: list[str]) -> None:
         scene.run(line)
 
 
+def on_a_cluster(scene: Scene, lines: list[str]) -> None:
+    """A Slurm of two nodes here; a checkout, and the login node, are where the page begins."""
+    (scene.directory / "deploy").symlink_to(ROOT / "deploy")
+    write_dataset(scene)
+    with cluster() as slurm:
+        scene.variables["SLURM_CONF"] = slurm.variables["SLURM_CONF"]
+        for line in lines:
+            scene.run(line)
+            if line.startswith("sbatch"):
+                wait_for((scene.directory / "output" / ".run" / "run.json").exists, 60, "the run is planned")
+        wait_for(lambda: slurm.ask("squeue", "-h") == "", 60, "the tasks end with the run")
+    assert len(list(scene.directory.glob("halp-*_[1-4].log"))) == 4
+
+
 SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("README.md", "On one machine"): on_one_machine,
     ("README.md", "On many machines"): on_many_machines,
@@ -470,6 +493,7 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("docs/object-stores.md", "Reading"): reading_an_object_store,
     ("docs/halp.md", "Vectors"): on_published_files,
     ("docs/halp.md", "Probes"): on_published_labels,
+    ("docs/slurm.md", "Three commands"): on_a_cluster,
     ("docs/tables.md", "The datasets' own files"): on_datasets_of_others,
     ("docs/probing.md", "Which vectors know that an answer is wrong?"): on_a_finished_run,
 }

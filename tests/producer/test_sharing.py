@@ -24,7 +24,7 @@ from storage.errors import UserError
 from storage.runs.run import Run
 from tests.support.builders import make_run
 from tests.support.clusters import Cluster, assert_whole, finished, table_of
-from tests.support.processes import command, start, wait_for
+from tests.support.processes import command, wait_for
 
 HERE = ["127.0.0.1"]
 
@@ -194,36 +194,3 @@ def test_a_worker_follows_the_file_that_names_its_server(
         wait_for(lambda: finished(output), 120, "worker and collector go on at the other one")
         assert worker.poll() is None
         assert_whole(output, rows, images)
-
-
-@pytest.mark.slow
-def test_machines_share_a_run_and_one_of_them_is_killed(tmp_path: Path, images: Path, small_model: Path) -> None:
-    table, rows = table_of(tmp_path / "vqa.csv", 240)
-    output = tmp_path / "output"
-    call = [
-        "producer", "run", table, "--images-dir", images, "--output-dir", output, "--model", small_model,
-        "--checkpoint-interval", 20, "--share",
-    ]  # fmt: skip
-    variables = {"HALP_ENGINE": "fake:0.2", "HALP_MAX_BATCH_SIZE": "2", "HALP_VISIBILITY_TIMEOUT": "10"}
-    logs = [tmp_path / f"{number}.log" for number in range(3)]
-    processes = [start(*call, log=log, **variables) for log in logs]
-
-    def who_serves() -> list[int]:
-        return [n for n, log in enumerate(logs) if "serves the run at" in log.read_text() and processes[n].poll() is None]
-
-    try:
-        wait_for(who_serves, 60, "one of them serves")
-        wait_for(lambda: any(output.glob("*.h5")), 120, "a part is published")
-        [first] = who_serves()
-        status = command("producer", "status", output, "--json")
-        assert '"worker-' in status.stdout  # found by the note
-        processes[first].kill()
-        wait_for(who_serves, 90, "another one serves")
-        wait_for(lambda: finished(output), 120, "the run is finished")
-        codes = [process.wait(60) for number, process in enumerate(processes) if number != first]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0]
-    assert_whole(output, rows, images)

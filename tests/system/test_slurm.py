@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import pytest
 from storage.runs.account import Bookkeeper
 from storage.runs.run import Run
 from tests.support.clusters import assert_whole, finished, some_staged, table_of
-from tests.support.processes import BIN, wait_for
-from tests.support.slurm import NODES, Slurm, missing
+from tests.support.processes import BIN, command, wait_for
+from tests.support.slurm import NODES, Slurm, cluster
 
 FILE = Path(__file__).parents[2] / "deploy" / "slurm" / "halp.sbatch"
 QUESTIONS = 1000
@@ -23,22 +21,11 @@ QUESTIONS = 1000
 
 @pytest.fixture
 def slurm() -> Iterator[Slurm]:
-    if absent := missing():
-        assert not os.environ.get("CI"), f"no {', '.join(absent)}: make tools"
-        pytest.skip(f"no {', '.join(absent)}: make tools")
-    directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # of a short name: munge's socket is in it
-    directory.chmod(0o711)
-    cluster = Slurm(directory)
-    try:
-        cluster.start()
-        yield cluster
-        assert cluster.processes_of_jobs() == []
-    finally:
-        cluster.stop()
-        shutil.rmtree(directory, ignore_errors=True)
+    with cluster() as found:
+        yield found
 
 
-def test_a_signal_of_each_kind_is_in_the_file() -> None:
+def test_options_stand_where_slurm_reads_them() -> None:
     """Slurm's own comments are read up to the first command: an option below it would do nothing."""
     lines = FILE.read_text().splitlines()
     options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH ")]
@@ -82,6 +69,9 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
     leader, other = sorted((f"{job}_1", f"{job}_2"), key=lambda task: "serves the run at" not in log(task))
     assert "serves the run at" in log(leader)
     assert "serves the run at" not in log(other)
+    status = json.loads(command("producer", "status", output, "--json").stdout)  # as on the login node
+    assert len(status["workers"]) >= 2
+    assert not status["problems"]
 
     # The one that serves the others is cancelled: another takes its place.
     slurm.ask("scancel", leader)
@@ -112,5 +102,8 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
     wait_for(lambda: finished(output), 180, "the run is finished")
     wait_for(lambda: slurm.states(again) == {}, 60, "its tasks end with it")
     assert {slurm.detail(f"{again}_{task}", "ExitCode") for task in (1, 2)} == {"0:0"}
+    last = submit("--array=1", engine="fake:0")  # as one that was still waiting
+    wait_for(lambda: slurm.states(last) == {}, 60, "a task has nothing to do")
+    assert slurm.detail(f"{last}_1", "ExitCode") == "0:0"
     assert slurm.processes_of_jobs() == []
     assert_whole(output, rows, images)
