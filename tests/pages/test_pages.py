@@ -481,6 +481,7 @@ def on_a_cluster(scene: Scene, lines: list[str]) -> None:
             if line.startswith("sbatch"):
                 wait_for((scene.directory / "output" / ".run" / "run.json").exists, 60, "the run is planned")
         wait_for(lambda: slurm.ask("squeue", "-h") == "", 60, "the tasks end with the run")
+        wait_for(lambda: slurm.processes_of_jobs() == [], 30, "no process is left behind")
     assert len(list(scene.directory.glob("halp-*_[1-4].log"))) == 4
 
 

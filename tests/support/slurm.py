@@ -66,7 +66,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF St
 
 @contextmanager
 def cluster() -> Iterator[Slurm]:
-    """Yield a cluster that runs; skip the test where its programs are missing, but not in CI. No job's process may be left."""
+    """Yield a cluster that runs; skip the test where its programs are missing, but not in CI."""
     if absent := [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]:
         assert not os.environ.get("CI"), f"no {', '.join(absent)}: make tools"
         pytest.skip(f"no {', '.join(absent)}: make tools")
@@ -76,7 +76,6 @@ def cluster() -> Iterator[Slurm]:
     try:
         found.start()
         yield found
-        assert found.processes_of_jobs() == []
     finally:
         found.stop()
         shutil.rmtree(directory, ignore_errors=True)

@@ -58,6 +58,11 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
         account = Bookkeeper(Run.open(output)).account()
         return account.written + account.staged
 
+    def workers() -> list[str]:
+        status = json.loads(command("producer", "status", output, "--json").stdout)
+        names: list[str] = status["workers"]
+        return names
+
     def restarted(task: str) -> bool:
         return slurm.detail(task, "Restarts") not in ("", "0") and slurm.detail(task, "JobState") == "RUNNING"
 
@@ -69,9 +74,7 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
     leader, other = sorted((f"{job}_1", f"{job}_2"), key=lambda task: "serves the run at" not in log(task))
     assert "serves the run at" in log(leader)
     assert "serves the run at" not in log(other)
-    status = json.loads(command("producer", "status", output, "--json").stdout)  # as on the login node
-    assert len(status["workers"]) >= 2
-    assert not status["problems"]
+    wait_for(lambda: len(workers()) >= 2, 60, "both workers are seen from the login node")
 
     # The one that serves the others is cancelled: another takes its place.
     slurm.ask("scancel", leader)
@@ -105,5 +108,5 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
     last = submit("--array=1", engine="fake:0")  # as one that was still waiting
     wait_for(lambda: slurm.states(last) == {}, 60, "a task has nothing to do")
     assert slurm.detail(f"{last}_1", "ExitCode") == "0:0"
-    assert slurm.processes_of_jobs() == []
+    wait_for(lambda: slurm.processes_of_jobs() == [], 30, "no process is left behind")
     assert_whole(output, rows, images)
