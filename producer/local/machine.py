@@ -31,10 +31,8 @@ from workers.process.gpus import visible_gpus
 from workers.settings import settings
 
 _POLL, _REMOTE_POLL = 0.3, 3.0  # seconds between two accounts: of an object store, or of many machines, each request costs
-_GRACE, _SHARED_GRACE = (
-    20.0,
-    300.0,
-)  # seconds that a worker has to finish its batch when it is asked to end; a cluster has its own
+_GRACE = 20.0  # seconds that a worker has to finish its batch when it is asked to end
+_SHARED_GRACE = 300.0  # where the run is shared: a cluster has a limit of its own
 _SETTLED = 60.0  # seconds of life after which a death is the first in a row again, where progress may be that of others
 _REPORT_GRACE = 150.0  # that the collector has to write the report of the finished run
 _SILENCE = 10.0  # seconds without a finished question after which the run's files are looked at

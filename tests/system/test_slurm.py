@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +37,47 @@ def test_options_stand_where_slurm_reads_them() -> None:
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert options
     assert max(options) < first_command
+
+
+@pytest.mark.parametrize(
+    ("signals", "queued_again"),
+    [
+        ([signal.SIGUSR1], True),  # the time limit is near
+        ([signal.SIGTERM], False),  # scancel; of a preemption Slurm queues it again itself
+        ([signal.SIGUSR1, signal.SIGTERM], False),  # scancel while it ends: what a person has cancelled stays so
+        ([signal.SIGTERM, signal.SIGUSR1], False),
+        ([], False),
+    ],
+)
+def test_only_a_task_that_runs_out_of_time_queues_itself_again(
+    signals: list[signal.Signals], queued_again: bool, tmp_path: Path
+) -> None:
+    """The file by itself, with programs in the place of ours and of Slurm's."""
+    (tmp_path / "producer").write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, signal, sys, time\n"
+        "got = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "pathlib.Path('begun').write_text(' '.join(sys.argv[1:]))\n"
+        "while not pathlib.Path('finished').exists(): time.sleep(0.02)\n"
+        "sys.exit(130 if got else 1)\n"
+    )
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" > queued\n')
+    for program in ("producer", "scontrol"):
+        (tmp_path / program).chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    task = subprocess.Popen(["bash", FILE, "vqa.csv", "--order", "csv"], cwd=tmp_path, env=variables, stderr=subprocess.PIPE)
+    wait_for(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text(), 30, "the program is begun")
+    assert (tmp_path / "begun").read_text() == "run vqa.csv --order csv --share"
+    for number in signals:
+        task.send_signal(number)
+        time.sleep(0.3)  # bash may take two that come together in either order
+    (tmp_path / "finished").touch()
+    _, errors = task.communicate(timeout=30)
+    assert (task.returncode, errors) == (130 if signals else 1, b"")
+    assert (tmp_path / "queued").exists() == queued_again
+    if queued_again:
+        assert (tmp_path / "queued").read_text() == "requeue 17\n"
 
 
 @pytest.mark.slow
