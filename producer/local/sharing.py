@@ -7,6 +7,7 @@ same time for a while do no harm but to compute twice: the truth is in the run's
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -27,6 +28,7 @@ _LONGEST_NOTE = 1 << 16
 _PING = 3.0  # seconds that a server has to answer
 _GONE = 20.0  # seconds without an answer and without a sign in the note's time, after which somebody else serves
 _UNREACHABLE = 180.0  # seconds without an answer, while the note shows that it is there
+_SIOCGIFADDR = 0x8915  # netdevice(7)
 _ELSEWHERE = (socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")  # in no network; nothing is sent there
 
 
@@ -159,8 +161,11 @@ def answers(url: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """Return this machine's addresses for others: of its name, and of its way out; the loopback's where it has no other."""
-    return [address for address in dict.fromkeys(_addresses()) if _is_usable(address)] or ["127.0.0.1"]
+    """Return this machine's addresses for others: of its name, and of its way out; else of all its networks; else its own."""
+    for addresses in (_addresses(), _of_interfaces()):
+        if found := [address for address in dict.fromkeys(addresses) if _is_usable(address)]:
+            return found
+    return ["127.0.0.1"]
 
 
 def _addresses() -> Iterator[str]:
@@ -171,6 +176,14 @@ def _addresses() -> Iterator[str]:
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((far, 9))
             yield str(probe.getsockname()[0])
+
+
+def _of_interfaces() -> Iterator[str]:
+    """Yield an IPv4 address of each network card: a compute node may have no way out, and a name that leads to itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                yield socket.inet_ntoa(fcntl.ioctl(asked, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))[20:24])
 
 
 def _is_usable(address: str) -> bool:
