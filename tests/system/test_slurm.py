@@ -67,12 +67,14 @@ def test_only_a_task_that_runs_out_of_time_queues_itself_again(
         (tmp_path / program).chmod(0o755)
     variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     task = subprocess.Popen(["bash", FILE, "vqa.csv", "--order", "csv"], cwd=tmp_path, env=variables, stderr=subprocess.PIPE)
-    wait_for(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text(), 30, "the program is begun")
-    assert (tmp_path / "begun").read_text() == "run vqa.csv --order csv --share"
-    for number in signals:
-        task.send_signal(number)
-        time.sleep(0.3)  # bash may take two that come together in either order
-    (tmp_path / "finished").touch()
+    try:
+        wait_for(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text(), 30, "the program is begun")
+        assert (tmp_path / "begun").read_text() == "run vqa.csv --order csv --share"
+        for number in signals:
+            task.send_signal(number)
+            time.sleep(0.3)  # bash may take two that come together in either order
+    finally:
+        (tmp_path / "finished").touch()
     _, errors = task.communicate(timeout=30)
     assert (task.returncode, errors) == (130 if signals else 1, b"")
     assert (tmp_path / "queued").exists() == queued_again
