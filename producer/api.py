@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # What a run on this machine sets for the processes that it starts, and for itself.
-_SET = ("HALP_BROKER_URL", "HALP_DATA_ROOTS")
+_SET = ("HALP_BROKER_URL", "HALP_BROKER_URL_FILE", "HALP_DATA_ROOTS")
 
 
 def run(

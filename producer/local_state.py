@@ -20,8 +20,8 @@ def begun_here(run: Run) -> bool:
 def is_worked_on(run: Run) -> bool:
     """Tell whether `producer run` works on a run now, or may: where the file system has no locks, nobody can say."""
     try:
-        with (local_state(run) / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with (local_state(run) / LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # those who share a run share its lock
     except FileNotFoundError:
         return False
     except OSError:

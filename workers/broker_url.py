@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _SCHEMES = ("redis", "rediss", "redis+socket")
 _REFUSED = {
@@ -36,6 +37,14 @@ def parse_broker_url(text: str) -> str:
     else:
         _check_network(rest)
     return f"{scheme}://{rest}"
+
+
+def read_broker_url(path: Path) -> str:
+    """Return the URL in a file. Raises ValueError, OSError."""
+    url = parse_broker_url(path.read_text())
+    if not url.startswith("redis://"):
+        raise ValueError("a file may name a server by redis:// alone")
+    return url
 
 
 def _check_network(rest: str) -> None:

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from storage.computation import Dtype
 from storage.errors import UserError
 from storage.stores.location import resolve_location, split_roots
-from workers.broker_url import parse_broker_url
+from workers.broker_url import parse_broker_url, read_broker_url
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -23,12 +23,13 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 # lengths leave few rows at the end of a batch. max_batch_tokens bounds what a batch takes of the memory.
 _GPU_BATCH_SIZE = 128
 _CPU_BATCH_SIZE = 32
+_NOWHERE = "redis://see-halp-broker-url-file:6379/0"  # in messages, until there is one
 _GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux's driver; Windows' for Linux
 
 
 def _runtime_dir() -> Path:
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(given) / "halp" if given else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
+    given = os.environ.get("XDG_RUNTIME_DIR")  # a batch job may have it from a login node, where alone that directory is
+    return Path(given) / "halp" if given and Path(given).is_dir() else Path(tempfile.gettempdir()) / f"halp-{os.getuid()}"
 
 
 class WorkerSettings(BaseSettings):
@@ -37,6 +38,9 @@ class WorkerSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="HALP_", frozen=True, hide_input_in_errors=True)
 
     broker_url: str = Field("redis://localhost:6379/0", description="Redis that holds the queues.")
+    broker_url_file: Path | None = Field(
+        None, description="File with that URL in place of it, read again at each connection; it may come later, or change."
+    )
     broker_ca: Path | None = Field(None, description="Certificates (PEM) that a `rediss://` server must be signed by.")
     runtime_dir: Path = Field(
         default_factory=_runtime_dir,
@@ -80,6 +84,16 @@ class WorkerSettings(BaseSettings):
 
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus' /metrics; 0 serves none.")
     metrics_address: str = Field("127.0.0.1", description="Address that /metrics is served on.")
+
+    @property
+    def broker(self) -> str:
+        """The URL of the broker, as far as it is known yet."""
+        if self.broker_url_file is None:
+            return self.broker_url
+        try:
+            return read_broker_url(self.broker_url_file)
+        except (OSError, ValueError):
+            return _NOWHERE
 
     @property
     def batch_size(self) -> int:

@@ -11,8 +11,10 @@ import typer
 
 from producer.commands.common import AsJson, CacheDir, Quiet, print_failures, print_lost
 from producer.options import RunOptions, with_run_options
+from storage.errors import UserError
 from storage.screen.console import Console
 from storage.screen.terminal import amount, echo, echo_json
+from storage.stores.location import is_url
 
 if TYPE_CHECKING:
     from producer.resuming import Resumption
@@ -26,6 +28,10 @@ def run(
     max_retries: Annotated[
         int | None, typer.Option(min=0, help="Retries of a question after transient errors. [HALP_MAX_RETRIES]")
     ] = None,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Share the run with the same command on other machines that see the same directory."),
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,11 +49,13 @@ def run(
 
     if max_retries is not None:
         os.environ["HALP_MAX_RETRIES"] = str(max_retries)
+    if share and is_url(options.output_dir):
+        raise UserError("--share wants a directory that all machines see; an object store wants a Redis of your own: README.md")
     resumption = Resumption.of(options.output_dir)
     with bars(Console(stderr=True, quiet=quiet or as_json)) as phases:
         planned = plan_run(options, phases)
     model = named_model(options.model)
-    raise SystemExit(run_to_end(planned, resumption, cache_dir, model=model, quiet=quiet, as_json=as_json))
+    raise SystemExit(run_to_end(planned, resumption, cache_dir, model=model, share=share, quiet=quiet, as_json=as_json))
 
 
 def run_to_end(
@@ -56,12 +64,14 @@ def run_to_end(
     cache_dir: Path | None,
     *,
     model: str | None = None,
+    share: bool = False,
     quiet: bool = False,
     as_json: bool = False,
 ) -> int:
     """Run on this machine with a progress bar; print how it ended. Return the exit code.
 
     model: where the run's lies now; where it lay if None.
+    share: with the same command on other machines.
     """
     from producer.local.machine import RunStoppedError, run_locally
     from producer.show.display import account_json
@@ -73,7 +83,9 @@ def run_to_end(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            account = run_locally(run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show)
+            account = run_locally(
+                run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show, share=share
+            )
     except KeyboardInterrupt:
         console.print("Stopped. What is finished is kept; the same command resumes.")
         return 130
@@ -118,4 +130,5 @@ def demo(
 
 
 def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all of a job's processes, and its script sends it on
     raise KeyboardInterrupt

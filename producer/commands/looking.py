@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from functools import partial
@@ -81,6 +82,7 @@ def status(
     if failed:
         _print_failed(run, as_json=as_json)
         return
+    _ask_who_serves(run)
     bookkeeper = Bookkeeper(run)
     account = bookkeeper.account()
     if watch:
@@ -122,6 +124,15 @@ def status(
     for worker, message in run.refusals().items():
         echo(one_line(f"refused by {worker}: {message}"), err=True)
     raise SystemExit(code)
+
+
+def _ask_who_serves(run: Run) -> None:
+    """Name the server of a run that machines share to this process; else it is the one that the environment names."""
+    from producer.local.sharing import serving
+
+    if url := serving(run):
+        os.environ["HALP_BROKER_URL"] = url
+        os.environ.pop("HALP_BROKER_URL_FILE", None)
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:

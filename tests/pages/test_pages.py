@@ -42,15 +42,16 @@ from tests.support.manifests import PAGE, shell_lines
 from tests.support.processes import BIN, environment, wait_for, write_csv
 from tests.support.prometheus import required
 from tests.support.s3_server import S3Server
+from tests.support.slurm import cluster
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
-FOREIGN = {"aws", "celery", "docker", "eval", "make", "pip", "python"}
+FOREIGN = {"aws", "celery", "docker", "eval", "hf", "make", "pip", "python", "sbatch", "scancel", "squeue"}
 PAGES = [
-    *("README.md", "docs/operations.md", "docs/monitoring.md", "docs/object-stores.md", "docs/kubernetes.md"),
-    *("docs/halp.md", "docs/probing.md", "docs/tables.md"),
+    *("README.md", "docs/operations.md", "docs/monitoring.md", "docs/slurm.md", "docs/kubernetes.md"),
+    *("docs/object-stores.md", "docs/halp.md", "docs/probing.md", "docs/tables.md"),
 ]
 POD = re.compile(r"kubectl -n halp (exec|create secret generic halp) ")
 ELSEWHERE = {
@@ -498,6 +499,21 @@ def on_a_finished_run(scene: Scene, lines: list[str]) -> None:
         scene.run(line)
 
 
+def on_a_cluster(scene: Scene, lines: list[str]) -> None:
+    """A Slurm of two nodes here; a checkout, and the login node, are where the page begins."""
+    (scene.directory / "deploy").symlink_to(ROOT / "deploy")
+    write_dataset(scene)
+    with cluster() as slurm:
+        scene.variables["SLURM_CONF"] = slurm.variables["SLURM_CONF"]
+        for line in lines:
+            scene.run(line)
+            if line.startswith("sbatch"):
+                wait_for((scene.directory / "output" / ".run" / "run.json").exists, 60, "the run is planned")
+        wait_for(lambda: slurm.ask("squeue", "-h") == "", 60, "the tasks end with the run")
+        wait_for(lambda: slurm.processes_of_jobs() == [], 30, "no process is left behind")
+    assert len(list(scene.directory.glob("halp-*_[1-4].log"))) == 4
+
+
 SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("README.md", "On one machine"): on_one_machine,
     ("README.md", "On many machines"): on_many_machines,
@@ -508,6 +524,7 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("docs/object-stores.md", "Reading"): reading_an_object_store,
     ("docs/halp.md", "Vectors"): on_published_files,
     ("docs/halp.md", "Probes"): on_published_labels,
+    ("docs/slurm.md", "Three commands"): on_a_cluster,
     ("docs/tables.md", "The datasets' own files"): on_datasets_of_others,
     ("docs/probing.md", "Which vectors know that an answer is wrong?"): on_a_finished_run,
 }

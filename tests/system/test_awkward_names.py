@@ -190,12 +190,12 @@ def test_the_server_has_a_plain_and_short_address_whatever_tmpdir_is(tmp_path, m
 def test_the_server_stays_in_tmpdir_where_that_can_be(tmp_path, monkeypatch):
     short = Path(tempfile.mkdtemp(dir="/dev/shm"))
     monkeypatch.setattr(tempfile, "tempdir", str(short))
-    assert server._private_directory().parent == short
+    assert server.private_directory().parent == short
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 110)))
     monkeypatch.setattr(server, "_SHORT", ())
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with pytest.raises(UserError, match="set TMPDIR"):
-        server._private_directory()
+        server.private_directory()
 
 
 @pytest.mark.parametrize("name", ["a/b", "50%h", "", "a b", "x" * 101, "a\x1b]0;"])

@@ -134,3 +134,25 @@ def test_a_host_that_is_cut_off_and_comes_back_loses_and_repeats_nothing(hosts: 
     assert hosts.log("one").read_text().count("succeeded") > so_far
     assert one.poll() is None
     assert_whole(output, rows, images)
+
+
+def test_hosts_share_a_run_without_a_server_of_their_own(hosts: Hosts, images: Path, tmp_path: Path) -> None:
+    """They have no way out, and a name that leads each to itself. The one that serves is ended, and the other goes on alone."""
+    table, rows = table_of(tmp_path / "vqa.csv", 400)
+    output = tmp_path / "output"
+    options = ("--images-dir", images, "--output-dir", output, "--model", hosts.model, "--checkpoint-interval", 50, "--share")
+    processes = {host: hosts.start(host, BIN / "producer", "run", table, *options) for host in ("one", "two")}
+    workers = output / ".run" / "logs"
+    wait_for(
+        lambda: [log.read_text().count("succeeded") > 8 for log in workers.glob("worker-*.log")] == [True, True],
+        120, "both compute",
+    )  # fmt: skip
+    [first] = [host for host in processes if "serves the run at" in hosts.log(host).read_text()]
+    assert f"serves the run at {ADDRESSES[first]}:" in hosts.log(first).read_text()
+    [other] = processes.keys() - {first}
+    processes[first].terminate()
+    assert processes[first].wait(60) == 130
+    assert not finished(output)
+    assert processes[other].wait(180) == 0
+    assert f"serves the run at {ADDRESSES[other]}:" in hosts.log(other).read_text()
+    assert_whole(output, rows, images)

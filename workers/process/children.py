@@ -58,6 +58,10 @@ class Child:
             self._process.kill()
             self._process.wait()
 
+    def forget(self) -> None:
+        """Take the process, which has ended, for one that was never started."""
+        self._process = None
+
     def end(self, deadline: float) -> None:
         """Wait until a moment of `time.monotonic`, then end the process at once."""
         if self._process is None:

@@ -40,8 +40,8 @@ def served_queues(config: WorkerSettings) -> tuple[ModelQueues, ...]:
 
 def _configuration(config: WorkerSettings) -> dict[str, Any]:
     return {
-        "broker_url": config.broker_url,
-        "broker_use_ssl": tls(config.broker_url, config.broker_ca),
+        "broker_url": config.broker,
+        "broker_use_ssl": tls(config.broker, config.broker_ca),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # a broker that is away for an hour costs an hour, not the worker
         "broker_transport_options": {

@@ -17,10 +17,12 @@ from kombu.exceptions import BatchPublishError
 from kombu.transport import redis
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps
-from redis.connection import SSLConnection
+from kombu.utils.url import parse_url
+from redis.connection import Connection, SSLConnection
 from redis.exceptions import ConnectionError as BrokerLostError
 from redis.exceptions import OutOfMemoryError, ResponseError
 
+from workers.broker_url import read_broker_url
 from workers.queue.broker import trouble
 from workers.queue.envelope import NotOursError, read
 from workers.queue.foreign import (
@@ -34,6 +36,7 @@ from workers.queue.foreign import (
 )
 from workers.queue.queues import COLLECT, OURS, instead_of
 from workers.queue.unacked import QoS
+from workers.settings import settings
 
 logger = logging.getLogger(__name__)
 _PAUSE = 2.0  # seconds
@@ -53,10 +56,27 @@ class TLSConnection(SSLConnection):
         return wrapped
 
 
+class FollowingConnection(Connection):
+    """A connection to the server that HALP_BROKER_URL_FILE names now; without that, to the one that it is made for."""
+
+    def _connect(self) -> Any:
+        path = settings().broker_url_file
+        if path is not None:
+            try:
+                now = parse_url(read_broker_url(path))
+            except (OSError, ValueError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise BrokerLostError(f"HALP_BROKER_URL_FILE={path}: {why}") from None
+            self.host, self.port, self.db = now["hostname"], now["port"] or self.port, int(now["virtual_host"] or 0)
+            self.username, self.password = now["userid"], now["password"]
+        return super()._connect()  # type: ignore[no-untyped-call]
+
+
 class Channel(redis.Channel):  # type: ignore[misc]
     """A channel that outlives what is no message, keys of another type, and a connection lost before it is closed."""
 
     QoS = QoS
+    connection_class = FollowingConnection
     connection_class_ssl = TLSConnection
     _kept: Any = None
 
