@@ -144,9 +144,11 @@ def test_a_run_survives_what_a_cluster_does(slurm: Slurm, tmp_path: Path, images
     assert len(re.findall("Stopped. What is finished is kept", log(f"{late}_1"))) == 1
 
     # What the engine had begun was finished after the signals.
-    logs = [path.read_text() for path in (output / ".run" / "logs").glob("worker-*.log")]
-    assert len(logs) >= 4  # of three tasks, and of two more lives
-    assert sum(text.partition("Warm shutdown")[2].count("'written'") > 0 for text in logs) >= 2
+    def logs() -> list[str]:
+        return [path.read_text() for path in (output / ".run" / "logs").glob("worker-*.log")]
+
+    wait_for(lambda: len(logs()) >= 4, 120, "workers of three tasks, and of two more lives")
+    assert sum(text.partition("Warm shutdown")[2].count("'written'") > 0 for text in logs()) >= 2
 
     # All is cancelled, and submitted again.
     slurm.ask("scancel", job, late)
