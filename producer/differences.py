@@ -108,8 +108,10 @@ def _compare_images(run: Run, settings: RunSettings) -> None:
             rows = read_rows(part)
             columns = (rows.get("image_id", []), rows.get("image_sha256", []))  # of failures alone a part has neither
             for key, image_id, digest in zip(part.ids, *columns, strict=False):
+                if len(seen) >= _COMPARED:
+                    return
                 for name, its in zip(images_of(image_id), (digest or "").split(DIGESTS)):
-                    if name not in seen and len(seen) < _COMPARED:
+                    if name not in seen:
                         seen.add(name)
                         _compare_image(name, its, key, settings)
 

@@ -220,6 +220,8 @@ def _computation(asked: dict[str, Any]) -> Computation:
     computation = Computation(**values)
     if computation.answer_states and not computation.max_new_tokens:
         raise UserError("--answer-states: with --max-new-tokens 0 there is no answer: leave one of them out")
+    if computation.blind and (computation.exif_rotation or (computation.min_pixels, computation.max_pixels) != (None, None)):
+        raise UserError("--blind reads no image: leave out --min-pixels, --max-pixels and --exif-rotation")
     if not computation.halp_compat:
         return computation
     if computation.min_pixels is not None or computation.max_pixels is not None:

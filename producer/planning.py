@@ -11,7 +11,7 @@ from pathlib import Path
 
 from producer.dataset.embedding import refuse_without_room, write_images
 from producer.dataset.faults import short
-from producer.dataset.images import check_images, with_found_images
+from producer.dataset.images import OTHER_COLUMN, check_images, with_found_images
 from producer.dataset.selection import cut, order_by_image, select
 from producer.dataset.table import Table, read_table
 from producer.differences import is_replaceable, refuse_differences, relocate, replace_unbegun
@@ -61,12 +61,12 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     if table.said:
         echo(one_line(f"{options.source.path.name}: {table.said}"), err=True)
     questions = select(table.questions, limit=options.limit, test=options.test)
-    if without := missing_images(options, questions):
-        echo(one_line(f"{options.source.path.name}: {without}"), err=True)
     if names_files(options, table, questions):
         images_dir = images_dir_of(options)
         questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
         check_images(questions, images_dir, options.image_roots, allow_missing=options.allow_missing, phases=phases)
+    if without := missing_images(options, questions):
+        echo(one_line(f"{options.source.path.name}: {without}"), err=True)
     if options.order == "image":
         questions = order_by_image(questions)
     settings = _settings(options, table, questions)
@@ -94,7 +94,9 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
 
 def names_files(options: RunOptions, table: Table, questions: Sequence[Question]) -> bool:
     """Tell whether a run opens files that its table names."""
-    return not options.computation.blind and not table.embedded and any(question.image_id for question in questions)
+    if options.computation.blind or table.embedded:
+        return False
+    return any(question.image_id or question.extra.get(OTHER_COLUMN) for question in questions)
 
 
 def missing_images(options: RunOptions, questions: Sequence[Question]) -> str | None:

@@ -80,7 +80,17 @@ def with_found_images(
     names = {image_id for question in questions for image_id in question.images}
     others = [image_id_of([str(name) for name in image_names(question.extra[OTHER_COLUMN])]) for question in questions]
     found = _found(names, roots, phases)
-    if found == len(names) or _found({name for other in others for name in images_of(other)}, roots, phases) <= found:
+    better = found < len(names) or not names
+    better = better and _found({name for other in others for name in images_of(other)}, roots, phases) > found
+    faults = Faults()
+    for q, other in zip(questions, others, strict=True):
+        taken, left = (other, q.image_id) if better else (q.image_id, other)
+        if left and not taken:
+            where, column = f"data row {q.csv_row}, question {short(q.question_id)}", OTHER_COLUMN if better else "image_id"
+            faults.add(f"{where}: {column} is empty, and images are named there: fill it in, or remove that column")
+    if faults.number:
+        raise UserError(f"{faults.number:,} rows name their image in the other column\n{faults}")
+    if not better:
         return questions
     return [
         replace(q, image_id=other, extra=_carried(q.extra, OTHER_COLUMN, "image_id", q.image_id))

@@ -211,7 +211,7 @@ def _problems_of_images(images: Sequence[Image]) -> list[str]:
     if any(isinstance(image, str) and not image.strip() for image in images):
         return ["the image id is blank: name the image's file, or leave the cell empty for a question without one"]
     if len(images) > 1 and any(isinstance(image, Same) for image in images):
-        return ["a list of images names another row's: embed them all here"]
+        return ["a list of images holds names: embed them all here, or name files in image_path"]
     return [f"{len(images)} images are named: a question takes up to {MAX_IMAGES}"] if len(images) > MAX_IMAGES else []
 
 

@@ -22,6 +22,7 @@ COLUMN = "column:"  # the attribute `column:FIELD` at the root is the index of a
 Index = npt.NDArray[np.uint64]  # [N, 3]: byte offset, stored size, crc32 of the stored bytes; N questions in key order
 Vectors = npt.NDArray[np.float32]
 _SMALL_GAP = 65536  # reading over it is cheaper than a second read
+_BYTES_AT_ONCE = 1 << 25  # of answers' tokens
 _ROWS_AT_ONCE = 16  # their values stay in the processor's cache
 _SLACK = 1024  # bytes by which a chunk may be longer than its values: of a deflate stream's blocks
 
@@ -51,9 +52,12 @@ class Column:
     def read_each(self, rows: Sequence[int]) -> Iterator[Vectors]:
         """Yield the vectors of some answers' tokens, each [T, D]."""
         assert self.lengths is not None and self.index is not None
-        for row in rows:
-            planes = self._planes(read_runs(self.path, self.index[[row]]), row, self.index[row])
-            yield join_planes([planes], self._size(row)).reshape(self.lengths[row], self.width)
+        sizes = np.cumsum(self.index[list(rows), 1].astype(np.int64))
+        for some in np.split(np.asarray(rows, np.intp), np.flatnonzero(np.diff(sizes // _BYTES_AT_ONCE)) + 1):
+            chunks = read_runs(self.path, self.index[some])
+            for row in some.tolist():
+                planes = self._planes(chunks, row, self.index[row])
+                yield join_planes([planes], self._size(row)).reshape(self.lengths[row], self.width)
 
     def _size(self, row: int) -> int:
         return self.width if self.lengths is None else self.width * self.lengths[row]

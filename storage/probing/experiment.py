@@ -102,11 +102,13 @@ def run_experiment(directory: Path | str, settings: ProbeSettings, show: Callabl
     left_out: list[str] = []
     for field in _fields(directory):
         found_of = load(directory, field, order="file", columns=[])
-        if len(found_of.ids) < len(frame):  # of images: some questions have none
+        places = {question: place for place, question in enumerate(found_of.ids)}
+        rows = [places[question] for question in questions.frame["question_id"] if question in places]
+        if len(rows) < len(questions.frame):  # of images: some questions have none
             left_out.append(field)
             continue
         show(field)
-        vectors = found_of.vectors[questions.rows]
+        vectors = found_of.vectors[rows]
         for probe in settings.probes:
             found = scores[field, probe] = fit(probe, vectors, questions.wrong, split, seed=settings.seed)
             probes.append(judge.score(field, probe, found, baselines))

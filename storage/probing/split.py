@@ -42,7 +42,8 @@ def grouped_split(wrong: npt.NDArray[np.bool_], images: Sequence[str], seed: int
     try:
         pieces = [rows for _, rows in folds.split(np.zeros(len(wrong)), wrong, np.asarray(images))]
     except ValueError as error:
-        raise UserError(f"these questions cannot be split by image: {error}") from error
+        groups = f"images, and those that questions about several join, make {len(set(images)):,} groups"
+        raise UserError(f"these questions cannot be split by image ({groups}): {error}") from error
     return _checked(Split(np.sort(np.concatenate(pieces[2:])), pieces[1], pieces[0]), wrong)
 
 

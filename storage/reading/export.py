@@ -180,9 +180,16 @@ def _parquet(source: str | Path, field: str | None, layer: Layers, progress: boo
 
 def _table(pa: Any, frame: pd.DataFrame) -> Any:
     try:
-        return pa.Table.from_pandas(frame, preserve_index=False)
+        return pa.Table.from_pandas(frame.apply(_even), preserve_index=False)
     except pa.ArrowException as error:  # of a stranger's part: numbers and texts in one column
         raise UserError(f"these questions are no table that Parquet can hold: {error}") from error
+
+
+def _even(values: pd.Series[Any]) -> pd.Series[Any]:
+    """Return a column of lists, of which some hold lists, as lists of lists: what one image has once, several have each."""
+    if values.dtype != object or not any(isinstance(v, list) and v and isinstance(v[0], list) for v in values):
+        return values
+    return values.map(lambda v: [v] if isinstance(v, list) and not (v and isinstance(v[0], list)) else v)
 
 
 def _locate(source: str | Path, field: str, layer: Layers, progress: bool) -> Located:

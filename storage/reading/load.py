@@ -158,6 +158,8 @@ def iter_chunks(
     for found, frame in opened.read(lambda part: _found(part, names, frame_of)):
         name, stack = layered(field, layer, [found])
         ids = found[0].ids
+        if not ids:  # no question of the part is about an image
+            continue
         vectors: Any = stack.read(range(len(ids)))
         yield Loaded(name, ids, vectors, selected(frame, columns), opened.missing())
 

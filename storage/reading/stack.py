@@ -69,8 +69,16 @@ class TokenStack:
 
     def read(self, rows: Sequence[int], *, progress: bool = False) -> Any:
         """Return a list of some answers' vectors, [T, D] of each."""
-        shown = track(rows, "reading", console=Console(stderr=True), disable=not progress, transient=True)
-        return [next(column.read_each([row])) for column, row in map(self._place, shown)]
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(bisect_right(self.starts, row) - 1, []).append(place)
+        found: list[Any] = [None] * len(rows)
+        shown = track(places.items(), "reading", console=Console(stderr=True), disable=not progress, transient=True)
+        for number, its in shown:
+            wanted = [rows[place] - self.starts[number] for place in its]
+            for place, vectors in zip(its, self.columns[number].read_each(wanted), strict=True):
+                found[place] = vectors
+        return found
 
     def _place(self, row: int) -> tuple[Column, int]:
         number = bisect_right(self.starts, row) - 1

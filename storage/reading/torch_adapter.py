@@ -36,9 +36,9 @@ def torch_dataset(
 ) -> Dataset[dict[str, Any]]:  # fmt: skip
     """Return a torch dataset of one field, in file order. `source`, `field`, `layer` and `token` are those of `storage.load`.
 
-    An item is a dict: `vector` (float32 [D]; [L, D] of several layers; with token `all` [T, D]), `question_id`, and `columns`
-    of the frame. Vectors stay on the disk until asked for; several DataLoader workers may read at once, forked or spawned (an
-    object store needs spawned ones).
+    An item is a dict: `vector` (float32 [D]; [L, D] of several layers; with token `all` [T, D], which a DataLoader wants a
+    `collate_fn` for, such as `list`), `question_id`, and `columns` of the frame. Vectors stay on the disk until asked for;
+    several DataLoader workers may read at once, forked or spawned (an object store needs spawned ones).
     """
     opened = Source(source)
     opened.warn_if_unfinished()

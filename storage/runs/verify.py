@@ -196,7 +196,8 @@ def _problems(question: StoredQuestion, texts: dict[str, str], model: ModelFacts
     if model is None:
         yield "the run has vectors, but no record of the model (.run/model.json)", False
         return
-    tokens = int(question.attributes().get("num_answer_tokens", 0)) if EVERY in model.answer_states else 0
+    tokens = question.attributes().get("num_answer_tokens") if EVERY in model.answer_states else None
+    tokens = int(tokens) if isinstance(tokens, (int, np.integer)) else 0
     for name, width in model.field_widths(images=bool(texts.get("image_id"))).items():
         if (vector := question.vector(name)) is None:
             yield f"{name} is missing", True

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from storage.errors import UserError
-from storage.fields import in_order, split_layer
+from storage.fields import in_order, is_ragged, split_layer
 from storage.reading.load import part_frame
 from storage.reading.source import Source
 from storage.screen.terminal import one_line
@@ -22,6 +22,7 @@ _LAYERS = 5  # of a token representation
 _CATEGORIES = 9  # the rest are "other"
 _RANGES = 5  # of a column of many numbers
 _COLUMNS = 4  # panels in a row
+_Cloud = tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]  # rows of a frame, and the vectors of those
 
 
 def plot(source: str | Path, found: Overview, colour_by: str | None, output: Path) -> None:
@@ -32,14 +33,15 @@ def plot(source: str | Path, found: Overview, colour_by: str | None, output: Pat
         raise UserError("--plot needs matplotlib: pip install 'halp-extractor[plot]'") from None
     if output.exists():
         raise UserError(f"{output} exists: move it elsewhere, or give another name to --plot")
-    frame, clouds = _sample(source, _chosen([field.field for field in found.fields]))
+    frame, clouds = _sample(source, _chosen([field.field for field in found.fields if not is_ragged(field.field)]))
     colours = _colours(frame, colour_by)
     rows = -(-(len(clouds) + 1) // _COLUMNS)
     figure = Figure(figsize=(4 * _COLUMNS, 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     _draw_norms(panels[0], found)
-    for panel, (field, vectors) in zip(panels[1:], clouds.items(), strict=False):
-        _draw_cloud(panel, field, principal_components(vectors)[0], colours)
+    for panel, (field, (rows_of, vectors)) in zip(panels[1:], clouds.items(), strict=False):
+        its = {value: rows[rows_of] for value, rows in colours.items()}
+        _draw_cloud(panel, field, principal_components(vectors)[0], its)
     for panel in panels[len(clouds) + 1 :]:
         panel.set_visible(False)
     if colour_by is not None and clouds:
@@ -56,23 +58,30 @@ def _plain(text: str) -> str:
     return one_line(text).replace("$", r"\$")
 
 
-def _sample(source: str | Path, fields: list[str]) -> tuple[pd.DataFrame, dict[str, npt.NDArray[np.float32]]]:
-    """Return some questions, evenly over all, and their vectors."""
+def _sample(source: str | Path, fields: list[str]) -> tuple[pd.DataFrame, dict[str, _Cloud]]:
+    """Return some questions, evenly over all, and of each field the rows of those that have it, with their vectors."""
     look = Source(source).read(lambda part: (part_frame(part), {field: part.column(field) for field in fields}))
     parts = list(look)
     number = sum(len(frame) for frame, _ in parts)
     wanted = np.unique(np.linspace(0, number - 1, min(number, _POINTS)).astype(int)) if number else np.empty(0, int)
     frames: list[pd.DataFrame] = []
-    clouds: dict[str, list[npt.NDArray[np.float32]]] = {field: [] for field in fields}
-    start = 0
+    clouds: dict[str, list[_Cloud]] = {field: [] for field in fields}
+    start = shown = 0
     for frame, columns in parts:
         rows = (wanted[(wanted >= start) & (wanted < start + len(frame))] - start).tolist()
         start += len(frame)
         frames.append(frame.iloc[rows])
+        ids = frame["question_id"].tolist()
         for field, column in columns.items():
-            clouds[field].append(column.read_rows(rows))
+            places = {question: place for place, question in enumerate(column.ids)}
+            having = [k for k, row in enumerate(rows) if ids[row] in places]
+            if having:
+                vectors = column.read_rows([places[ids[rows[k]]] for k in having])
+                clouds[field].append((np.array(having) + shown, vectors))
+        shown += len(rows)
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    return joined, {field: np.concatenate(some) for field, some in clouds.items() if some}
+    found = {field: tuple(map(np.concatenate, zip(*some))) for field, some in clouds.items() if some}
+    return joined, {field: (rows, vectors) for field, (rows, vectors) in found.items()}
 
 
 def _chosen(fields: list[str]) -> list[str]:

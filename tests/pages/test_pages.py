@@ -438,9 +438,7 @@ def on_datasets_of_others(scene: Scene, lines: list[str]) -> None:
     picture("hallusion_bench/VD/video/0.png")
     hallusion = {"category": "VD", "subcategory": "video", "visual_input": "1", "set_id": "0", "figure_id": "1",
                  "question": asked, "gt_answer": "1", "filename": "./hallusion_bench/VD/video/0.png"}  # fmt: skip
-    blind = {"visual_input": "0", "filename": None, "figure_id": "0", "question_id": "0"}  # a question without a figure
-    asked_of = [hallusion | {"question_id": n, "question": f"Is {n} there?"} for n in "01"]
-    listed("HallusionBench.json", [*asked_of, hallusion | blind])
+    listed("HallusionBench.json", [hallusion | {"question_id": n, "question": f"Is {n} there?"} for n in "01"])
     picture("image/AMBER_1.jpg")
     listed("query_generative.json", [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}])
     picture("MMVP/1.jpg")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -239,6 +240,48 @@ def test_several_images_and_none(images: Path, tmp_path: Path) -> None:
         assert found.embedded.keys() == ids.keys()
 
 
+def test_lists_in_cells(images: Path, tmp_path: Path) -> None:
+    """As Python prints them, with an apostrophe; of something else than names; in each other; in a frame."""
+    path = tmp_path / "t.csv"
+    for cell, expected in (
+        (str(["it's.jpg", "b.jpg"]), ("it's.jpg", "b.jpg")),
+        ("[]", ()),
+        ("[a.png", ("[a.png",)),
+        ("[a]", ("[a]",)),
+    ):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("question_id", "image_id", "question"), ("1", cell, "What?")])
+        assert read_table(path).questions[0].images == expected
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("question_id", "image_id", "question"), ("1", '["a.png", 3]', "What?")])
+    assert refused(path).endswith("line 2: the image is a list of something else than names: name each image's file")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "image": [["a.png"]], "question": "What?"}))
+    assert refused(tmp_path / "t.jsonl").endswith("line 1: the image is a list of lists: name the images in one")
+    frame = pd.read_parquet(several_as_parquet(tmp_path / "t.parquet", images))
+    found = read_table(Source(tmp_path / "frame", frame=frame))
+    assert [len(q.images) for q in found.questions] == [2, 1, 0, 3]
+
+
+def test_a_blank_cell_beside_a_name_in_the_other_column(images: Path, tmp_path: Path, small_model: Path) -> None:
+    path = tmp_path / "t.csv"
+    for rows, reason in (
+        ([("1", "", "a.png"), ("2", "", "b.jpg")], None),
+        ([("1", "a.png", ""), ("2", "", "b.jpg")], "data row 2, question '2': image_id is empty, and images are named there"),
+    ):
+        with path.open("w", newline="") as file:
+            lines = [(key, first, second, "What?") for key, first, second in rows]
+            csv.writer(file).writerows([("question_id", "image_id", "image_name", "question"), *lines])
+        out = tmp_path / f"out{reason is None}"
+        result = command(
+            "producer", "run", path, "--images-dir", images, "--output-dir", out, "--model", small_model, HALP_ENGINE="fake:0"
+        )
+        if reason is None:
+            assert result.returncode == 0, result.stderr
+            assert [s.image_id for s in storage.iter_samples(out)] == ["a.png", "b.jpg"]
+        else:
+            assert (result.returncode, reason in result.stderr) == (2, True), result.stderr
+
+
 def test_an_image_that_is_called_like_a_list(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "image": ['["a.png"]'], "question": "What?"}))
     [question] = read_table(tmp_path / "t.jsonl").questions
@@ -394,7 +437,7 @@ def test_faults_of_rows_of_every_form(images: Path, tmp_path: Path) -> None:
         (base64.b64encode(b"x" * 100).decode()[:-3], "line 3: the image is no base64 ("),
         ("99", "line 3: the image is that of row '99', which has none: embed it there, or here"),
         ("18", "line 3: the image is that of row '18', which has none"),
-        ('["17", "18"]', "line 3: a list of images names another row's: embed them all here"),
+        ('["17", "18"]', "line 3: a list of images holds names: embed them all here, or name files in image_path"),
         ("[not a list", "line 3: the image is no list of images in base64"),
     ],
 )

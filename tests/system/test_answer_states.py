@@ -178,6 +178,8 @@ def test_all_tokens(runs: tuple[Path, Path], tmp_path: Path) -> None:
 
     overview = json.loads(command("storage", "inspect", every, "--json").stdout)
     assert {f["questions"] for f in overview["fields"]} == {120}
+    plot = command("storage", "inspect", every, "--plot", tmp_path / "p.png")
+    assert plot.returncode == 0, plot.stderr
     difference = json.loads(command("storage", "diff", every, every, "--json").stdout)
     [same] = [f for f in difference["fields"] if f["field"] == f"{field}/all/layer_2"]
     assert (same["compared"], same["equal"]) == (120, 120)

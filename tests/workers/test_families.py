@@ -181,6 +181,36 @@ def test_several_images_and_none(family: str, tiny: Callable[[str], Path], pictu
                 assert np.abs(ours - one.merged).max() / np.abs(one.merged).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("images", [(), (0, 1)])
+@pytest.mark.parametrize("family", ["qwen2_vl", "smolvlm"])
+def test_a_system_prompt_and_other_numbers_of_images(
+    family: str, images: tuple[int, ...], tiny: Callable[[str], Path], pictures: Path
+) -> None:
+    engine, plain = load(tiny(family)), Plain(tiny(family))
+    style = PromptStyle(system="Answer in one word.", images=len(images))
+    recipe = Recipe(layers=(0, 3), max_new_tokens=NEW, system_prompt=style.system)
+    with Preprocessor(engine.info).hold(
+        [f"{n}.png" for n in images], pictures, (), limits_of((None, None), engine.info)
+    ) as its:
+        request = Preprocessor(engine.info).request(its, "Why?", recipe, engine.prompt(style))
+    options = {"do_resize": False} if engine.info.factor is not None and images else {}
+    expected = plain(request.images, "Why?", new=NEW, system=style.system, **options)
+    [sample] = engine.extract([request])
+    assert sample.facts["answer_token_ids"] == expected.answer
+    kept = {name: v for name, v in expected.vectors.items() if name in sample.vectors}
+    assert worst(sample, replace(expected, vectors=kept)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "idefics3"])
+def test_one_of_several_images_is_fewer_tokens(family: str, tiny: Callable[[str], Path]) -> None:
+    """As many as the processor makes of it then: what fits is not refused."""
+    engine = load(tiny(family))
+    most = engine.prompt(PromptStyle(images=3)).image_tokens
+    assert most is not None
+    assert engine.info.most_image_tokens is not None
+    assert 0 < most <= engine.info.most_image_tokens
+
+
 @pytest.mark.parametrize("family", [param for param in ALL if param.values != ("fast_vlm",)])
 def test_a_users_text_stays_text(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
     engine = load(tiny(family))

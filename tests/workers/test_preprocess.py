@@ -768,3 +768,18 @@ def test_what_can_be_wrong_with_an_object(s3_url, s3_server, monkeypatch):
     s3_server.control(deny="GET")
     with pytest.raises(TransientError, match=f"{s3_url}/text.png: access denied"):
         load(f"{s3_url}/text.png")
+
+
+def test_images_of_a_question_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 60)).save(tmp_path / name)
+    info = FakeEngine(EngineSpec("fake:0", "fake", "main", "float32", "")).info
+    unsized, places = replace(info, factor=None, most_image_tokens=4), (tmp_path, (), (None, None))
+    with Preprocessor(unsized).hold(["a.png", "b.png"], *places) as images:
+        assert [image.original_size for image in images] == [(60, 60)] * 2
+    with pytest.raises(PermanentError, match="65 images are named: a question takes up to 64"):
+        Preprocessor(unsized).hold(["a.png"] * 65, *places).__enter__()
+    monkeypatch.setattr(preprocess, "_QUESTION_BYTES", 2 * 60 * 60 * 3 - 1)
+    with pytest.raises(PermanentError, match="2 of the question's images take") as caught:
+        Preprocessor(unsized).hold(["a.png", "b.png"], *places).__enter__()
+    assert caught.value.reason == "image_too_large"

@@ -24,6 +24,7 @@ from workers.errors import EngineStartError, in_a_line
 
 # Tokenizers of the sentencepiece kind put a blank before a text, which is not there in the middle of a prompt.
 _ANCHORS = ("", "x")
+_LONGEST = 32_768  # tokens of a prompt that a worker takes
 
 
 def constant_prompt(processor: Any, style: PromptStyle) -> str:
@@ -60,6 +61,9 @@ def split_any_prompt(family: Family, style: PromptStyle, images: Sequence[np.nda
         if tail.count(question) != 1:
             raise EngineStartError(f"{whose(style)} puts the question before the image, or its tokenizer changes it: {tail!r}")
         first, lead, trail, last = plain_text_apart(processor.tokenizer, *_around(tail, question))
+        if len(begin) > min(_LONGEST, family.text.max_position_embeddings):
+            what = f"{amount(style.images, 'small image')} take {len(begin):,} tokens"
+            raise EngineStartError(f"{what}, more than the model takes")
         head = _beside_images(begin, family.image_id, style.images)
     else:
         first, lead, trail, last = "", *plain_text_apart(processor.tokenizer, before, after)[1:]

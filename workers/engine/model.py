@@ -90,6 +90,7 @@ class ModelEngine:
             held_tokens=(row.nbytes - row.growing_bytes) // per_token, max_batch_tokens=bounds.batch_tokens,
         )  # fmt: skip
         alone = first.extra is not None or row.growing_bytes < row.nbytes  # more than text is attended to
+        self._most_of_several: int | None = None
         self._slots = None if alone else Slots(family, self._generation.ends, self._passes.axes)
         self._prove(plain)
         invariance = "bitwise" if self._is_invariant(plain) else "none"
@@ -151,9 +152,7 @@ class ModelEngine:
             self._prefixes.kept.clear()
             return self.extract(requests)
 
-        return is_invariant(
-            asked_again(plain, self._family, self.info.prompt, self.info, (0, self.info.num_hidden_layers - 1), 4), extract
-        )
+        return is_invariant(asked_again(plain, self._family, self.info, (0, self.info.num_hidden_layers - 1), 4), extract)
 
     def _published_size(self) -> int | None:
         """Return how wide the study's vector of an image is; None: as the tower's, or of a model that it does not have."""
@@ -169,7 +168,8 @@ class ModelEngine:
     def prompt(self, style: PromptStyle) -> PromptParts:
         """Return the prompt of a style. Raises EngineStartError where the template cannot be used so.
 
-        With another number of images than one, what the engine computes is compared with transformers' own first.
+        With another number of images than one, what the engine computes is first compared with the model's plain forward, whose
+        tower the proof at load has compared with transformers' own.
         """
         family = self._family
         if style.images == 1:
@@ -178,8 +178,17 @@ class ModelEngine:
             refuse_without_image(self.info.model_type)
         with refusing():
             parts = split_any_prompt(family, style, proof_images(family, style.images))
-            refuse_difference(plain_prompts(family, style), family, self.info, self.extract, parts)
-        return parts
+            refuse_difference(plain_prompts(family, style), family, self.info, self.extract, parts, style)
+        return parts if family.factor or not style.images else replace(parts, image_tokens=self._tokens_of_several())
+
+    def _tokens_of_several(self) -> int:
+        """Return the most tokens that one of several images becomes: some processors cut those into fewer tiles."""
+        if self._most_of_several is None:
+            style = PromptStyle(images=2)
+            parts = split_any_prompt(self._family, style, proof_images(self._family))
+            text = self._prefixes.text(Recipe(layers=(0,)), 2)
+            self._most_of_several = most_image_tokens(self._family, text, parts, 2)
+        return self._most_of_several
 
     def free_cache(self) -> None:
         """Free what is kept between batches."""
@@ -202,9 +211,12 @@ class ModelEngine:
         recurrent = self._family.recurrent
         kinds = [(len(request.images), len(request.suffix_ids) if recurrent else 0) for request in requests]
         samples: dict[int, Sample] = {}
+        weight = self._states_weight(recipe) + recipe.max_new_tokens + max(request.weight for request in requests)
+        most = max(1, self.info.max_batch_tokens // weight) if EVERY in recipe.answer_states else len(requests)
         for kind in sorted(set(kinds)):
             chosen = [i for i, its in enumerate(kinds) if its == kind]
-            samples |= zip(chosen, self._shared([requests[i] for i in chosen]))
+            for some in (chosen[start : start + most] for start in range(0, len(chosen), most)):
+                samples |= zip(some, self._shared([requests[i] for i in some]))
         return [samples[i] for i in range(len(requests))]
 
     def _in_slots(self, requests: Sequence[Request]) -> list[Sample]:
@@ -216,6 +228,8 @@ class ModelEngine:
         if EVERY in recipe.answer_states and number < len(requests):  # each holds what it is answered with, to the end
             return [*self._in_slots(requests[:number]), *self._in_slots(requests[number:])]
         penalty = self._generation.penalty if recipe.repetition_penalty is None else recipe.repetition_penalty
+        if EVERY in recipe.answer_states:
+            slots.shrink(number, recipe.max_new_tokens)
         waiting = list(range(len(requests)))
         made: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         answers: dict[int, Answer] = {}

@@ -145,7 +145,10 @@ class EngineProcess:
         """Have a run's prompt rendered and cut. Raises RunRefusedError where its template cannot be used; EngineDiedError."""
         answer = self._answer(style)
         if isinstance(answer, _BatchError):
-            raise RunRefusedError(f"the run's chat template or system prompt cannot be used: {answer.summary}")
+            what = "chat template or system prompt cannot be used"
+            if (style.system, style.template) == (None, None):
+                what = f"questions cannot be asked about {style.images or 'no'} image{'' if style.images == 1 else 's'}"
+            raise RunRefusedError(f"the run's {what}: {answer.summary}")
         assert isinstance(answer, PromptParts)
         return answer
 

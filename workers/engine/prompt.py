@@ -57,6 +57,7 @@ class PromptParts:
     trail: str = ""
     stripped: bool = False
     anchor: str = ""
+    image_tokens: int | None = None  # the most of an image, where there are several and the processor sizes them
 
     def around(self, question: str) -> str:
         """Return a question with what is tokenised with it."""

@@ -128,7 +128,6 @@ class Extractor:
         if crashes.alone is not None and crashes.alone >= MAX_CRASHES_ALONE:  # a worker was killed before it could say so
             raise engine_crashed(f"the engine died {crashes.alone} times")
         named = () if settings.blind else question.images
-        prompt = opened.prompt if len(named) == opened.images else self._prompt_about(settings, len(named))
         with self.preprocess.hold(
             named,
             opened.run.images.images_dir,
@@ -138,6 +137,7 @@ class Extractor:
             exif_rotation=settings.exif_rotation,
         ) as images:
             text = asked(settings.prompt, question, columns=settings.prompt_columns)
+            prompt = opened.prompt if len(images) == opened.images else self._prompt_about(settings, len(images))
             request = self.preprocess.request(images, text, opened.recipe, prompt)
             sample = self._compute(settings.run_id, request, crashes)
             _refuse_unfinite(sample)
@@ -177,20 +177,27 @@ class Extractor:
         """Return the prompt of a style; what was refused once is not tried again, as it may cost the engine's time."""
         if style == PromptStyle():
             return self.info.prompt
-        with self._prompting:
-            if style not in self._prompts:
-                try:
-                    self._prompts[style] = self.engine.prompt(style)
-                except RunRefusedError as error:
-                    self._prompts[style] = error
-                except EngineDiedError as error:  # a template that does not end
-                    self._prompts[style] = RunRefusedError(f"the run's chat template cannot be rendered: {error}")
-                except EngineStartError as error:
-                    raise TransientError(str(error)) from error
-            found = self._prompts[style]
+        if style not in self._prompts:
+            with self._prompting:
+                if style not in self._prompts:
+                    self._prompts[style] = self._made(style)
+        found = self._prompts[style]
         if isinstance(found, RunRefusedError):
             raise found
         return found
+
+    def _made(self, style: PromptStyle) -> PromptParts | RunRefusedError:
+        try:
+            return self.engine.prompt(style)
+        except RunRefusedError as error:
+            return error
+        except EngineDiedError as error:
+            if style.images == 1:  # a template that does not end
+                return RunRefusedError(f"the run's chat template cannot be rendered: {error}")
+            # Perhaps of memory that was full: another time there is room.
+            raise TransientError(f"the engine ended while it tried a prompt about {style.images} images: {error}") from error
+        except EngineStartError as error:
+            raise TransientError(str(error)) from error
 
     def _facts(self, run: Run, prompt: PromptParts) -> ModelFacts:
         settings, info = run.settings, self.info

@@ -60,6 +60,10 @@ class ImageCache(Generic[T]):
         """Return when the oldest load that has not ended began, on the wall clock."""
         return min(self._begun.copy().values(), default=None)
 
+    def begin(self, key: Hashable) -> None:
+        """Note that a load goes on with another image."""
+        self._begun[key] = time.time()
+
     @contextmanager
     def hold(self, key: Hashable, load: Callable[[], T | None], load_apart: Callable[[], T]) -> Iterator[T]:
         """Yield an image, from memory or loaded now; it is kept at least until the block ends.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from workers.extract.loading import Limits, PreparedImage, PreparedImages, load_
 # Of decoded images in memory: 1,100 of 400 tokens, or 27 of 16k, may be in use; 64 MB wait for further questions.
 _IMAGE_BYTES = 1 << 30
 _IDLE_IMAGE_BYTES = 64 << 20
+_QUESTION_BYTES = 1 << 29  # of the images of a question, where there are several
 MAX_PROMPT = 32_768  # tokens that the model was trained on; its config admits more, and transformers does not check
 
 
@@ -50,43 +51,45 @@ class Preprocessor:
         if not image_ids:
             yield ()
             return
-        self._refuse_too_many(len(image_ids), 0)
+        if len(image_ids) > MAX_IMAGES:
+            raise PermanentError("images_refused", f"{len(image_ids):,} images are named: a question takes up to {MAX_IMAGES}")
         locations = [_place(image_id, images_dir, roots) for image_id in image_ids]
         options = {"halp_compat": halp_compat, "exif_rotation": exif_rotation}
+        key = (*locations, *limits, halp_compat, exif_rotation)
+        ready: list[PreparedImage] = []
 
-        def quick() -> PreparedImages | None:
-            return self._loaded(load_quick(location, self._factor, limits, **options) for location in locations)
+        def load(one: Callable[..., PreparedImage | None]) -> PreparedImages | None:
+            for location in locations[len(ready) :]:
+                self._images.begin(key)
+                if (image := one(location, self._factor, limits, **options)) is None:
+                    return None
+                ready.append(image)
+                self._refuse_too_large(ready)
+            return PreparedImages(tuple(ready))
 
         def apart() -> PreparedImages:
-            found = self._loaded(load_image(location, self._factor, limits, **options) for location in locations)
+            found = load(load_image)
             assert found is not None
             return found
 
         # All of a question at once: one that held some and waited for room for others would wait for its like.
-        with self._images.hold((*locations, *limits, halp_compat, exif_rotation), quick, apart) as found:
+        with self._images.hold(key, lambda: load(load_quick), apart) as found:
             yield found.images
 
-    def _loaded(self, images: Iterable[PreparedImage | None]) -> PreparedImages | None:
-        """Return images as far as all of them are there. Raises PermanentError once they are too long a prompt together."""
-        found: list[PreparedImage] = []
-        for image in images:
-            if image is None:
-                return None
-            found.append(image)
-            if len(found) > 1:
-                self._refuse_too_many(len(found), self._tokens(found))
-        return PreparedImages(tuple(found))
-
-    def _refuse_too_many(self, images: int, tokens: int) -> None:
-        if images > MAX_IMAGES or tokens > self._limit:
+    def _refuse_too_large(self, images: Sequence[PreparedImage]) -> None:
+        """Raise PermanentError where a question's images are more than it can have."""
+        size = sum(image.nbytes for image in images)
+        tokens = self._tokens(images) if self._factor is not None else 0
+        if len(images) > 1 and (tokens > self._limit or size > _QUESTION_BYTES):
             raise PermanentError(
-                "prompt_too_long",
-                f"{images} images of the question are {tokens} tokens; the model takes {self._limit}, and at most {MAX_IMAGES} "
-                "images. Name fewer, or lower --max-pixels",
+                "prompt_too_long" if tokens > self._limit else "image_too_large",
+                f"{len(images)} of the question's images take {size >> 20:,} MB of pixels and {tokens:,} tokens, of at most "
+                f"{_QUESTION_BYTES >> 20} and {self._limit:,}: name fewer, shrink them, or lower --max-pixels",
             )
 
-    def _tokens(self, images: Iterable[PreparedImage]) -> int:
-        return sum(self._info.image_tokens(*image.pixels.shape[:2]) for image in images)
+    def _tokens(self, images: Iterable[PreparedImage], most: int | None = None) -> int:
+        """Return how many tokens images become; `most` of each, where their processor sizes them."""
+        return sum(most or self._info.image_tokens(*image.pixels.shape[:2]) for image in images)
 
     def image(self, image_id: str, *arguments: Any, **options: Any) -> PreparedImage:
         """Return one image as `hold` yields it, to a caller that bounds its memory itself."""
@@ -110,7 +113,7 @@ class Preprocessor:
         """
         prompt = prompt or self._prompt
         suffix = prompt.suffix(self._tokenize, question, recipe.special_tokens)
-        tokens = self._tokens(images)
+        tokens = self._tokens(images, prompt.image_tokens)
         total = len(prompt.head_ids) + tokens + len(suffix)
         if total > self._limit:
             raise PermanentError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from producer.dataset.faults import Faults
 from producer.show.progress import Done
@@ -39,6 +42,7 @@ class Same:
 
 
 Image = str | Embedded | Same
+_LONGEST_LIST = 1 << 16  # characters of a list in a text
 Cell = Any  # text; an image; a list of images; None where there is nothing
 
 
@@ -99,13 +103,16 @@ def image_names(text: str) -> list[Image]:
         return []
     inner = text.strip()
     if inner[:1] + inner[-1:] == "[]":
-        for spelling in (inner, inner.replace("'", '"')):
+        for parse in (json.loads, ast.literal_eval):
             try:
-                found = json.loads(spelling)
-            except (ValueError, RecursionError):
+                found = parse(inner) if len(inner) <= _LONGEST_LIST else None
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
-            if all(isinstance(one, str) for one in found):
-                return list(found)
+            if not isinstance(found, list):
+                break
+            if not all(isinstance(one, str) for one in found):
+                raise RowFault("the image is a list of something else than names: name each image's file")
+            return list(found)
     return [text]
 
 
@@ -114,7 +121,11 @@ def as_images(value: Any) -> list[Image]:
 
     A text may be a list of paths in JSON, or as Python prints it. Raises RowFault where it holds something else.
     """
+    if isinstance(value, np.ndarray):  # of a frame that was read from Parquet
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
+        if any(isinstance(one, (list, tuple)) for one in value):
+            raise RowFault("the image is a list of lists: name the images in one")
         return [image for one in value for image in ([one] if isinstance(one, str) else as_images(one))]
     if value is None or isinstance(value, str):
         return image_names(value or "")

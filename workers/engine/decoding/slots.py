@@ -81,6 +81,11 @@ class Slots:
         self._state.alive.zero_()
         self._owners = [None] * self._kv.number
 
+    def shrink(self, number: int, answer: int) -> None:
+        """Give up more slots, or longer answers, than these, where what is kept of each is large."""
+        if self._given is not None and (self._kv.number > number or self._given.tokens.shape[1] > max(1, answer)):
+            self.release()
+
     def release(self) -> None:
         """Free the memory."""
         self._given = self._graph = self._kept = None

@@ -7,6 +7,7 @@ compares more.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ class Plain:
     """One prompt by transformers alone: its ids, its vectors, those under another attention kernel; its first token."""
 
     image: int
-    images: int
     question: str
     ids: tuple[int, ...]
     vectors: Vectors
@@ -65,10 +65,11 @@ def proof_images(family: Family, number: int = 2) -> list[npt.NDArray[np.uint8]]
     return made
 
 
-def most_image_tokens(family: Family, text: str, prompt: PromptParts) -> int:
-    """Return the most tokens that an image of one of several shapes becomes."""
-    images = (np.zeros((height, width, 3), np.uint8) for height, width in _TRIED)
-    return max(family.cut(family.inputs(text, [image])) for image in images) - len(prompt.head_ids)
+def most_image_tokens(family: Family, text: str, prompt: PromptParts, images: int = 1) -> int:
+    """Return the most tokens that an image of one of several shapes becomes, where there are so many."""
+    blank = (np.zeros((height, width, 3), np.uint8) for height, width in _TRIED)
+    most = max(family.cut(family.inputs(text, [image] * images)) for image in blank)
+    return -(-(most - len(prompt.head_ids)) // images)
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def plain_prompts(family: Family, style: PromptStyle = PromptStyle()) -> list[Pl
                 if family.model.dtype != torch.float32:
                     with PlainAttention():
                         other, _ = _forward(family, inputs)
-            found.append(Plain(number, style.images, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
+            found.append(Plain(number, question, tuple(inputs["input_ids"][0].tolist()), vectors, other, scores))
     return found
 
 
@@ -109,13 +110,15 @@ def _sets(family: Family, number: int) -> list[tuple[npt.NDArray[np.uint8], ...]
 
 
 def asked_again(
-    plain: Sequence[Plain], family: Family, parts: PromptParts, info: ModelInfo, layers: tuple[int, ...], max_new_tokens: int
-) -> list[Request]:
-    """Return the prompts as the engine is asked them."""
-    tokenize = QuestionTokenizer(info.tokenizer_json, info.placeholders)
-    recipe, sets = Recipe(layers=layers, max_new_tokens=max_new_tokens), _sets(family, plain[0].images)
+    plain: Sequence[Plain], family: Family, info: ModelInfo, layers: tuple[int, ...], max_new_tokens: int,
+    parts: PromptParts | None = None, style: PromptStyle = PromptStyle(),
+) -> list[Request]:  # fmt: skip
+    """Return the prompts as the engine is asked them: `parts` of their style, None the checkpoint's own with one image."""
+    tokenize, parts = QuestionTokenizer(info.tokenizer_json, info.placeholders), parts or info.prompt
+    settings = {"system_prompt": style.system, "chat_template": style.template}
+    recipe, sets = Recipe(layers=layers, max_new_tokens=max_new_tokens, **settings), _sets(family, style.images)
     suffixes = (parts.suffix(tokenize, one.question) for one in plain)
-    keys = (f"proof {one.images} {one.image}" if one.images else "" for one in plain)
+    keys = (f"proof {style.images} {one.image}" if style.images else "" for one in plain)
     return [Request(key, sets[one.image], suffix, len(one.ids), recipe) for one, key, suffix in zip(plain, keys, suffixes)]
 
 
@@ -137,13 +140,10 @@ def _same_bits(one: Sample, other: Sample) -> bool:
 
 def refuse_difference(
     plain: Sequence[Plain], family: Family, info: ModelInfo, extract: Callable[[list[Request]], list[Sample]],
-    parts: PromptParts | None = None,
+    parts: PromptParts | None = None, style: PromptStyle = PromptStyle(),
 ) -> None:  # fmt: skip
-    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others.
-
-    `parts`: of the prompts' style; None: the checkpoint's own.
-    """
-    requests = asked_again(plain, family, parts or info.prompt, info, resolve_layers(None, info.num_hidden_layers), 1)
+    """Have the engine compute the same. Raises EngineStartError where its prompts, vectors or first tokens are others."""
+    requests = asked_again(plain, family, info, resolve_layers(None, info.num_hidden_layers), 1, parts, style)
     for sample, one in zip(extract(requests), plain, strict=True):
         if sample.facts["seq_len"] != len(one.ids):
             raise EngineStartError(
@@ -165,6 +165,8 @@ def refuse_difference(
 
 def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float32]]:
     layers = resolve_layers(None, len(family.layers))
+    # Of many images, the scores of every token would take gigabytes.
+    last = {name: 1 for name in ("logits_to_keep",) if name in inspect.signature(family.model.forward).parameters}
     # Copies: Qwen3-VL adds to the states in place, after its first layers, in transformers 4.57.
     with (
         outputs({i: family.layers[i] for i in layers}, torch.clone) as captured,
@@ -172,7 +174,7 @@ def _forward(family: Family, inputs: Any) -> tuple[Vectors, npt.NDArray[np.float
         watched(family) as seen,
         family.ending() as ended,
     ):
-        out = family.model(**family.on_device(inputs))
+        out = family.model(**family.on_device(inputs), **last)
     family.learn_scores(ended[-1][:, -1], out.logits[:, -1])
     vectors = by_layer(QUERY_TOKEN, {i: captured[i][0, -1] for i in layers})  # (1, L, D) -> (D,)
     where = (inputs["input_ids"][0] == family.image_id).nonzero()
