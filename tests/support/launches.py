@@ -222,7 +222,7 @@ def images(model: Path, number: int = NUMBER) -> Launches:
         patch("torch.ops.aten._flash_attention_forward", _one_call),
         counted,
     ):
-        prefixes.run(pictures, recipe)
+        prefixes.run([[picture] for picture in pictures], recipe)
     return counted
 
 
