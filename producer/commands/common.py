@@ -53,3 +53,8 @@ def print_hints(console: Console, problems: list[str]) -> None:
     """Print what keeps a run from going on."""
     for problem in problems:
         console.print(one_line(problem), style="yellow", highlight=False, soft_wrap=True)
+
+
+def interrupt(*_: object) -> None:
+    """End a command as Ctrl-C does: what SIGTERM is to do."""
+    raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from producer.commands.common import AsJson, CacheDir, Quiet, print_failures, print_lost
+from producer.commands.common import AsJson, CacheDir, Quiet, interrupt, print_failures, print_lost
 from producer.options import RunOptions, with_run_options
 from storage.screen.console import Console
 from storage.screen.terminal import amount, echo, echo_json
@@ -70,7 +70,7 @@ def run_to_end(
     from storage.runs.account import Bookkeeper
 
     console = Console(stderr=True, quiet=quiet or as_json)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             account = run_locally(run, resumption, model=model or run.settings.model, cache_dir=cache_dir, show=live.show)
@@ -115,7 +115,3 @@ def demo(
     if code == 0 and not (quiet or as_json):
         show_demo(run)
     raise SystemExit(code)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
