@@ -78,6 +78,8 @@ def status(
     With --watch the exit code is that of `producer run`: 0, every question is written; 1, some failed; 4, a published part
     is gone or cut; 130, the run was cancelled.
 
+    With --serve it prints the address of a web page, which is read-only and renews itself.
+
     Example: producer status output/ --watch
     """
     from producer.show.display import account_json, account_table, workers_table

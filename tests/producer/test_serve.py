@@ -32,13 +32,15 @@ from tests.producer.test_live import GPU, worker
 from tests.support.browser import chromium, watched_page
 from tests.support.builders import make_failure, make_questions, make_run, make_sample, stage
 from tests.support.clusters import Cluster, table_of
-from tests.support.processes import BIN, command, environment, wait_for, with_word, write_csv
+from tests.support.processes import BIN, command, environment, with_word, write_csv
 from tests.support.s3_server import S3Server
 from workers.demo.easy_vqa import MODEL, read_easy_vqa
 
 NOWHERE = {"HALP_BROKER_URL": "redis://127.0.0.1:1/0"}
 RUN_OVER = "document.title='run over'"
-HOSTILE = f'<script>{RUN_OVER}</script><img src=x onerror="{RUN_OVER}"></section><meta http-equiv=refresh content="0;url=/x">'
+ACTIVE = f'<script>{RUN_OVER}</script><img src=x onerror="{RUN_OVER}">'
+HOSTILE = f'{ACTIVE}</section><meta http-equiv=refresh content="0;url=/x">'
+SCENE = Path("/tmp/easy-vqa")  # of the picture: its paths are seen
 TURNED = "a\u202egnp.exe"
 
 
@@ -113,21 +115,32 @@ def data_of(cluster: Cluster, images: Path, real: bool) -> tuple[Path, Path, int
     if not real:
         table, _ = table_of(cluster.directory / "vqa.csv", 80)
         return table, images, 80, {"HALP_ENGINE": "fake:2"}
-    data, directory = read_easy_vqa("test"), cluster.directory / "easy-vqa"
-    shutil.copytree(data.images_dir, directory)
+    data = read_easy_vqa("test")
+    shutil.copytree(data.images_dir, SCENE / "images")
+    shutil.copytree(MODEL, SCENE / MODEL.name)
     rows = [
         {"question_id": f"easy-vqa-test-{n:05d}", "image_id": row.image_id, "question": row.question, "answer": row.answer}
-        for n, row in enumerate(data.rows[:2000])
+        for n, row in enumerate(data.rows[:9600])
     ]
-    cluster.model = MODEL
-    return write_csv(cluster.directory / "vqa.csv", rows), directory, 2000, {"HALP_MODEL": str(MODEL), "HALP_MAX_BATCH_SIZE": "0"}
+    cluster.directory, cluster.model = SCENE, SCENE / MODEL.name
+    cluster.variables |= {"HALP_DATA_ROOTS": str(SCENE), "HALP_MODEL": str(cluster.model), "HALP_MAX_BATCH_SIZE": "0"}
+    return write_csv(SCENE / "vqa.csv", rows), SCENE / "images", 9600, {}
+
+
+@pytest.fixture
+def scene() -> Iterator[None]:
+    """Remove what the picture was taken of, when nobody writes there any more."""
+    yield
+    shutil.rmtree(SCENE, ignore_errors=True)
 
 
 @pytest.mark.slow
-def test_an_open_page_follows_a_run(cluster: Cluster, images: Path, browser: Browser, screenshots: Path | None) -> None:
+def test_an_open_page_follows_a_run(
+    scene: None, cluster: Cluster, images: Path, browser: Browser, screenshots: Path | None
+) -> None:
     """From before its first worker to its end, without a reload: numbers, workers, a failure, samples."""
     table, images, number, variables = data_of(cluster, images, real=screenshots is not None)
-    missing = sorted(images.iterdir())[3]
+    missing = images / "3.png"
     missing.unlink()
     output, interval = cluster.directory / "output", number // 8
     result = cluster.enqueue(table, images, output, "--checkpoint-interval", interval)
@@ -147,8 +160,8 @@ def test_an_open_page_follows_a_run(cluster: Cluster, images: Path, browser: Bro
         until(page, lambda: "No worker" not in page.inner_text("#problems"), "the worker is known")
         until(page, lambda: bool(re.search(r"extract-\d+@\S+\s+busy\s", page.inner_text("#workers"))), "the worker is busy")
         if screenshots:
-            until(page, lambda: counts(page)[2] > 0 and counts(page)[5] > 3, "failures are there")
-            page.set_viewport_size({"width": 1200, "height": 1000})
+            until(page, lambda: counts(page)[2] > 0 and counts(page)[5] > 1, "failures are there")
+            page.set_viewport_size({"width": 1200, "height": 1040})
             page.screenshot(path=screenshots / "status.png")
         until(page, lambda: page.inner_text("#going") == "Finished.", "the end")
         planned, written, failed, staged, outstanding, *parts = counts(page)
@@ -227,9 +240,9 @@ def test_what_strangers_wrote_does_nothing(hostile: Run, browser: Browser) -> No
         assert page.evaluate("[...document.images].map(image => image.src.slice(0, 16))") == ["data:image/jpeg;"] * 2
         assert watched.errors == []
         assert {url.partition("?")[0] for url in watched.requests if not url.startswith("data:")} == {server.url}
-        page.evaluate(f"document.querySelector('h1').innerHTML = {HOSTILE!r}")  # had one been left as it is
+        page.evaluate(f"document.querySelector('h1').innerHTML = {ACTIVE!r}")  # had one been left as it is
         until(page, lambda: any("Content Security Policy" in error for error in watched.errors), "the browser refuses it")
-        assert "run over" not in page.title()
+        assert page.title() == f"50% {hostile.output_dir.name}"
 
 
 def test_a_narrow_window_does_not_scroll_sideways(hostile: Run, browser: Browser) -> None:
@@ -268,8 +281,8 @@ def test_who_may_ask_for_it(tmp_path: Path) -> None:
         with pytest.raises(ConnectionRefusedError):  # it would be there on every address of this machine
             socket.create_connection(("127.0.0.2", parts.port), timeout=60)
         taken = command("producer", "status", run.location, "--serve", "--port", parts.port, **NOWHERE)
-        assert taken.returncode == 2
-        assert taken.stderr == f"error: --port {parts.port}: Address already in use; name another one, or 0 for any that is free\n"
+        told = f"error: --port {parts.port}: Address already in use; name another one, or 0 for any that is free\n"
+        assert (taken.returncode, taken.stderr) == (2, told)
         assert server.end() == "A page to look at, for this machine alone. Ctrl-C ends it.\n"
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
@@ -463,13 +476,12 @@ def test_a_run_that_cannot_be_looked_at_any_more(
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     clock(61)
     assert board.look().trouble == ""
-    account = board._books.account
-    monkeypatch.setattr(board._books, "account", lambda: [][0] if account() else None)
-    clock(61)
-    with pytest.raises(IndexError):  # a mistake of ours is not hidden
-        board.look()
-    monkeypatch.undo()
-    assert board.look().trouble == ""  # and nobody waits for a lock
+    with monkeypatch.context() as patch:
+        patch.setattr(board._books, "account", lambda: 1 // 0)
+        clock(61)
+        with pytest.raises(ZeroDivisionError):  # a mistake of ours is not hidden
+            board.look()
+    assert board.look().trouble == ""  # and it is looked at again
 
 
 def test_a_damaged_part_costs_its_samples_alone(tmp_path: Path, asked: list[Listeners]) -> None:
