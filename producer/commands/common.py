@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,3 +54,9 @@ def print_hints(console: Console, problems: list[str]) -> None:
     """Print what keeps a run from going on."""
     for problem in problems:
         console.print(one_line(problem), style="yellow", highlight=False, soft_wrap=True)
+
+
+def interrupt(*_: object) -> None:
+    """End a command as Ctrl-C does: what SIGTERM is to do."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all of a job's processes, and its script sends it on
+    raise KeyboardInterrupt

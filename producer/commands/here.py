@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from producer.commands.common import AsJson, CacheDir, Quiet, print_failures, print_lost
+from producer.commands.common import AsJson, CacheDir, Quiet, interrupt, print_failures, print_lost
 from producer.options import RunOptions, with_run_options
 from storage.errors import UserError
 from storage.screen.console import Console
@@ -80,7 +80,7 @@ def run_to_end(
     from storage.runs.account import Bookkeeper
 
     console = Console(stderr=True, quiet=quiet or as_json)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with LiveAccount(console, run, lambda: serving_workers(run)) as live:
             account = run_locally(
@@ -127,8 +127,3 @@ def demo(
     if code == 0 and not (quiet or as_json):
         show_demo(run)
     raise SystemExit(code)
-
-
-def _interrupt(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all of a job's processes, and its script sends it on
-    raise KeyboardInterrupt

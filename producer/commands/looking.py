@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from producer.commands.common import AsJson, CacheDir, Directory, Quiet, print_hints, print_lost
+from producer.commands.common import AsJson, CacheDir, Directory, Quiet, interrupt, print_hints, print_lost
 from producer.options import RunOptions, with_run_options
 from storage.errors import UserError
 from storage.screen.console import Console
 from storage.screen.terminal import echo, echo_json, one_line
 
 if TYPE_CHECKING:
+    from storage.runs.account import Account, Bookkeeper
     from storage.runs.run import Run
 
 _WATCH_INTERVAL = 1.0
@@ -63,6 +65,13 @@ def status(
         bool, typer.Option("--watch", help="Stay, with bars, rate, time left and workers, until the run ends.")
     ] = False,
     failed: Annotated[bool, typer.Option("--failed", help="List the failed questions instead.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Stay, with a web page of the run for this machine alone, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the page; 0 is any free one. [default: 5556]", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Account for every planned question, from the files alone, and say if no worker serves the run.
@@ -70,34 +79,28 @@ def status(
     With --watch the exit code is that of `producer run`: 0, every question is written; 1, some failed; 4, a published part
     is gone or cut; 130, the run was cancelled.
 
+    With --serve it prints the address of a web page, which is read-only and renews itself.
+
     Example: producer status output/ --watch
     """
     from producer.show.display import account_json, account_table, workers_table
-    from producer.show.listeners import listening_workers, serving_workers
-    from producer.show.live import LiveAccount
+    from producer.show.listeners import listening_workers
     from storage.runs.account import Bookkeeper
     from storage.runs.run import Run
 
+    if (serve and (watch or failed or as_json)) or (port is not None and not serve):
+        raise UserError("--serve goes with --port, and with no other option; --port with --serve alone")
     run = Run.open(directory)
     if failed:
         _print_failed(run, as_json=as_json)
         return
     _ask_who_serves(run)
+    if serve:
+        _serve(run, port)
     bookkeeper = Bookkeeper(run)
     account = bookkeeper.account()
     if watch:
-        console = Console(stderr=True, quiet=as_json)
-        looked = float("-inf")
-        with LiveAccount(console, run, lambda: serving_workers(run)) as live:
-            while not (account.finished or run.is_cancelled()):
-                if time.monotonic() - looked > _LISTENERS_INTERVAL:
-                    found = listening_workers(run)
-                    note = [found.note] if found.note and looked < 0 else []
-                    print_hints(console, [*note, *found.problems])
-                    looked = time.monotonic()
-                live.show(account)
-                time.sleep(_WATCH_INTERVAL)
-                account = bookkeeper.account()
+        account = _watch(run, bookkeeper, account, quiet=as_json)
     lost = bookkeeper.lost_parts()
     code = 0
     if watch:
@@ -133,6 +136,41 @@ def _ask_who_serves(run: Run) -> None:
     if url := serving(run):
         os.environ["HALP_BROKER_URL"] = url
         os.environ.pop("HALP_BROKER_URL_FILE", None)
+
+
+def _watch(run: Run, bookkeeper: Bookkeeper, account: Account, *, quiet: bool) -> Account:
+    from producer.show.listeners import listening_workers, serving_workers
+    from producer.show.live import LiveAccount
+
+    console = Console(stderr=True, quiet=quiet)
+    looked = float("-inf")
+    with LiveAccount(console, run, lambda: serving_workers(run)) as live:
+        while not (account.finished or run.is_cancelled()):
+            if time.monotonic() - looked > _LISTENERS_INTERVAL:
+                found = listening_workers(run)
+                note = [found.note] if found.note and looked < 0 else []
+                print_hints(console, [*note, *found.problems])
+                looked = time.monotonic()
+            live.show(account)
+            time.sleep(_WATCH_INTERVAL)
+            account = bookkeeper.account()
+    return account
+
+
+def _serve(run: Run, port: int | None) -> NoReturn:
+    from producer.show.serve import PORT, Server
+
+    signal.signal(signal.SIGTERM, interrupt)
+    server = Server(run, PORT if port is None else port)
+    try:
+        echo(server.url)
+        echo("A page to look at, for this machine alone. Ctrl-C ends it.", err=True)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        server.close()
+    raise AssertionError("the server ended by itself")
 
 
 def _print_failed(run: Run, *, as_json: bool) -> None:

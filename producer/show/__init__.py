@@ -1,1 +1,1 @@
-"""How a run looks on a terminal while it goes on and afterwards."""
+"""How a run looks while it goes on and afterwards: on a terminal, and as a web page."""

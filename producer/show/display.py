@@ -33,6 +33,7 @@ _WORKER_COLUMNS = (
     ("GPU memory", 140),
     ("GPU busy", 0),
 )
+_NAMES = {"worker", "model", "on"}  # which may be long, and are cut
 
 
 def account_table(run: Run, account: Account) -> Table:
@@ -54,27 +55,31 @@ def workers_table(workers: Sequence[Presence]) -> Table:
     """Return who serves a run: what each is, when it was last heard of, what it has done; of GPUs, how they are used."""
     on_gpus = any(worker.gpu_memory_total for worker in workers)
     table = Table(what="workers")
-    for name, wide in _WORKER_COLUMNS[: None if on_gpus else -2]:
+    columns = _WORKER_COLUMNS[: None if on_gpus else -2]
+    for name, wide in columns:
         table.column(name, wide=wide)
-    now = time.time()
     for worker in workers:
-        cells: list[str | Name | Sentence] = [
-            Name(worker.name),
-            worker.state,
-            Name(f"{worker.model} ({worker.dtype}{', whole prompts' if worker.whole else ''})"),
-            Name(worker.gpu or worker.device),
-            f"{duration(max(0.0, now - worker.seen))} ago",
-            f"{worker.done:,}",
-            _ratio(worker.computed, worker.batches),
-            _ratio(worker.computed, worker.prefixes),
-            f"{worker.exact_seconds / worker.engine_seconds:.0%} of time" if worker.engine_seconds else "",
-        ]
-        if on_gpus:
-            used, total, busy = worker.gpu_memory_used, worker.gpu_memory_total, worker.gpu_busy
-            cells.append(f"{used / 1e9:.1f} of {total / 1e9:.1f} GB" if used is not None and total else "")
-            cells.append("" if busy is None else f"{busy:.0%}")
-        table.row(cells)
+        cells = worker_cells(worker)
+        table.row(Name(cells[name]) if name in _NAMES else cells[name] for name, _ in columns)
     return table
+
+
+def worker_cells(worker: Presence) -> dict[str, str]:
+    """Return what is told of a worker, by the columns' names."""
+    used, total, busy = worker.gpu_memory_used, worker.gpu_memory_total, worker.gpu_busy
+    return {
+        "worker": worker.name,
+        "state": worker.state,
+        "model": f"{worker.model} ({worker.dtype}{', whole prompts' if worker.whole else ''})",
+        "on": worker.gpu or worker.device,
+        "last heard of": f"{duration(max(0.0, time.time() - worker.seen))} ago",
+        "questions": f"{worker.done:,}",
+        "per batch": _ratio(worker.computed, worker.batches),
+        "per prefix": _ratio(worker.computed, worker.prefixes),
+        "certificates": f"{worker.exact_seconds / worker.engine_seconds:.0%} of time" if worker.engine_seconds else "",
+        "GPU memory": f"{used / 1e9:.1f} of {total / 1e9:.1f} GB" if used is not None and total else "",
+        "GPU busy": "" if busy is None else f"{busy:.0%}",
+    }
 
 
 def tried_again(run_id: str, workers: Sequence[Presence]) -> str:

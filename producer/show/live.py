@@ -77,19 +77,10 @@ class LiveAccount:
         return Group(line, bars, *([workers_table(self._workers)] if self._workers else []))
 
     def _line(self, account: Account, now: float) -> str:
-        rate, silent = self._pace.rate(now), now - self._pace.moved
-        left = account.planned - done(account)
         parts = [f"{account.parts_published:,}/{account.parts_planned:,} parts"]
         parts += [f"{account.failed:,} failed"] if account.failed else []
         parts += filter(None, [tried_again(self._run.run_id, self._workers), self._refused])
-        if rate:
-            parts.append(f"{rate:.1f}/s, {duration(left / rate)} left")
-        elif not self._pace.begun:
-            parts.append("waiting for the first question")
-        parts += [f"nothing new for {duration(silent)}"] if silent > _SILENCE else []
-        if not is_url(self._run.location):
-            parts.append(f"{shutil.disk_usage(self._run.location).free / 1e9:.1f} GB of disk free")
-        return ", ".join(parts)
+        return ", ".join([*parts, *going(self._run, account, self._pace, now)])
 
 
 class Pace:
@@ -117,6 +108,20 @@ class Pace:
         """Return questions a second; 0 while none is finished."""
         (then, number), latest = self._points[0], self._points[-1][1]
         return (latest - number) / (now - then) if now > then else 0.0
+
+
+def going(run: Run, account: Account, pace: Pace, now: float) -> list[str]:
+    """Say how a run gets on: its rate and the time left, or that nothing moves, and the room on its disk."""
+    rate, silent = pace.rate(now), now - pace.moved
+    said = []
+    if rate:
+        said.append(f"{rate:.1f}/s, {duration((account.planned - done(account)) / rate)} left")
+    elif not pace.begun:
+        said.append("waiting for the first question")
+    said += [f"nothing new for {duration(silent)}"] if silent > _SILENCE else []
+    if not is_url(run.location):
+        said.append(f"{shutil.disk_usage(run.location).free / 1e9:.1f} GB of disk free")
+    return said
 
 
 def done(account: Account) -> int:

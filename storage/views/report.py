@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from storage.evenly import spread
@@ -15,6 +14,7 @@ from storage.runs.run import Run
 from storage.screen.terminal import visible
 from storage.views import charts
 from storage.views.components import principal_components
+from storage.views.page import template
 from storage.views.report_data import ReportData, clipped, gather
 
 REPORT = "report.html"
@@ -31,15 +31,8 @@ def write_report(run: Run) -> str:
 
 def render(data: ReportData) -> str:
     """Return the page."""
-    environment = Environment(
-        loader=PackageLoader("storage", "data"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     run, account = data.run, data.account
-    return environment.get_template("report.html.jinja").render(
+    return template("report.html.jinja").render(
         title=run.location.rpartition("/")[2] or run.location,
         now=datetime.now(UTC).isoformat(timespec="seconds"),
         settings=_settings(data),

@@ -114,7 +114,7 @@ def gather(run: Run) -> ReportData:
                         _count_question(data, file.question(key))
                 if part in shown:
                     _read_vectors(data, file, rows, -(-_VECTORS // len(shown)))
-                    _show(data, file, -(-_SAMPLES // len(shown)))
+                    data.shown += samples(run, file, min(-(-_SAMPLES // len(shown)), _SAMPLES - len(data.shown)))
         computed.append((hours, len(part.question_ids)))
     data.progress = _cumulative(computed)
     data.vectors = {name: np.stack(vectors) for name, vectors in rows.items() if vectors}
@@ -202,22 +202,25 @@ def _fields(run: Run) -> list[str]:
     return [] if facts is None else [name for name in facts.field_widths() if not is_ragged(name)]
 
 
-def _show(data: ReportData, file: Part, number: int) -> None:
-    for key in spread(file.keys, min(number, _SAMPLES - len(data.shown))):
+def samples(run: Run, file: Part, number: int) -> list[Shown]:
+    """Return some questions of an open part with their answers, from its beginning to its end."""
+    shown = []
+    for key in spread(file.keys, number):
         texts = dict.fromkeys(TEXTS, "") | file.question(key).texts()
         image_id = texts["image_id"]
-        images = () if data.run.settings.blind else images_of(image_id)
-        data.shown.append(
+        images = () if run.settings.blind else images_of(image_id)
+        shown.append(
             Shown(
                 question_id=clipped(question_id(key)),
                 image_id=clipped(image_id),
                 question=clipped(texts["question"]),
                 answer=clipped(texts["answer"]),
                 ground_truth=clipped(texts["ground_truth_answer"]),
-                thumbnails=tuple(_thumbnail(data.run, one) for one in images[:_MOST_THUMBNAILS]),
+                thumbnails=tuple(_thumbnail(run, one) for one in images[:_MOST_THUMBNAILS]),
                 images=len(images),
             )
         )
+    return shown
 
 
 def clipped(text: str) -> str:

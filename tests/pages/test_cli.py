@@ -186,7 +186,8 @@ def test_the_wheel_has_every_package_and_all_their_data() -> None:
     roots = [path.parent for name in ("storage", "workers", "producer") for path in (root / name).rglob("__init__.py")]
     packages = {".".join(path.relative_to(root).parts): path for path in roots}  # what setuptools finds
     wanted = {path for name in ("storage", "workers", "producer") for path in (root / name).rglob("*.py")}
-    wanted |= {path for path in (root / "workers" / "data").rglob("*") if path.is_file()}
+    data = [path for name in ("storage", "workers", "producer") for path in (root / name / "data").rglob("*")]
+    wanted |= {path for path in data if path.is_file()}
     shipped = {path for directory in packages.values() for path in directory.glob("*.py")}
     for name, patterns in setuptools["package-data"].items():
         shipped |= {path for pattern in patterns for path in packages[name].glob(pattern)}
