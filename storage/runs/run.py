@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,14 @@ class Run(StagingArea, Cancellable):
     def retried(self) -> Mapping[str, int]:
         """The questions that were planned again, each with its last part: an earlier part's word on it does not count."""
         if self._retried is None:
-            later = (piece for piece in self.slices if piece.generation > 0)
+            later = (piece for piece in self.slices if piece.is_retry)
             self._retried = {q.question_id: s.part for s in later for q in plan.read_questions(self.store, s)}
         return self._retried
+
+    def settings_by(self, generation: int | None = None) -> RunSettings:
+        """Return the settings as of a generation, or as they are now: a table that has grown takes the first one's place."""
+        grown = [p.grown for p in self.slices if p.grown and (generation is None or p.generation <= generation)]
+        return self.settings.model_copy(update=asdict(grown[-1])) if grown else self.settings
 
     def slice(self, part: int) -> Slice:
         """Return one slice, of a new generation too. Raises KeyError."""
