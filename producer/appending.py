@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from producer.dataset.faults import Faults, short
-from producer.dataset.selection import cut, order_by_image
+from producer.dataset.selection import cut
 from producer.show.progress import Phases, counted, silent
 from storage.errors import UserError
 from storage.question import Question
 from storage.runs.plan import Grown, write_generation
 from storage.runs.run import Run, is_run
+from storage.screen.terminal import amount
 from storage.settings import RunSettings
 from storage.stores.location import resolve_location
 
@@ -37,8 +38,6 @@ def append(run: Run, new: Sequence[Question], asked: RunSettings, phases: Phases
     """
     if not new:  # it was appended before: perhaps by a command that was killed then
         return
-    if run.settings.order == "image":
-        new = order_by_image(new)
     interval = run.settings.checkpoint_interval
     number, first = -(-len(new) // interval), 1 + run.slices[-1].part
     if first + number - 1 >= 10**run.settings.part_digits:
@@ -60,7 +59,10 @@ def append(run: Run, new: Sequence[Question], asked: RunSettings, phases: Phases
 
 
 def new_questions(run: Run, questions: Sequence[Question]) -> list[Question]:
-    """Return those of a table's questions that a run does not have. Raises UserError where one that it has is another now."""
+    """Return those of a table's questions that a run does not have, in their order.
+
+    Raises UserError where one that it has is another one now, or gone.
+    """
     now = {question.question_id: question for question in questions}
     faults, planned = Faults(), set()
     for piece in run.slices:
@@ -70,8 +72,8 @@ def new_questions(run: Run, questions: Sequence[Question]) -> list[Question]:
                 faults.add(f"question {short(before.question_id)}: {fault}")
     if faults.number:
         raise UserError(
-            f"--append adds questions, and leaves the earlier ones as they are; of {run.location} {faults.number:,} are not as "
-            f"they were:\n{faults}\nPut them back as they were, or begin a new run in another --output-dir."
+            f"--append adds questions and changes none. Of {run.location}, {amount(faults.number, 'question')} changed or gone:"
+            f"\n{faults}\nPut them back as they were, or begin a new run in another --output-dir."
         )
     return [question for question_id, question in now.items() if question_id not in planned]
 

@@ -111,7 +111,8 @@ def write_generation(
     """Append a generation to the plan; return False where another process has written that generation.
 
     `based_on`: of each slice the earlier parts that its questions are planned in; `pack` looks into them.
-    `origins`: in a merged run, of each slice the part that it was published as. `grown`: the table whose new questions they are.
+    `origins`: in a merged run, of each slice the part that it was published as. `grown`: the table whose new questions these
+    are.
     The caller says which generation: counted here, a plan that appears a moment earlier would be written twice.
     Raises UserError where it is larger than what is read again.
     """

@@ -72,7 +72,9 @@ def _settings(data: ReportData) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_plain(one)}" for name, one in value.items() if one)
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _figures(data: ReportData) -> list[tuple[str, Markup | None]]:
