@@ -72,10 +72,10 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
     images = {} if options.computation.blind else table.embedded_of(questions)
     refuse_without_room(options.output_dir, images)
-    if not options.append:
-        replace_unbegun(options.output_dir, settings)
     if options.relocate:
         relocate(options.output_dir, settings)
+    if not options.append:
+        replace_unbegun(options.output_dir, settings)
     if options.repair:
         _repair(options.output_dir, settings, phases)
     _refuse_other_content(options.output_dir, settings, options)
