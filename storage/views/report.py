@@ -63,7 +63,7 @@ def render(data: ReportData) -> str:
 
 def _settings(data: ReportData) -> dict[str, str]:
     """Return the provenance: what the run was told, what the first worker recorded, what the parts name."""
-    rows = {name: value for name, value in data.run.settings.model_dump().items() if name not in _HIDDEN_SETTINGS}
+    rows = {name: value for name, value in data.run.settings_by().model_dump().items() if name not in _HIDDEN_SETTINGS}
     facts = data.run.model_facts()
     if facts is not None:
         rows |= facts.model_dump()

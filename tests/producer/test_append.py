@@ -33,6 +33,7 @@ from storage.runs.failures import published_failures
 from storage.runs.merge import merge
 from storage.runs.run import Run
 from storage.runs.verify import verify
+from storage.views.report import write_report
 from tests.support.builders import make_facts, stage
 from tests.support.processes import command, write_csv
 from workers.collect import collector
@@ -268,6 +269,22 @@ def test_images_that_lie_in_the_table(options: RunOptions, tmp_path: Path) -> No
     with pytest.raises(UserError, match="question 'q0': its image was "):
         plan_run(of(changed, append=True))
     assert len(run.store.list(EMBEDDED)) == 4  # a refused table leaves nothing
+
+
+def test_a_run_in_an_object_store(options: RunOptions, s3_url: str) -> None:
+    there = replace(options, output_dir=s3_url)
+    finish(plan_run(there))
+    run = plan_run(grown(there, MORE))
+    finish(run)
+    assert planned(run)[3:] == NEW
+    assert [str(finding) for finding in verify(Run.open(s3_url))] == []
+
+
+def test_the_report_names_the_table_as_it_is_now(options: RunOptions) -> None:
+    run = plan_run(grown(options, MORE))
+    finish(run)
+    write_report(run)
+    assert sha256(options.source.path.read_bytes()).hexdigest() in (run.output_dir / "report.html").read_text()
 
 
 # By the commands

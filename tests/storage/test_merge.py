@@ -32,6 +32,7 @@ from tests.support.processes import command
 from tests.support.s3_server import S3Server
 from workers.collect import collector
 from workers.collect.collector import collect_run
+from workers.queue.feed import feed
 
 SABOTAGE = Path(__file__).parents[1] / "support" / "sabotage"
 QUESTIONS = make_questions(20)
@@ -252,6 +253,18 @@ def test_a_lost_sidecar_is_written_again(two: list[str], tmp_path: Path, monkeyp
     assert [str(finding) for finding in verify(Run.open(tmp_path / "out"))] == []
 
 
+def test_a_part_that_is_gone_is_merged_again_and_not_computed(
+    two: list[str], tmp_path: Path, storage_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = merge(two, str(tmp_path / "out")).run
+    run.part_path(2).unlink()
+    code, _, err = storage_command("verify", tmp_path / "out")
+    assert code == 1
+    assert err.endswith(f"To merge the damaged parts again: storage merge {two[0]} {two[1]} --output-dir …\n")
+    (tmp_path / "out" / run.sidecar_key(2)).unlink()
+    assert feed(Run.open(tmp_path / "out")) == 0  # without a look at Redis, of which there is none here
+
+
 def test_images_of_the_table_are_carried(tmp_path: Path) -> None:
     for name, held in (("a", QUESTIONS[:4]), ("b", QUESTIONS[4:])):
         run = finished(tmp_path / name, held, embedded_images=True)
@@ -272,9 +285,12 @@ def test_without_hard_links_the_parts_are_copied(two: list[str], tmp_path: Path,
 
     original = os.link
     monkeypatch.setattr(os, "link", link)
+    (tmp_path / ".out.merging").mkdir()
+    copied = Path(shutil.copy(Run.open(two[0]).part_path(1), tmp_path / ".out.merging")).stat()  # by a call that was killed
     run = merge(two, str(tmp_path / "out")).run
-    assert not run.part_path(1).samefile(Run.open(two[0]).part_path(1))
-    assert run.part_path(1).read_bytes() == Run.open(two[0]).part_path(1).read_bytes()
+    assert os.path.samestat(run.part_path(1).stat(), copied)
+    assert not run.part_path(2).samefile(Run.open(two[0]).part_path(2))
+    assert run.part_path(2).read_bytes() == Run.open(two[0]).part_path(2).read_bytes()
     assert [str(finding) for finding in verify(run)] == []
     assert not list((tmp_path / "out").glob("*.partial"))
 
