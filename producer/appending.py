@@ -34,10 +34,12 @@ def as_before(output_dir: str, asked: RunSettings) -> RunSettings:
 def append(run: Run, new: Sequence[Question], asked: RunSettings, phases: Phases = silent) -> None:
     """Plan what `new_questions` has found, in parts of their own. Killed at any point, the same call goes on.
 
+    Where it has found nothing, as in a shard, the plan notes the table: it is the run's from now on.
     Raises UserError where something else was planned in between.
     """
-    if not new:  # it was appended before: perhaps by a command that was killed then
-        return
+    now, table = run.settings_by(), Grown(asked.dataset, asked.dataset_sha256, asked.limit)
+    if not new and (now.dataset_sha256, now.limit) == (table.dataset_sha256, table.limit):
+        return  # it was appended before: perhaps by a command that was killed then
     interval = run.settings.checkpoint_interval
     number, first = -(-len(new) // interval), 1 + run.slices[-1].part
     if first + number - 1 >= 10**run.settings.part_digits:
@@ -48,9 +50,9 @@ def append(run: Run, new: Sequence[Question], asked: RunSettings, phases: Phases
     if not write_generation(
         run.store,
         counted(cut(new, interval), phases("writing the plan", number), step=1),
-        generation=1 + run.slices[-1].generation,
+        generation=run.next_generation,
         first_part=first,
-        grown=Grown(asked.dataset, asked.dataset_sha256, asked.limit),
+        grown=table,
         run_id=run.run_id,
     ):
         raise UserError(f"something else was planned in {run.location} at the same moment: give the command again")

@@ -88,7 +88,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
             slices = cut(questions, options.checkpoint_interval)
             number = -(-len(questions) // options.checkpoint_interval)
             write_generation(run.store, counted(slices, phases("writing the plan", number), step=1), run_id=run.run_id)
-        else:
+        elif options.append:
             append(run, new, asked, phases)
     except OSError as error:
         raise UserError(f"--output-dir {describe(error, options.output_dir)}") from error

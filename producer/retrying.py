@@ -43,7 +43,7 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     chosen = [failed for failed in failures if _wanted(failed, reasons, ids)]
     pieces = list(cut(chosen, run.settings.checkpoint_interval))
     slices = [[failed.question for failed in piece] for piece in pieces]
-    generation = 1 + max(piece.generation for piece in run.slices)
+    generation = run.next_generation
     first = 1 + max(piece.part for piece in run.slices)
     _refuse_overflow(run, first + len(slices) - 1)
     based_on = [_parts_of(run, piece) for piece in pieces]

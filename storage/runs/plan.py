@@ -52,21 +52,29 @@ class Slice:
     sha256: str
     generation: int = 0
     based_on: tuple[int, ...] = ()  # earlier parts that its questions are planned in too, and have failed in
-    grown: Grown | None = None  # its questions are new ones, of this table
+    added: bool = False  # its questions are new ones, of a table that has grown
     origin: Origin | None = None
 
     @property
     def is_retry(self) -> bool:
         """Tell whether its questions are planned in earlier slices too."""
-        return self.generation > 0 and self.grown is None
+        return self.generation > 0 and not self.added
 
 
-_BESIDE = {"based_on", "grown", "origin"}  # of a slice, what is written beside the slices: an earlier version reads those
+_BESIDE = {"based_on", "added", "origin"}  # of a slice, what is written beside the slices: an earlier version reads those
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All generations: their slices in order, and by generation the tables of those that were added."""
+
+    slices: tuple[Slice, ...]
+    tables: dict[int, Grown]
 
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """The new questions of a table that has grown."""
+    """The new questions of a table that has grown; there may be none, as in a shard."""
 
     table: Grown
     slices: tuple[Slice, ...]
@@ -85,13 +93,12 @@ class _Generation:
 
     def complete(self) -> Iterator[Slice]:
         """Yield its slices with what is written beside them. Raises ValueError where there are none."""
-        table = self.added.table if self.added else None
         slices = self.added.slices if self.added else self.slices
         if slices is None:
             raise ValueError("it has no slices")
         for piece in slices:
             bases, origin = self.based_on.get(piece.part, ()), self.origins.get(piece.part)
-            yield replace(piece, based_on=bases, grown=table, origin=origin)
+            yield replace(piece, based_on=bases, added=self.added is not None, origin=origin)
 
 
 _GENERATION, _QUESTION = TypeAdapter(_Generation), TypeAdapter(Question)
@@ -142,11 +149,17 @@ def write_generation(
 
 
 def read_slices(store: Store, run_id: str | None = None) -> tuple[Slice, ...]:
-    """Return the slices of all generations in order; empty where nothing is planned yet.
+    """Return the slices of all generations in order, as `read_plan` does."""
+    return read_plan(store, run_id).slices
+
+
+def read_plan(store: Store, run_id: str | None = None) -> Plan:
+    """Return the plan; empty where nothing is planned yet.
 
     Raises DamagedError where a list is not as `write_generation` writes it, or is of another run.
     """
     slices: list[Slice] = []
+    tables: dict[int, Grown] = {}
     for generation in range(len(generations(store))):
         key = _list_key(generation)
         try:
@@ -160,7 +173,9 @@ def read_slices(store: Store, run_id: str | None = None) -> tuple[Slice, ...]:
             what = faults(error) if isinstance(error, ValidationError) else error
             raise DamagedError(f"{store.address(key)} is damaged, or not this run's plan: {what}") from None
         slices += pieces
-    return tuple(slices)
+        if found.added is not None:
+            tables[generation] = found.added.table
+    return Plan(tuple(slices), tables)
 
 
 def _check(piece: Slice, part: int, generation: int) -> None:

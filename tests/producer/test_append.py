@@ -162,6 +162,25 @@ def test_failed_questions_among_the_new_ones_are_retried(options: RunOptions) ->
     assert Bookkeeper(run).account().written == 13
 
 
+def test_a_table_without_new_questions_is_noted(options: RunOptions, tmp_path: Path) -> None:
+    """A shard that has none of the new rows is of the same table as the others, which it is merged with."""
+    begun = Run.open(options.output_dir)
+    more = grown(options, list(reversed(ROWS)))
+    run = plan_run(more)
+    assert (run.slices, run.next_generation, run.is_finished()) == (begun.slices, 2, False)
+    finish(run)
+    assert run.is_finished()
+    for again in (more, replace(more, append=False)):
+        assert plan_run(again).next_generation == 2
+    assert run.settings_by().dataset_sha256 == sha256(options.source.path.read_bytes()).hexdigest()
+    run = plan_run(grown(options, MORE))
+    finish(run, failed=(0,))
+    assert plan_retry(run).generation == 3
+    finish(run)
+    assert planned(run)[3:] == [*NEW, ["q7", "q8"]]
+    assert [str(finding) for finding in verify(run, deep=True)] == []
+
+
 @pytest.mark.parametrize(
     ("rows", "fault"),
     [
@@ -201,7 +220,8 @@ def test_a_larger_limit_takes_further_rows(options: RunOptions, tmp_path: Path) 
 
 
 def test_a_shard_takes_its_share_of_the_new_rows(options: RunOptions, tmp_path: Path) -> None:
-    rows = [row(number, number % 6) for number in range(14)]
+    rows = [row(number, number % 6) for number in range(6)]
+    rows += [row(number, 0) for number in range(6, 9)]  # all in one shard
     found: list[str] = []
     for number in (1, 2):
         sharded = replace(options, output_dir=str(tmp_path / f"s{number}"), shard=Shard(number, 2))
