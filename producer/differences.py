@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from itertools import count
 from typing import Any
 
+from producer.command_line import command_line
 from producer.local_state import begun_here, is_worked_on
+from producer.options import RunOptions
+from storage.computation import Computation
 from storage.errors import UserError
 from storage.hdf5.layout import open_part
 from storage.hdf5.rows import read_rows
@@ -20,11 +24,19 @@ from workers.checkpoint.identity import former_digest
 
 _MAX_SHOWN = 200  # characters of a setting in a message: a chat template has more
 _PLACES = {"images_dir", "image_roots"}
+_TABLE = {"dataset_sha256", "limit"}  # what a table that has grown differs in
+_OF_THE_MODEL = {*Computation.model_fields, "model_digest"}  # what has to be computed again if it is another one
 _COMPARED = 16  # images of a relocated run that are compared with what its questions were computed from
 
 
-def refuse_differences(run: Run, settings: RunSettings) -> None:
-    """Raise UserError where a run does not compute what the settings ask for."""
+def refuse_differences(run: Run, settings: RunSettings, options: RunOptions | None = None) -> None:
+    """Raise UserError where a run does not compute what the settings ask for. `options`: those that they are made of."""
+    if members := run.settings.merged:
+        places = ", ".join(member.location for member in members)
+        raise UserError(
+            f"{run.location} is merged of other runs ({places}): nothing is computed in it. Give the command of one of them, "
+            "and merge them again into another --output-dir; or choose another one for a new run"
+        )
     differing = _differences(run, settings)
     if not differing:
         return
@@ -41,9 +53,21 @@ def refuse_differences(run: Run, settings: RunSettings) -> None:
         advice = f"Its parts are called after the model's directory: name it by a link called {name}."
     else:
         advice = "Use the same settings to finish it, or another --output-dir for a new run."
+        if not differing.keys() - _TABLE:
+            advice = f"Has the table got further questions? With --append they are computed too, in further parts.\n{advice}"
         if _is_unbegun(run):
             advice += "\nNothing of it is computed yet: after `producer cancel`, this command begins the new run in its place."
+        elif options and differing.keys() & _OF_THE_MODEL and (beside := _command_beside(run, options)):
+            advice = f"What the model must be asked for again is computed beside it:\n  {beside}\n{advice}"
     raise UserError(f"{run.location} holds a run with other settings:\n{lines}\n{advice}")
+
+
+def _command_beside(run: Run, options: RunOptions) -> str | None:
+    """Return the command that computes what is asked for in a directory of its own."""
+    given = options.output_dir.rstrip("/")
+    places = (f"{given}-{number}" for number in count(2))
+    free = next(place for place in places if not is_run(at := resolve_location(place)) and not part_names(at))
+    return command_line("run" if begun_here(run) else "enqueue", options, free)
 
 
 def is_replaceable(output_dir: str, settings: RunSettings) -> bool:
@@ -83,7 +107,7 @@ def relocate(output_dir: str, settings: RunSettings) -> None:
 
 def _differences(run: Run, settings: RunSettings) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which they differ, but for where the same checkpoint lies."""
-    differing = run.settings.differences(settings)
+    differing = run.settings_by().differences(settings)
     if "model_digest" in differing and run.settings.model_digest == former_digest(settings.model, settings.revision):
         del differing["model_digest"]  # of a version to which every file of the directory counted
     if "model_digest" not in differing:

@@ -16,6 +16,7 @@ from annotated_types import Ge
 from pydantic.fields import FieldInfo
 
 from producer.dataset.columns import parse_columns
+from producer.dataset.selection import Shard
 from producer.dataset.table import Source
 from storage.computation import QUESTION, Computation
 from storage.errors import UserError
@@ -44,8 +45,10 @@ class RunOptions:
     limit: int | None
     test: bool
     allow_missing: bool
+    shard: Shard | None = None
     repair: bool = False
     relocate: bool = False
+    append: bool = False
 
 
 def run_options(
@@ -95,6 +98,14 @@ def run_options(
         int | None, typer.Option(min=1, help="Take the first N rows only. [default: all]", show_default=False)
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="Take three rows, chosen at random with a fixed seed.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Take the K-th of N shares of these, such as 2/8: the same one everywhere, an image's questions together.",
+            show_default=False,
+        ),
+    ] = None,
     image_root: Annotated[
         list[str] | None,
         typer.Option(help="A further directory or URL that images may lie in; repeatable.", show_default=False),
@@ -107,6 +118,10 @@ def run_options(
     ] = False,
     relocate: Annotated[
         bool, typer.Option("--relocate", help="The images of the run lie elsewhere now: go on with them there.")
+    ] = False,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="The table of the run has got further questions: compute those too, in further parts."),
     ] = False,
     **asked: Any,
 ) -> RunOptions:
@@ -130,8 +145,10 @@ def run_options(
         limit=limit,
         test=test,
         allow_missing=allow_missing,
+        shard=None if shard is None else Shard.parse(shard),
         repair=repair,
         relocate=relocate,
+        append=append,
     )
 
 

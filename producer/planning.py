@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from producer.appending import append, as_before, new_questions
 from producer.dataset.embedding import refuse_without_room, write_images
 from producer.dataset.faults import short
 from producer.dataset.images import OTHER_COLUMN, check_images, with_found_images
@@ -60,7 +61,7 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
     table = read_table(options.source, phases)
     if table.said:
         echo(one_line(f"{options.source.path.name}: {table.said}"), err=True)
-    questions = select(table.questions, limit=options.limit, test=options.test)
+    questions = select(table.questions, limit=options.limit, test=options.test, shard=options.shard)
     if names_files(options, table, questions):
         images_dir = images_dir_of(options)
         questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))
@@ -69,24 +70,29 @@ def plan_run(options: RunOptions, phases: Phases = silent) -> Run:
         echo(one_line(f"{options.source.path.name}: {without}"), err=True)
     if options.order == "image":
         questions = order_by_image(questions)
-    settings = _settings(options, table, questions)
+    asked = _settings(options, table, questions)
+    settings = as_before(options.output_dir, asked) if options.append else asked
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
     images = {} if options.computation.blind else table.embedded_of(questions)
     refuse_without_room(options.output_dir, images)
-    replace_unbegun(options.output_dir, settings)
     if options.relocate:
         relocate(options.output_dir, settings)
+    if not options.append:
+        replace_unbegun(options.output_dir, settings)
     if options.repair:
         _repair(options.output_dir, settings, phases)
-    _refuse_other_content(options.output_dir, settings)
+    _refuse_other_content(options.output_dir, settings, options)
     try:
         run = Run.create(options.output_dir, settings)
-        refuse_differences(run, settings)  # another process may have created it in between
+        refuse_differences(run, settings, options)  # another process may have created it in between
+        new = new_questions(run, questions) if options.append else []
         write_images(run, options.source, set(images), phases)
         if not run.slices:
             slices = cut(questions, options.checkpoint_interval)
             number = -(-len(questions) // options.checkpoint_interval)
             write_generation(run.store, counted(slices, phases("writing the plan", number), step=1), run_id=run.run_id)
+        elif options.append:
+            append(run, new, asked, phases)
     except OSError as error:
         raise UserError(f"--output-dir {describe(error, options.output_dir)}") from error
     return run
@@ -117,7 +123,7 @@ def refuse_faults(options: RunOptions, table: Table, questions: Sequence[Questio
     settings = _settings(options, table, questions)
     _refuse_unwritable(options, settings, len(table.questions[0].extra))
     if not is_replaceable(options.output_dir, settings):
-        _refuse_other_content(options.output_dir, settings)
+        _refuse_other_content(options.output_dir, settings, options)
 
 
 def _repair(output_dir: str, settings: RunSettings, phases: Phases = silent) -> None:
@@ -159,6 +165,7 @@ def _settings(options: RunOptions, table: Table, questions: Sequence[Question]) 
         order=options.order,
         limit=options.limit,
         test=options.test,
+        shard=None if options.shard is None else str(options.shard),
         checkpoint_interval=options.checkpoint_interval,
         # Room for as many parts again, which retries of failures may add: sorted names stay the plan's order.
         part_digits=max(3, len(str(2 * slices))),
@@ -254,7 +261,7 @@ def _longest_name(output_dir: str) -> int:
         return 255
 
 
-def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
+def _refuse_other_content(output_dir: str, settings: RunSettings, options: RunOptions | None = None) -> None:
     """Raise UserError where the directory holds another run, or parts that are not this run's."""
     location = resolve_location(output_dir)
     parts = part_names(location)
@@ -263,7 +270,7 @@ def _refuse_other_content(output_dir: str, settings: RunSettings) -> None:
             raise UserError(f"{output_dir} holds parts of something else ({_names(parts)}): choose another --output-dir")
         return
     run = Run.open(output_dir)
-    refuse_differences(run, settings)
+    refuse_differences(run, settings, options)
     if parts and not run.slices:
         raise UserError(
             f"{run.store.address('.run/plan/000.json')}, the run's plan, is gone: put it back from a backup, or choose another "
@@ -285,7 +292,7 @@ def _whose(run: Run, part: int) -> Verdict:
     if run.store.exists(run.sidecar_key(part)):
         return "ours"
     with run.local_part(part) as path:
-        return identify_part(path, run.run_id, part)
+        return identify_part(path, run.run_id, part, run.slice(part).origin)
 
 
 def _names(names: list[str]) -> str:

@@ -32,6 +32,9 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     Raises UserError where there is nothing to retry, and where another retry was planned at the same moment.
     """
     run.refresh()
+    if members := run.settings.merged:
+        places = ", ".join(member.location for member in members)
+        raise UserError(f"{run.location} is merged of other runs: retry in those ({places}), then merge them again")
     if run.is_cancelled():
         raise UserError(f"{run.location} is cancelled: resume it first, by the command that it was begun with")
     failures = list(published_failures(run))
@@ -40,12 +43,11 @@ def plan_retry(run: Run, reasons: Sequence[str] = (), ids: Sequence[str] = ()) -
     chosen = [failed for failed in failures if _wanted(failed, reasons, ids)]
     pieces = list(cut(chosen, run.settings.checkpoint_interval))
     slices = [[failed.question for failed in piece] for piece in pieces]
-    generation = 1 + max(piece.generation for piece in run.slices)
+    generation = run.next_generation
     first = 1 + max(piece.part for piece in run.slices)
     _refuse_overflow(run, first + len(slices) - 1)
     based_on = [_parts_of(run, piece) for piece in pieces]
-    numbers = {"generation": generation, "first_part": first}
-    if not write_generation(run.store, slices, **numbers, based_on=based_on, run_id=run.run_id):
+    if not write_generation(run.store, slices, generation=generation, first_part=first, based_on=based_on, run_id=run.run_id):
         raise UserError(
             f"another retry of {run.location} was planned at the same moment, and this one was not: "
             f"see `producer status {run.location}`"

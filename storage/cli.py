@@ -20,7 +20,7 @@ def _every_command(version: Version = False) -> None:
     pass
 
 
-for command in (looking.inspect, looking.verify, looking.report, using.export, using.diff, using.probe):
+for command in (looking.inspect, looking.verify, looking.report, using.export, using.diff, using.merge, using.probe):
     app.command()(command)
 
 

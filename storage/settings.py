@@ -37,6 +37,7 @@ _NOT_COMPARED = {
     "prompt_columns",
     "model_files",
     "relocated",
+    "part_digits",  # of the table and the interval; a table that has grown may have had more
 }
 
 # Options that every version has written: where one is not there, its default is not what the run began with.
@@ -59,6 +60,18 @@ class ImagePlaces(BaseModel):
 
     images_dir: Place
     image_roots: tuple[Place, ...]
+
+
+class Member(BaseModel):
+    """A run that a merged one is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    location: str  # where it lay then
+    shard: str | None
+    limit: int | None
+    test: bool
 
 
 class RunSettings(Computation):
@@ -97,8 +110,10 @@ class RunSettings(Computation):
     order: Order
     limit: int | None
     test: bool
+    shard: str | None = Field(None, pattern=r"^[1-9]\d*/[1-9]\d*$")  # of the table, after the two before
     checkpoint_interval: int = Field(ge=1)
     part_digits: int = Field(ge=1, le=MAX_DIGITS)
+    merged: tuple[Member, ...] = ()  # the runs whose parts these are; nothing is computed here
 
     @classmethod
     def decode(cls, data: bytes, address: str) -> RunSettings:

@@ -119,7 +119,7 @@ def check(options: RunOptions, *, decode: bool, sample: int, cache_dir: Path | N
     Raises UserError where the run would be refused before its images are looked at.
     """
     table = read_table(options.source, phases)
-    questions = select(table.questions, limit=options.limit, test=options.test)
+    questions = select(table.questions, limit=options.limit, test=options.test, shard=options.shard)
     if names_files(options, table, questions):
         images_dir = images_dir_of(options)
         questions = list(with_found_images(questions, images_dir, options.image_roots, phases=phases))

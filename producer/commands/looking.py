@@ -25,7 +25,7 @@ _WATCH_INTERVAL = 1.0
 _LISTENERS_INTERVAL = 10.0
 
 
-@partial(with_run_options, leave_out=("repair", "relocate"))
+@partial(with_run_options, leave_out=("repair", "relocate", "append"))
 def check(
     options: RunOptions,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image whole, not its header alone.")] = False,

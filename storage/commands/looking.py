@@ -98,7 +98,7 @@ def verify(
         for finding in findings:
             echo(one_line(str(finding)), err=True)
         if any(finding.part is not None for finding in findings):
-            echo(f"To compute the damaged parts again: {repair_command(run)}", err=True)
+            echo(f"To {'merge' if run.settings.merged else 'compute'} the damaged parts again: {repair_command(run)}", err=True)
         verdict = f"{len(findings)} problems" if findings else "no problem found"
         if not quiet:
             echo(f"{account.planned:,} planned = {account.written:,} written + {account.failed:,} failed"

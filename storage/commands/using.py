@@ -1,4 +1,4 @@
-"""Using what a run holds: `export`, `diff`, `probe`."""
+"""Using what a run holds: `export`, `diff`, `merge`, `probe`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from storage.commands.common import AsJson, Quiet, print_written
 from storage.errors import UserError
 from storage.screen.console import Console, Text
-from storage.screen.terminal import echo, echo_json
+from storage.screen.terminal import amount, echo, echo_json
 
 
 def export(
@@ -79,6 +79,32 @@ def diff(
             console.print(table)
         echo("the same" if difference.same else "different")
     raise SystemExit(0 if difference.same else 1)
+
+
+def merge(
+    runs: Annotated[list[str], typer.Argument(metavar="A B…", help="Finished runs: their output directories or URLs.")],
+    output_dir: Annotated[str, typer.Option(help="The new directory.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make one run of the parts of several, such as the shards of a table; those stay as they are.
+
+    The parts are linked, or copied where that cannot be. They are verified before the directory gets its name.
+
+    Example: storage merge shard-1/ shard-2/ --output-dir output/
+    """
+    from storage.runs.merge import merge as merge_runs
+
+    with Console(stderr=True, quiet=quiet or as_json).status(Text("reading the runs")) as status:
+        merged = merge_runs(runs, output_dir, lambda phase: status.update(Text(phase)))
+    run, account = merged.run, merged.account
+    if as_json:
+        echo_json({"directory": run.location, "newly_merged": merged.newly, **asdict(account)})
+    elif not quiet:
+        failed = f", {account.failed:,} failed" if account.failed else ""
+        done = "merged" if merged.newly else "merged before"
+        parts = amount(account.parts_planned, "part")
+        echo(f"{amount(account.planned, 'question')}{failed} in {parts}, {done}: {run.location}")
 
 
 def probe(

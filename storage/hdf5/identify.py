@@ -29,8 +29,10 @@ _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE}
 _TIMEOUT = 60.0  # seconds; a sound part of 1000 questions takes 0.01, on a bad day of a shared directory some
 
 
-def identify_part(path: Path, run_id: str, part: int) -> Verdict:
+def identify_part(path: Path, run_id: str, part: int, origin: tuple[str, int] | None = None) -> Verdict:
     """Tell whose a file is that has the name of a run's part: by its own word, where HDF5 can read it.
+
+    origin: of a merged run, the run and number that the part was published as.
 
     One that it cannot read is damaged if it begins as HDF5 files do, or with the zeros or the nothing that a crash of the
     machine leaves. Anything else is foreign: it was never a part. Raises NotReadError where the process ended
@@ -42,11 +44,11 @@ def identify_part(path: Path, run_id: str, part: int) -> Verdict:
         return "foreign"
     if not stat.S_ISREG(status.st_mode):
         return "foreign"
-    return _whose(path.absolute(), run_id, part, status.st_size, status.st_mtime_ns)
+    return _whose(path.absolute(), frozenset({(run_id, part), origin or (run_id, part)}), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)  # a collector asks at each sweep until somebody acts
-def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Verdict:
+def _whose(path: Path, ours: frozenset[tuple[str, int]], _size: int, _changed: int) -> Verdict:
     root = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
@@ -66,7 +68,8 @@ def _whose(path: Path, run_id: str, part: int, _size: int, _changed: int) -> Ver
             f"cannot look into {path}: the process that reads it ended with exit code {done.returncode}; try again. "
             f"{done.stderr.decode(errors='replace').strip()[-500:]}",
         )
-    return "ours" if json.loads(done.stdout) == [run_id, part] else "foreign"
+    found = json.loads(done.stdout)
+    return "ours" if found is not None and tuple(found) in ours else "foreign"
 
 
 def _was_hdf5(path: Path) -> bool:

@@ -68,7 +68,7 @@ class Bookkeeper:
         for part in described - self._published.keys():
             self._published[part] = self._take(read_sidecar(self._run, part))
         slices = self._run.slices
-        planned = sum(piece.size for piece in slices if piece.generation == 0)
+        planned = sum(piece.size for piece in slices if not piece.is_retry)
         written = sum(part.written for part in self._published.values()) + len(self._healed)
         reasons = sum((part.reasons for part in self._published.values()), Counter[str]())
         reasons += Counter(reason for i, reason in self._retried_reasons.items() if i not in self._healed)

@@ -98,8 +98,9 @@ def _publish(run: Run, part: int, staged: dict[int, bool]) -> Sidecar | None:
     unread = sorted(sequence for sequence, result in staged.items() if not result and sequence not in failures)
     failures |= zip(unread, run.read_failures(part, unread))
     failed = [failures[sequence] for sequence in sorted(failures)]
+    settings = run.settings_by(run.slice(part).generation)
     with run.store.partial() as temporary:
-        write_part(temporary, run.settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
+        write_part(temporary, settings, run.model_facts(), part, _samples(run, part, questions, staged), failed)
         sync(temporary)
         sidecar = _sidecar(run, part, temporary)
         return sidecar if run.store.publish(temporary, run.part_name(part)) else None
@@ -162,7 +163,7 @@ def _samples(
 def _read_back(run: Run, part: int) -> Sidecar:
     """Return what describes the part that is published. Raises UserError where that is something else, or damaged."""
     with run.local_part(part) as path:
-        if (verdict := identify_part(path, run.run_id, part)) != "ours":
+        if (verdict := identify_part(path, run.run_id, part, run.slice(part).origin)) != "ours":
             address = run.store.address(run.part_name(part))
             if verdict == "damaged":
                 raise UserError(

@@ -44,7 +44,9 @@ def repair(
 
 def repair_command(run: Run) -> str:
     """Return the command that computes the damaged parts again. Other options must be those of the first call."""
-    settings = run.settings
+    settings = run.settings_by()
+    if settings.merged:
+        return shlex.join(["storage", "merge", *(member.location for member in settings.merged), "--output-dir"]) + " …"
     images = [] if settings.embedded_images else ["--images-dir", settings.images.images_dir]
     return shlex.join(["producer", "enqueue", settings.dataset, *images, "--output-dir", run.location]) + " … --repair"
 

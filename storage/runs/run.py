@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from storage.naming import labelled_part, part_label, part_name
 from storage.question import Question
 from storage.runs import plan
 from storage.runs.cancellation import CANCELLED, Cancellable
-from storage.runs.plan import Slice
+from storage.runs.plan import Plan, Slice
 from storage.runs.staging import StagingArea
 from storage.settings import MAX_SETTINGS, ImagePlaces, ModelFacts, RunSettings
 from storage.stores.location import join, resolve_location
@@ -51,7 +51,7 @@ class Run(StagingArea, Cancellable):
         super().__init__(open_store(location), settings)
         self.location = location
         self._generations: list[str] = []
-        self._slices: tuple[Slice, ...] = ()
+        self._plan = Plan((), {})
         self._retried: dict[str, int] | None = None
         self._questions = lru_cache(maxsize=8)(self._read_questions)
 
@@ -131,9 +131,9 @@ class Run(StagingArea, Cancellable):
     @property
     def slices(self) -> tuple[Slice, ...]:
         """The plan's slices in order, as of the last `refresh`; empty until the plan is written."""
-        if not self._slices:
+        if not self._plan.slices:
             self.refresh()
-        return self._slices
+        return self._plan.slices
 
     def refresh(self) -> bool:
         """Look whether the plan has grown by a generation, as a retry makes one; tell whether it has. Raises ReplacedError."""
@@ -141,7 +141,7 @@ class Run(StagingArea, Cancellable):
         names = plan.generations(self.store)
         if names == self._generations:
             return False
-        self._slices, self._retried = plan.read_slices(self.store, self.run_id), None
+        self._plan, self._retried = plan.read_plan(self.store, self.run_id), None
         self._generations = names
         return True
 
@@ -149,9 +149,19 @@ class Run(StagingArea, Cancellable):
     def retried(self) -> Mapping[str, int]:
         """The questions that were planned again, each with its last part: an earlier part's word on it does not count."""
         if self._retried is None:
-            later = (piece for piece in self.slices if piece.generation > 0)
+            later = (piece for piece in self.slices if piece.is_retry)
             self._retried = {q.question_id: s.part for s in later for q in plan.read_questions(self.store, s)}
         return self._retried
+
+    def settings_by(self, generation: int | None = None) -> RunSettings:
+        """Return the settings as of a generation, or as they are now: a table that has grown takes the first one's place."""
+        tables = [t for of, t in self._plan.tables.items() if generation is None or of <= generation] if self.slices else []
+        return self.settings.model_copy(update=asdict(tables[-1])) if tables else self.settings
+
+    @property
+    def next_generation(self) -> int:
+        """The number of the generation that is planned next, as of the last `refresh`."""
+        return len(self._generations)
 
     def slice(self, part: int) -> Slice:
         """Return one slice, of a new generation too. Raises KeyError."""

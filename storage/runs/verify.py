@@ -109,7 +109,7 @@ def verify_undescribed(run: Run, piece: Slice) -> Finding | None:
     name = run.part_name(piece.part)
     try:
         with run.local_part(piece.part) as path:
-            verdict = identify_part(path, run.run_id, piece.part)
+            verdict = identify_part(path, run.run_id, piece.part, run.slice(piece.part).origin)
     except FileNotFoundError:
         return None
     if verdict == "damaged":

@@ -56,7 +56,7 @@ def render(data: ReportData) -> str:
 
 def _settings(data: ReportData) -> dict[str, str]:
     """Return the provenance: what the run was told, what the first worker recorded, what the parts name."""
-    rows = {name: value for name, value in data.run.settings.model_dump().items() if name not in _HIDDEN_SETTINGS}
+    rows = {name: value for name, value in data.run.settings_by().model_dump().items() if name not in _HIDDEN_SETTINGS}
     facts = data.run.model_facts()
     if facts is not None:
         rows |= facts.model_dump()
@@ -65,7 +65,9 @@ def _settings(data: ReportData) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_plain(one)}" for name, one in value.items() if one)
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _figures(data: ReportData) -> list[tuple[str, Markup | None]]:

@@ -29,7 +29,7 @@ from tests.support.processes import BIN, command, environment, write_csv
 COMMANDS = {
     "producer": ("enqueue", "run", "check", "status", "retry", "cancel", "demo"),
     "workers": ("extract", "collect", "health", "flower", "selfcheck"),
-    "storage": ("inspect", "verify", "export", "diff", "report", "probe"),
+    "storage": ("inspect", "verify", "export", "diff", "merge", "report", "probe"),
 }
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,10 +50,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"producer": producer.cli.app, "workers": workers.cli.app, "storage": storage.cli.app}
 FOREIGN = {"aws", "celery", "docker", "eval", "hf", "make", "pip", "python", "sbatch", "scancel", "squeue"}
-PAGES = [
-    *("README.md", "docs/operations.md", "docs/monitoring.md", "docs/slurm.md", "docs/kubernetes.md"),
-    *("docs/object-stores.md", "docs/halp.md", "docs/probing.md", "docs/tables.md"),
-]
+_NAMED = ("operations", "monitoring", "slurm", "kubernetes", "two-clusters", "object-stores", "halp", "probing", "tables")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in _NAMED)]
 POD = re.compile(r"kubectl -n halp (exec|create secret generic halp) ")
 ELSEWHERE = {
     "make demo": "test_demo.py::test_the_demo_answers_real_questions",
@@ -518,6 +517,59 @@ def on_a_cluster(scene: Scene, lines: list[str]) -> None:
     assert len(list(scene.directory.glob("halp-*_[1-4].log"))) == 4
 
 
+def on_two_clusters(scene: Scene, lines: list[str]) -> None:
+    """Both are this machine."""
+    write_dataset(scene)
+    for line in lines:
+        scene.run(line)
+    assert len(read_ids(scene.directory / "output")) == QUESTIONS
+
+
+def on_a_run_that_moves(scene: Scene, lines: list[str]) -> None:
+    """The images lie elsewhere by the time that it goes on."""
+    write_dataset(scene)
+    scene.keep_running("redis-server &")
+    scene.variables["HALP_BROKER_URL"] = scene.broker
+    scene.run("producer enqueue vqa.csv --images-dir images/ --output-dir output/")
+    for line in lines:
+        if line.endswith("--relocate"):
+            (scene.directory / "images").rename(scene.directory / "data" / "images")
+        scene.run(line)
+    assert len(read_ids(scene.directory / "output")) == QUESTIONS
+
+
+def on_a_table_that_has_grown(scene: Scene, lines: list[str]) -> None:
+    write_dataset(scene)
+    scene.run(RUN)
+    for line in lines:
+        with (scene.directory / "vqa.csv").open("a") as file:
+            file.write("61,3.png,And the last one?,61\n")
+        scene.run(line)
+    assert len(read_ids(scene.directory / "output")) == QUESTIONS + 1
+
+
+def beside_a_run(scene: Scene, lines: list[str]) -> None:
+    """What computes other layers is what the refusal names."""
+    write_dataset(scene)
+    scene.run(RUN)
+    run, diff = lines
+    refused = subprocess.run(
+        ["bash", "-c", run.replace("output-2", "output")], cwd=scene.directory, env=scene.environment(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (refused.returncode, f"\n  {run}\n" in refused.stderr) == (2, True), refused.stderr
+    scene.run(run)
+    scene.run(diff)  # the fake engine has those four layers
+
+
+def read_ids(output: Path) -> list[str]:
+    found: list[str] = []
+    for path in output.glob("*.h5"):
+        with h5py.File(path) as part:
+            found += list(part)
+    return found
+
+
 SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("README.md", "On one machine"): on_one_machine,
     ("README.md", "On many machines"): on_many_machines,
@@ -530,6 +582,10 @@ SCENES: dict[tuple[str, str], Callable[[Scene, list[str]], None]] = {
     ("docs/halp.md", "Probes"): on_published_labels,
     ("docs/slurm.md", "Three commands"): on_a_cluster,
     ("docs/tables.md", "The datasets' own files"): on_datasets_of_others,
+    ("docs/two-clusters.md", "Shards, and one run of them"): on_two_clusters,
+    ("docs/two-clusters.md", "A run that moves"): on_a_run_that_moves,
+    ("docs/two-clusters.md", "More rows"): on_a_table_that_has_grown,
+    ("docs/two-clusters.md", "Other layers"): beside_a_run,
     ("docs/probing.md", "Which vectors know that an answer is wrong?"): on_a_finished_run,
 }
 

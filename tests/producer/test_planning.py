@@ -154,6 +154,13 @@ def test_a_run_of_which_nothing_is_computed_is_replaced(options: RunOptions, cap
     assert (replaced.refusals(), replaced.model_facts()) == ({}, None)
 
 
+def test_a_run_of_which_nothing_is_computed_can_be_moved(options: RunOptions, tmp_path: Path) -> None:
+    begun = plan_run(options)
+    begun.cancel()
+    moved = place(options, tmp_path / "moved")
+    assert plan_run(replace(moved, relocate=True)).run_id == begun.run_id
+
+
 def test_what_producer_run_left_behind_is_replaced_while_nobody_works_on_it(options: RunOptions) -> None:
     begun = plan_run(options)
     other = replace(options, computation=Computation(dtype="float32"))

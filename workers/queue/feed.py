@@ -58,6 +58,8 @@ def feed(run: Run, published: set[int] | None = None, *, put: Callable[[int], ob
     Of a cancelled run it puts none, and forgets what was fed: what is in the queue will be dropped.
     Raises CopyError where the run is fed from elsewhere; DamagedError where a slice cannot be read, when the others are fed.
     """
+    if run.settings.merged:  # its questions were computed in other runs: what is gone is merged again
+        return 0
     cancelled = run.is_cancelled()
     published = run.parts_with_sidecar() if published is None else published
     pieces = [piece for piece in run.slices if piece.part not in published]

@@ -34,9 +34,14 @@ POINTS = {
     "clean.middle": ("unlink", r"\.run/staging/\d+/0*7\.\w+$", "after"),
     "clean.last": ("rmdir", r"\.run/staging/\d+$", "before"),
     "plan.before": ("link", r"\.run/plan/00[1-9]\.json$", "before"),
+    "plan.after": ("link", r"\.run/plan/00[1-9]\.json$", "after"),
     "failures.before": ("replace", r"failures\.csv$", "before"),
     "finish.before": ("replace", r"\.run/summary\.json$", "before"),
     "finish.after": ("replace", r"\.run/summary\.json$", "after"),
+    "take.before": ("link", r"\.merging/[^/]*_part_\d+\.h5$", "before"),
+    "take.after": ("link", r"\.merging/[^/]*_part_\d+\.h5$", "after"),
+    "merge.before": ("rename", r"/out$", "before"),
+    "merge.after": ("rename", r"/out$", "after"),
 }
 
 
