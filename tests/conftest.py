@@ -21,6 +21,7 @@ from tests.support.clusters import Cluster
 from tests.support.s3_server import S3Server
 from workers.demo.small_model import build_small_model
 from workers.demo.small_spec import TEST
+from workers.settings import settings
 
 # What runs the tests in the background may ignore Ctrl-C, and so would the commands that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +54,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def screenshots(request: pytest.FixtureRequest) -> Path | None:
     """Where the browser tests leave their pictures; None unless `--screenshots` asks for them."""
     return Path(__file__).parents[1] / "docs" if request.config.getoption("--screenshots") else None
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_this_test() -> Iterator[None]:
+    """Have no test read the settings that the one before had in its environment."""
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def test_a_run_goes_on_without_the_lock_of_its_directory(run, monkeypatch, capsy
         raise OSError(number, "no locks")
 
     monkeypatch.setattr(local.fcntl, "flock", refuse)
-    with local._only_one(run):
+    with local._alone(run, share=False):
         pass
     assert "a second `producer run` on it goes unnoticed" in capsys.readouterr().err
 

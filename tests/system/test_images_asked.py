@@ -16,6 +16,8 @@ from PIL import Image
 import storage
 from tests.support.processes import command, write_csv
 
+pytestmark = pytest.mark.slow
+
 VISION = ("vision_only_representation", "vision_encoder_representation", "vision_token_representation/layer_0")
 QUERY = "query_token_representation/layer_3"
 IMAGES = 20

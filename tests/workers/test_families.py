@@ -145,7 +145,7 @@ EMPTY = {"llava", "vipllava", "deepseek_vl", "janus"}  # their tiny tokenizers p
 NEVER_ALONE = {"mllama": "layers that attend to images", "paligemma": "its processor takes no prompt"}
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", [pytest.param(n, marks=[] if n == "smolvlm" else [pytest.mark.slow]) for n in FAMILIES])
 def test_several_images_and_none(family: str, tiny: Callable[[str], Path], pictures: Path) -> None:
     engine, plain = load(tiny(family)), Plain(tiny(family))
     preprocess, limits = Preprocessor(engine.info), limits_of((None, None), engine.info)
