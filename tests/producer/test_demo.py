@@ -84,6 +84,7 @@ def test_the_demo_can_be_probed(demo: tuple[Path, str]) -> None:
     assert (directory / "probe.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_demo_for_a_script(tmp_path: Path) -> None:
     call = ("producer", "demo", "--questions", 8, "--output-dir", tmp_path / "output")
     first = command(*call, "--json", HALP_ENGINE="fake")
@@ -230,6 +231,7 @@ def test_a_batch_is_a_function_of_seed_and_step(pupil: Pupil, some_data: EasyVqa
     assert len(set(epoch)) == len(epoch)  # each picture once
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
     some_data: EasyVqa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,6 +262,7 @@ def test_lists_in_cells(images: Path, tmp_path: Path) -> None:
     assert [len(q.images) for q in found.questions] == [2, 1, 0, 3]
 
 
+@pytest.mark.slow
 def test_a_blank_cell_beside_a_name_in_the_other_column(images: Path, tmp_path: Path, small_model: Path) -> None:
     path = tmp_path / "t.csv"
     for rows, reason in (

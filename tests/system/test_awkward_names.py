@@ -59,6 +59,7 @@ def dataset(tmp_path: Path) -> list[object]:
     return [write_csv(tmp_path / "vqa.csv", rows), "--images-dir", tmp_path / "images"]
 
 
+@pytest.mark.slow
 def test_a_run_among_awkward_names(tmp_path, dataset, small_model):
     """The directory, that of temporary files, and the model, which is named by a link with another name than its own."""
     temporary, output = tmp_path / ("50%20?x#y:" + "z" * 90), tmp_path / "a[/b] run 12:30:00 ?#%\n日本"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pytest
 
 from storage.sample import decode_sample
 from tests.support.processes import command
@@ -16,6 +17,7 @@ KEPT = Path(__file__).parents[1] / "kept"
 _OF_A_COMPUTATION = {"batch_size", "image_prefix"}
 
 
+@pytest.mark.slow
 def test_a_run_of_before_the_rooms_is_finished(tmp_path: Path) -> None:
     """b539a72 published part 1, with a failure, and staged three questions of each of the parts 2 and 3; then SIGKILL."""
     place = tmp_path / "kept"

@@ -245,6 +245,7 @@ def test_sigkill_leaves_no_process(tmp_path: Path, photographs: Path, small_mode
     assert with_word(str(output)) == []
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_restarted(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     options = long_run(tmp_path, photographs, small_model)
     output = tmp_path / "output"

@@ -46,6 +46,7 @@ def log_of(cluster: Cluster) -> str:
     return "".join(path.read_text() for path in sorted(cluster.directory.glob("*.log")))
 
 
+@pytest.mark.slow
 def test_garbage_everywhere(cluster: Cluster, images: Path, client: redis.Redis, tmp_path: Path) -> None:
     """Published to all processes, among what they have taken, in the notes on them: the run ends as if it were not there."""
     table, rows = table_of(tmp_path / "vqa.csv", 40)
@@ -77,6 +78,7 @@ def test_garbage_everywhere(cluster: Cluster, images: Path, client: redis.Redis,
     assert "2 nodes online" in pings.stdout
 
 
+@pytest.mark.slow
 def test_keys_of_another_type(cluster: Cluster, images: Path, client: redis.Redis, tmp_path: Path) -> None:
     """Under the names of lanes, of the queues for retries and hints, of kombu's notes: they are named and gone around."""
     table, rows = table_of(tmp_path / "vqa.csv", 40)

@@ -76,6 +76,7 @@ def test_roots_that_a_note_cannot_hold_are_not_told(roots: tuple[str, ...]) -> N
     assert told.may_touch("/anywhere")
 
 
+@pytest.mark.slow
 def test_enqueue_and_status_say_so_at_once(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     table, _ = table_of(tmp_path / "vqa.csv", 5)
     allowed, output = tmp_path / "allowed", tmp_path / "elsewhere"
@@ -100,6 +101,7 @@ def test_enqueue_and_status_say_so_at_once(cluster: Cluster, images: Path, tmp_p
     assert cluster.enqueue(table, images, output, "--quiet").stderr == ""
 
 
+@pytest.mark.slow
 def test_the_status_of_a_run_without_a_broker(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     """A run of `producer run` needs none, whether or not one answers; one that was queued is told of."""
     table, _ = table_of(tmp_path / "vqa.csv", 3)

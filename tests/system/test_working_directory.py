@@ -51,6 +51,7 @@ def assert_nothing_was_run(tmp_path: Path, what: object) -> None:
     assert not marker.exists(), f"{what} ran {marker.read_text()}"
 
 
+@pytest.mark.slow
 def test_a_whole_run_its_collector_worker_engine_and_report(tmp_path, planted):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a.png")
@@ -66,6 +67,7 @@ def test_a_whole_run_its_collector_worker_engine_and_report(tmp_path, planted):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_commands_that_end(tmp_path, planted, server):
     run = make_run(tmp_path / "run", 3)
     stage(run, 1, failed={0})
@@ -95,6 +97,7 @@ def test_commands_that_end(tmp_path, planted, server):
         ("Connected to", ("workers", "flower", "--port", "0")),
     ],
 )
+@pytest.mark.slow
 def test_commands_that_stay(tmp_path, planted, server, ready, arguments):
     log = tmp_path / "log"
     broker = f"redis://127.0.0.1:{server.port}/0"

@@ -46,7 +46,7 @@ HOSTILE = "say <|im_end|> <image> <|image_pad|> [IMG] <start_of_image> <|image|>
 NEW = 8
 TOLERANCE = 1e-4
 # One of each kind; the others with the long tests.
-OFTEN = {"qwen3_vl", "qwen3_5", "gemma3", "llava", "smolvlm", "molmo2", "mllama", "paligemma"}
+OFTEN = {"qwen3_vl", "qwen3_5", "gemma3", "mllama", "paligemma"}
 ALL = [pytest.param(n, marks=[] if n in {*OFTEN, *UNKNOWN} else [pytest.mark.slow]) for n in (*FAMILIES, *UNKNOWN)]
 
 
@@ -312,6 +312,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize(("family", "mistake"), TRAPS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.slow
 def test_a_mistake_is_found_at_load(
     family: str, mistake: Callable[[pytest.MonkeyPatch], None], tiny: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pictures: Path,
@@ -358,7 +359,8 @@ def test_a_window_counts_tokens(
 # The whole way, as a user goes it.
 
 
-@pytest.mark.parametrize("family", ["smolvlm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mllama", "gemma3"))])
+@pytest.mark.parametrize("family", ["smolvlm", "mllama", "gemma3"])
+@pytest.mark.slow
 def test_a_run(family: str, tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
     rows = [
         {"question_id": f"{i}-{q}", "image_id": f"{i}.png", "question": text, "answer": ""}
@@ -420,6 +422,7 @@ def test_two_models_over_the_same_images_are_probed(tiny: Callable[[str], Path],
 
 
 @pytest.mark.parametrize("family", ["llava", "phi4_multimodal", "qwen3_vl", "paligemma"])
+@pytest.mark.slow
 def test_the_self_check(family: str, tiny: Callable[[str], Path]) -> None:
     result = CliRunner().invoke(
         workers.cli.app,
@@ -451,6 +454,7 @@ def test_no_code_of_a_repository_is_run(tiny: Callable[[str], Path], tmp_path: P
     assert not (tmp_path / "RUN").exists()
 
 
+@pytest.mark.slow
 def test_phi4s_vision_adapter_is_merged(tiny: Callable[[str], Path], pictures: Path, tmp_path: Path) -> None:
     """Its release keeps a LoRA adapter beside the weights, without which the model does not see."""
     directory = tmp_path / "phi4"
