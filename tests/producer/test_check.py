@@ -183,6 +183,7 @@ def test_decoding_finds_what_a_header_hides(tmp_path: Path, images: Path) -> Non
     assert (code, found(body)) == (1, {"image_corrupt": ("fails", 1)})
 
 
+@pytest.mark.slow
 def test_a_sample_through_the_real_engine(tmp_path: Path, photographs: Path, small_model: Path) -> None:
     rows = [(f"q{n}{k}", p.name, f"What is {k}?", "") for n, p in enumerate(sorted(photographs.iterdir())) for k in "ab"]
     table = table_of(tmp_path, *rows)

@@ -125,6 +125,7 @@ def test_watching_ends_as_the_run_did(tmp_path: Path, how: str, code: int) -> No
         assert command("producer", "status", run.location, *options).returncode == 0
 
 
+@pytest.mark.slow
 def test_watching_a_real_run(cluster: Cluster, images: Path) -> None:
     """Of 80 questions one image is missing and one cannot be opened for now: bars, retries, the worker, the end."""
     (images / "3.png").unlink()

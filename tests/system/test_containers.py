@@ -200,6 +200,7 @@ def test_the_dockerfile_passes_its_linter() -> None:
     assert (result.returncode, result.stdout) == (0, "")
 
 
+@pytest.mark.slow
 def test_the_services_work_together(tmp_path: Path, broker: ValkeyServer, photographs: Path) -> None:
     """The commands and the environment of the file, by hand: /data is a directory, the engine the fake one, CUDA a name."""
     (tmp_path / "data").mkdir()

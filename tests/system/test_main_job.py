@@ -296,6 +296,7 @@ def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, photographs: Pa
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
+@pytest.mark.slow
 def test_options_reach_the_part(
     options: list[str], attributes: dict[str, Any], tmp_path: Path, photographs: Path, small_model: Path
 ) -> None:
