@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from types import TracebackType
 
@@ -104,15 +104,11 @@ class SharedServer:
         return now - max(self._answered, self._signed) > _GONE
 
     def _serve(self, number: int) -> None:
-        server = EmbeddedServer(self._addresses)
-        server.__enter__()
-        try:
+        with ExitStack() as stack:
+            server = stack.enter_context(EmbeddedServer(self._addresses))
             if not self._write(number, "\n".join(server.urls)):
-                server.__exit__(None, None, None)
                 return  # somebody else was faster; the next look finds them
-        except BaseException:
-            server.__exit__(None, None, None)
-            raise
+            stack.pop_all()  # it serves on
         self._own, self._number = server, number
         self._name(server.urls[0])
         for older in _numbers(self._run):
